@@ -1,0 +1,450 @@
+"""TDPT: Trajectory Distillation with Phased Targets, and on-policy rollouts.
+
+A consistency model (CM) jumps from a point x_t of a denoising trajectory to the end of the *phase* that t is in, so
+that a picture takes as many network calls as there are phases. TDPT trains a CM while it is 4-bit and gives the stages
+of the trajectory different targets. [A] distinct objectives per stage, accurate starting points for each. [R] one
+training stage; early (high-noise) -> a frozen, untrained, quantized copy of the CM, the "low-bit anchor"; late -> the
+full-precision CM; one split point T'. [O] everything else here: which points, which jump, which loss, the rollouts.
+
+Paths.  x_t = alpha_t x0 + sigma_t eps.  A network predicts eps, v = alpha eps - sigma x0 or, on a flow, v = eps - x0.
+Whichever it is, moving from t to s while (x0, eps) stay fixed is linear in state and prediction:
+
+    jump(x_t, p, t, s) = alpha_s x0 + sigma_s eps = a(t,s) x_t + b(t,s) p          a(t,t) = 1, b(t,t) = 0
+
+    VP, eps     a = alpha_s / alpha_t                        b = sigma_s - sigma_t alpha_s / alpha_t
+    VP, v       a = alpha_s alpha_t + sigma_s sigma_t        b = sigma_s alpha_t - alpha_s sigma_t
+    flow, v     a = 1                                        b = s - t
+
+so the boundary condition jump(t -> t) = x_t holds by construction, bit for bit. With the *teacher's* prediction the
+same jump is the first-order ODE step (DDIM on VP, Euler on flow): one function is student, solver and sampler.
+
+Time.  Clean data is t = 0.  VP: integers 0..1000; t = 0 is alpha = 1, sigma = 0 exactly, t = k >= 1 is
+alphas_cumprod[k-1], where the network's own timestep is k-1.  Flow: t in [0, 1], x_t = (1-t) x0 + t eps.
+Networks are callables model(x, t, s, cond) -> prediction on *path* times (their wrapper applies `path.timestep`); s is
+where they will be taken, for networks that can be told (as in CTM), others ignore it. t and s are 1-D, one per sample,
+on the device of the states (path.grid(n, device)).
+cond is any dict of tensors with leading batch dimension; nothing here looks inside.
+
+Phases.  edges e_0 = start > e_1 > .. > e_K = 0 cut time into phases (e_k+1, e_k]: an edge belongs to the phase that
+*starts* there, since as an end nothing is left to do.  s_phase(t) = the largest edge below t.
+
+`tdpt_loss`, one step:  t = grid[idx], u = the next grid point, s = s_phase(t), T by stage:
+
+    x_t    = alpha_t x0 + sigma_t eps
+    x_u    = jump(x_t, guided teacher(x_t, t), t, u)
+    target = jump(x_u, T(x_u, u), u, s)  no gradient;  T = targets[0] if t >= T' (early), else targets[1];
+             x_u itself if u == s
+    loss   = pseudo-Huber( jump(x_t, student(x_t, t), t, s) - target )
+
+`rollout_loss` [O]:  student and a reference trajectory z leave one noise, y_0 = z_0; in each phase the student learns
+from *its own* state where the reference ends, so that what went wrong before is corrected instead of accumulated:
+
+    loss_k = pseudo-Huber( y_k+1 - z_k+1 ),    y_k+1 = jump(y_k, student(y_k, e_k), e_k, e_k+1),  y_k detached
+
+Dimension key: B batch, K phases, n solver steps, M components, D coordinates (demo); states are (B, ...) of any shape.
+Coefficients float64, states float32 (float64 stays). Left out on purpose: higher-order and stochastic samplers, loss
+weights over time, EMA targets, adversarial terms, devices without float64 (MPS).
+"""
+
+import copy
+import itertools
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+class Path:
+    """Shared by both paths; a child has start, alpha_sigma, coefficients, x0_eps, prediction_of, grid and timestep."""
+
+    def add_noise(self, x0, eps, t):
+        """x_t = alpha_t x0 + sigma_t eps;  x0, eps (B, ...), t (B,) -> (B, ...)."""
+        alpha_B, sigma_B = self.alpha_sigma(t)
+        return _combine(alpha_B, x0, sigma_B, eps)
+
+    def jump(self, x, pred, t, s):
+        """x_s = a(t,s) x_t + b(t,s) pred: student's jump, solver's and sampler's step. x, pred (B, ...), t, s (B,)."""
+        a_B, b_B = self.coefficients(t, s)
+        return _combine(a_B, x, b_B, pred)
+
+
+class VPPath(Path):
+    """DDPM / SDXL's variance-preserving path on times 0..len(alphas_cumprod); prediction "epsilon" or "v_prediction".
+
+    ValueError: unknown prediction; a table that does not decrease within [0, 1); eps-prediction where alpha reaches 0
+    (x0 = (x - sigma eps) / alpha has no value there: no output of the network could say what the picture is).
+    """
+
+    def __init__(self, alphas_cumprod, prediction="v_prediction"):
+        bar = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction must be 'epsilon' or 'v_prediction', not {prediction!r}")
+        if bar.ndim != 1 or not (len(bar) and bar[0] < 1 and bar[-1] >= 0 and bool((bar.diff() < 0).all())):
+            raise ValueError("alphas_cumprod must be one decreasing sequence of values in [0, 1)")
+        if prediction == "epsilon" and bar[-1] == 0:
+            raise ValueError("eps-prediction is undefined at zero signal-to-noise ratio: use v_prediction there")
+        self.prediction, self.start = prediction, len(bar)
+        bar = torch.cat([torch.ones(1, dtype=torch.float64), bar])  # index 0 = clean data
+        self.table = torch.stack([bar.sqrt(), (1 - bar).sqrt()])  # alpha, sigma: (2, start + 1) float64
+
+    @classmethod
+    def from_betas(cls, prediction="v_prediction", zero_terminal_snr=False, betas=(0.00085, 0.012), steps=1000):
+        """SDXL's "scaled_linear" schedule, sqrt(beta) linear in time.
+
+        zero_terminal_snr (Lin et al. 2023, algorithm 1): shift and scale sqrt(alphas_cumprod) so that the last value is
+        exactly 0 and the first one stays; then training sees pure noise where sampling starts from it.
+        """
+        beta = torch.linspace(betas[0] ** 0.5, betas[1] ** 0.5, steps, dtype=torch.float64) ** 2
+        root = (1 - beta).cumprod(0).sqrt()
+        if zero_terminal_snr:
+            root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        return cls(root**2, prediction)
+
+    def alpha_sigma(self, t):
+        """alpha, sigma (B,) float64 at integer times t (B,)."""
+        self.table = self.table.to(t.device)  # copies once
+        return self.table[:, t].unbind(0)
+
+    def coefficients(self, t, s):
+        """a, b (B,) of the jump t -> s; b is a small difference of products, hence float64 tables."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t), self.alpha_sigma(s)
+        if self.prediction == "epsilon":
+            return alpha_s / alpha_t, sigma_s - sigma_t * (alpha_s / alpha_t)
+        return alpha_s * alpha_t + sigma_s * sigma_t, sigma_s * alpha_t - alpha_s * sigma_t
+
+    def x0_eps(self, x, pred, t):
+        """The (x0, eps) that a prediction stands for.  eps: x0 = (x - sigma eps) / alpha.  v: a rotation of (x, v)."""
+        alpha_B, sigma_B = self.alpha_sigma(t)
+        if self.prediction == "epsilon":
+            return _combine(1 / alpha_B, x, -sigma_B / alpha_B, pred), _wide(pred)
+        return _combine(alpha_B, x, -sigma_B, pred), _combine(sigma_B, x, alpha_B, pred)
+
+    def prediction_of(self, x0, eps, t):
+        """What a perfect network predicts: eps, or v = alpha eps - sigma x0. The regression target of a teacher."""
+        alpha_B, sigma_B = self.alpha_sigma(t)
+        return _wide(eps) if self.prediction == "epsilon" else _combine(alpha_B, eps, -sigma_B, x0)
+
+    def grid(self, n, device=None):
+        """n + 1 evenly spaced int64 times start..0: diffusers' "trailing" timesteps (its k-1 is our k), then 0."""
+        if not 1 <= n <= self.start:
+            raise ValueError(f"a solver grid on this path has 1 to {self.start} steps, not {n}")
+        return (torch.arange(n, -1, -1, dtype=torch.float64) * self.start / n).round().long().to(device)
+
+    def timestep(self, t):
+        """Path time -> the timestep that a diffusers UNet is given, 0..999."""
+        return t - 1
+
+
+class FlowPath(Path):
+    """Rectified flow x_t = (1-t) x0 + t eps (FLUX, SD3). shift bends the grid only: t -> shift t / (1 + (shift-1) t).
+
+    FLUX's resolution-dependent "dynamic shifting" is the same formula with shift = exp(mu).
+    """
+
+    prediction, start = "flow", 1.0
+
+    def __init__(self, shift=1.0):
+        if not shift > 0:
+            raise ValueError(f"shift must be positive, not {shift}")
+        self.shift = float(shift)
+
+    def alpha_sigma(self, t):
+        """1 - t, t: (B,) float64."""
+        return 1 - t.double(), t.double()
+
+    def coefficients(self, t, s):
+        """a = 1, b = s - t: (B,) float64."""
+        return torch.ones_like(t, dtype=torch.float64), s.double() - t.double()
+
+    def x0_eps(self, x, pred, t):
+        """x0 = x - t v,  eps = x + (1-t) v."""
+        one_B = torch.ones_like(t, dtype=torch.float64)
+        return _combine(one_B, x, -t.double(), pred), _combine(one_B, x, 1 - t.double(), pred)
+
+    def prediction_of(self, x0, eps, t):
+        """v = dx/dt = eps - x0. The regression target of a teacher."""
+        return _wide(eps) - _wide(x0)
+
+    def grid(self, n, device=None):
+        """n + 1 descending float32 times 1..0: the sigmas of diffusers' FlowMatchEulerDiscreteScheduler in FLUX."""
+        if n < 1:
+            raise ValueError(f"a solver grid has at least 1 step, not {n}")
+        t = torch.arange(n, -1, -1, dtype=torch.float64) / n  # correctly rounded: grid(4) lies on grid(24) bit for bit
+        return (self.shift * t / (1 + (self.shift - 1) * t)).float().to(device)
+
+    def timestep(self, t):
+        """Path time -> the timestep that diffusers' FluxTransformer2DModel is given (it multiplies by 1000 itself)."""
+        return t
+
+
+def _wide(x):
+    """bf16 / fp16 -> float32 before arithmetic; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _combine(a_B, x, b_B, y):
+    """a x + b y with one coefficient per sample, formed in float64, rounded once to the states' dtype."""
+    x, y, shape = _wide(x), _wide(y), (-1,) + (1,) * (x.ndim - 1)
+    return a_B.to(x.dtype).view(shape) * x + b_B.to(x.dtype).view(shape) * y
+
+
+# -------------------------------------------------------------------------------------------------- guidance and phases
+
+
+def guided(teacher, w, null_cond):
+    """Classifier-free guidance u + w (c - u): w = 0 unconditional, w = 1 the teacher itself, w > 1 sharper.
+
+    (diffusers' guidance_scale is this w; the LCM paper's w is ours - 1.) One batched call, unconditional half first.
+    null_cond: tensors with leading dimension 1; entries of cond that it lacks (sizes, ids) keep the sample's value.
+    Not for embedded guidance (FLUX dev), where the guidance value is an entry of cond.
+    """
+    if w == 1:
+        return teacher
+
+    def model(x, t, s, cond):
+        if unknown := null_cond.keys() - cond.keys():
+            raise ValueError(f"null_cond has entries that cond lacks: {sorted(unknown)}")
+        null = {k: null_cond[k].to(v).expand_as(v) if k in null_cond else v for k, v in cond.items()}
+        both = {k: torch.cat([null[k], cond[k]]) for k in cond}
+        u, c = teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([s, s]), both).chunk(2)
+        return u + w * (c - u)
+
+    return model
+
+
+def phase_edges(times, K):
+    """K + 1 of the n + 1 descending times, both ends included, as even in index as integers allow: index k n / K.
+
+    `times` is a solver grid or finer edges; the edges for K lie among those for 2K, so cached states serve both. With
+    n a multiple of K they are path.grid(K), which `sample` uses: prefer 48 points to 50, grid(48) holds 1, 2, 4 and 8.
+    """
+    n = len(times) - 1
+    if not 1 <= K <= n:
+        raise ValueError(f"{n} solver steps cannot be cut into {K} phases")
+    return times[torch.tensor([(2 * k * n + K) // (2 * K) for k in range(K + 1)], device=times.device)]
+
+
+def phase_end(t, edges):
+    """s_phase(t), (B,): the largest edge strictly below t; 0 for t = 0."""
+    at_or_above_B = (edges >= t[:, None]).sum(1)  # edges descend, so this count is the index of the first one below t
+    return edges[at_or_above_B.clamp(max=len(edges) - 1)]
+
+
+def split_time(grid, split):
+    """T' = the grid point at fraction `split` in [0, 1] of the way up from clean data (0) to pure noise (1).
+
+    A grid point, so that t >= T' compares exact values, and a share of solver steps whatever the schedule's shift.
+    """
+    if not 0 <= split <= 1:
+        raise ValueError(f"split must lie in [0, 1], not {split}")
+    return grid[round((1 - split) * (len(grid) - 1))]
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def pseudo_huber(a, b, c):
+    """mean over elements of sqrt((a-b)^2 + c^2) - c, per sample (B,). LCM's form (per element), not iCT's norm."""
+    return ((_wide(a) - _wide(b)).square() + c * c).sqrt().sub(c).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def phased_target(networks, path, x_u, u, s, early_B, cond, targets):
+    """jump(x_u, T(x_u, u), u, s) with T = networks[targets[0]] on early rows and networks[targets[1]] on late ones.
+
+    Rows with u == s are the solver point itself. A network sees only the rows that need it; without any, no call.
+    """
+    target = x_u.clone()
+    for name in dict.fromkeys(targets):  # (fp, fp) is one call
+        chosen_B = early_B & (targets[0] == name) | ~early_B & (targets[1] == name)
+        rows = (chosen_B & (u > s)).nonzero().squeeze(1)
+        if len(rows):
+            x_r, u_r, s_r, cond_r = x_u[rows], u[rows], s[rows], {k: v[rows] for k, v in cond.items()}
+            target[rows] = path.jump(x_r, networks[name](x_r, u_r, s_r, cond_r), u_r, s_r)
+    return target
+
+
+def tdpt_loss(
+    student, anchor, fp, teacher_guided,
+    path, x0, cond, noise, idx, grid, edges, split, targets=("anchor", "fp"), c=1e-3,
+):  # fmt: skip
+    """One TDPT step -> (loss, info), equations at the top. Networks that `targets` does not name may be None.
+
+    x0, noise (B, ...); idx (B,) int64 in 0..n-1, the grid point that each sample starts at; split: see split_time.
+    targets (early, late), each of anchor, fp, self, teacher: (anchor, fp) is the paper's, (self, self) PCM / LCM-style,
+    (fp, fp) plain distillation.  info: detached per-sample loss_B, early_B (bool), t_B.
+    """
+    networks = {"anchor": anchor, "fp": fp, "self": student, "teacher": teacher_guided}  # change this to try yours
+    if bad := [name for name in targets if networks.get(name) is None]:
+        raise ValueError(f"no network for targets {bad}: there are {[k for k in networks if networks[k] is not None]}")
+    t = grid[idx]
+    s = phase_end(t, edges)
+    u = torch.maximum(grid[idx + 1], s)  # a step stays in its phase even if the phase's edge is no grid point
+    x_t = path.add_noise(x0, noise, t)
+    with torch.no_grad():
+        x_u = path.jump(x_t, teacher_guided(x_t, t, u, cond), t, u)
+    early_B = t >= split_time(grid, split)
+    target = phased_target(networks, path, x_u, u, s, early_B, cond, targets)
+    loss_B = pseudo_huber(path.jump(x_t, student(x_t, t, s, cond), t, s), target, c)
+    return loss_B.mean(), {"loss_B": loss_B.detach(), "early_B": early_B, "t_B": t}
+
+
+def rollout_phases(student, path, states, cond, edges, on_policy=True, c=1e-3):
+    """Yield loss_k of each phase in turn; with backward on each as it comes, memory is that of one network call.
+
+    states (K+1, B, ...): the reference z at `edges` (K+1,). on_policy False starts phase k from z_k, not from y_k.
+    """
+    if len(states) != len(edges):
+        raise ValueError(f"{len(states)} reference states for {len(edges)} edges: select them with states_at")
+    y = states[0]
+    for k in range(len(edges) - 1):
+        t, s = edges[k].expand(len(y)), edges[k + 1].expand(len(y))
+        y_end = path.jump(y, student(y, t, s, cond), t, s)
+        yield pseudo_huber(y_end, states[k + 1], c).mean()
+        y = y_end.detach() if on_policy else states[k + 1]
+
+
+def rollout_loss(student, path, states, cond, edges, on_policy=True, c=1e-3):
+    """Mean over phases of rollout_phases -> (loss, info); info: detached loss_K. Any edges with states at them."""
+    loss_K = torch.stack(list(rollout_phases(student, path, states, cond, edges, on_policy, c)))
+    return loss_K.mean(), {"loss_K": loss_K.detach()}
+
+
+# ------------------------------------------------------------------------------------------------- solvers and samplers
+
+
+@torch.no_grad()
+def rollout_states(model, path, x_T, cond, edges):
+    """States (K+1, B, ...) of `model` from x_T, one jump per phase; a guided teacher over path.grid(n): DDIM, Euler."""
+    states = [_wide(x_T)]
+    for t, s in itertools.pairwise(edges):
+        t, s = t.expand(len(x_T)), s.expand(len(x_T))
+        states.append(path.jump(states[-1], model(states[-1], t, s, cond), t, s))
+    return torch.stack(states)
+
+
+def sample(model, path, x_T, cond, steps=4, edges=None):
+    """Deterministic few-step sampler: where the rollout over `edges` (default path.grid(steps)) ends. x_T ~ N(0, 1)."""
+    return rollout_states(model, path, x_T, cond, path.grid(steps, x_T.device) if edges is None else edges)[-1]
+
+
+def teacher_trajectory(teacher_guided, path, x_T, cond, n=25, edges=None):
+    """The guided teacher's own n-step solution read at `edges` (default: all) -> (len(edges), B, ...), to be cached.
+
+    Edges that path.grid(n) lacks become additional solver steps, so every state returned is a solver state.
+    """
+    times = path.grid(n, x_T.device)
+    edges = times if edges is None else edges
+    times = torch.cat([times, edges]).unique().flip(0)  # unique sorts upwards
+    return states_at(rollout_states(teacher_guided, path, x_T, cond, times), times, edges)
+
+
+def states_at(states, times, edges):
+    """Select from states (E, B, ...) at `times` (E,) those at `edges`, e.g. 2 phases of the 8 that were cached."""
+    found = edges[:, None] == times
+    if not bool(found.any(1).all()):
+        raise ValueError(f"no cached state at times {edges[~found.any(1)].tolist()}")
+    return states[found.int().argmax(1)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- demo
+
+
+def mixture_teacher(path, mean_MD, std):
+    """The exact teacher of a Gaussian mixture, E[prediction | x_t]; its "caption" is cond["prior_BM"], M probabilities.
+
+    With tau^2 = alpha^2 std^2 + sigma^2 and gamma_m ~ prior_m N(x; alpha mean_m, tau^2), summed over m:
+    E[x0] = gamma_m (mean_m + alpha std^2/tau^2 (x - alpha mean_m)),   E[eps] = gamma_m sigma/tau^2 (x - alpha mean_m).
+    """
+
+    def model(x, t, s, cond):
+        alpha_B1, sigma_B1 = (v.to(x.dtype)[:, None] for v in path.alpha_sigma(t))
+        tau2_B1 = alpha_B1**2 * std**2 + sigma_B1**2
+        away_BMD = x[:, None] - alpha_B1[..., None] * mean_MD
+        gamma_BM = (cond["prior_BM"].log() - away_BMD.square().sum(2) / (2 * tau2_B1)).softmax(1)
+        away_BD = (gamma_BM[..., None] * away_BMD).sum(1) / tau2_B1
+        return path.prediction_of(gamma_BM @ mean_MD + alpha_B1 * std**2 * away_BD, sigma_B1 * away_BD, t)
+
+    return model
+
+
+class ToyCM(torch.nn.Module):
+    """A consistency model of a 2-D mixture: an MLP that is told t, s and the prior."""
+
+    def __init__(self, start, M=4, width=64):
+        super().__init__()
+        self.start, sizes = start, (2 + M + 10, width, width, width)
+        layers = [m for i, o in itertools.pairwise(sizes) for m in (torch.nn.Linear(i, o), torch.nn.SiLU())]
+        self.net = torch.nn.Sequential(*layers, torch.nn.Linear(width, 2))
+
+    def forward(self, x, t, s, cond):
+        ts = torch.stack([t, s], 1).float() / self.start
+        waves = [f(k * ts) for k in (1.5, 3.0) for f in (torch.sin, torch.cos)]
+        return self.net(torch.cat([x, cond["prior_BM"], ts, *waves], 1))
+
+
+def toy_low_bit(cm):
+    """4-bit stand-in: hidden weights rounded per row and frozen; the first and last layer and the biases can train."""
+    cm = copy.deepcopy(cm)
+    for layer in (cm.net[2], cm.net[4]):
+        scale_O1 = layer.weight.detach().abs().amax(1, keepdim=True) / 7
+        layer.weight.requires_grad_(False).copy_((layer.weight / scale_O1).round() * scale_O1)
+    return cm
+
+
+def toy(path, n, seed):
+    """Guided teacher of 4 Gaussians, n noises, n captions ("one of these two neighbours") -> teacher, x_T, cond."""
+    generator = torch.Generator().manual_seed(seed)
+    mean_MD = torch.tensor([[1.5, 0.0], [0.0, 1.5], [-1.5, 0.0], [0.0, -1.5]])
+    first_BM = torch.eye(4)[torch.randint(4, (n,), generator=generator)]
+    prior_BM = 0.5 * (first_BM + first_BM.roll(1, 1)) * (1 - 4e-6) + 1e-6
+    teacher = guided(mixture_teacher(path, mean_MD, 0.3), 1.5, {"prior_BM": torch.full((1, 4), 0.25)})
+    return teacher, torch.randn(n, 2, generator=generator), {"prior_BM": prior_BM}
+
+
+def main():
+    """A CM of the mixture at full precision, its 4-bit copy, and what 120 updates of each objective make of the copy."""
+    torch.manual_seed(0)
+    path = VPPath.from_betas(zero_terminal_snr=True)
+    grid, times = path.grid(48), path.grid(8)
+    teacher, x_T, cond = toy(path, 4096, seed=0)
+    cached = teacher_trajectory(teacher, path, x_T, cond, 48, times)
+    _, test_T, test_cond = toy(path, 1024, seed=1)
+    end = sample(teacher, path, test_T, test_cond, 200)  # the integrated ODE
+
+    def fit(student, objective, steps, lr):
+        optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * min(1, 2 - 2 * step / steps)
+            optimizer.zero_grad()
+            rows, edges = torch.randint(len(x_T), (256,)), phase_edges(times, (1, 2, 4)[step % 3])
+            z, cond_B = states_at(cached, times, edges)[:, rows], {k: v[rows] for k, v in cond.items()}
+            if objective in ("own", "reference's"):
+                loss, _ = rollout_loss(student, path, z, cond_B, edges, on_policy=objective == "own")
+            else:
+                noise, idx = torch.randn_like(z[0]), torch.randint(len(grid) - 1, (256,))
+                loss, _ = tdpt_loss(student, anchor, fp, teacher, path, z[-1], cond_B, noise, idx, grid, edges, 0.5, objective)
+            loss.backward()
+            optimizer.step()
+        return student
+
+    def report(name, model):
+        error_K = [(sample(model, path, test_T, test_cond, K) - end).norm(dim=1).mean().item() for K in (1, 2, 4)]
+        print(f"{name:46s}" + "".join(f"{e:8.3f}" for e in error_K))
+        return error_K
+
+    print(f"{'mean distance to where the ODE ends, steps:':46s}" + "".join(f"{K:8d}" for K in (1, 2, 4)))
+    report("guided teacher's own solver", teacher)
+    fp = fit(ToyCM(path.start), "own", 800, 1e-2)
+    report("FP CM, rollouts on the teacher's trajectories", fp)
+    anchor = toy_low_bit(fp)
+    before = report("4-bit copy, untrained (the anchor)", anchor)
+    for targets in (("self", "self"), ("teacher", "teacher"), ("anchor", "fp"), ("fp", "fp")):
+        report(f"  TDPT, targets ({', '.join(targets)})", fit(copy.deepcopy(anchor), targets, 120, 1e-3))
+    for objective in ("reference's", "own"):
+        after = report(f"  rollouts, {objective} states", fit(copy.deepcopy(anchor), objective, 120, 1e-3))
+    assert all(a < b for a, b in zip(after, before, strict=True)), "on-policy rollouts must repair the 4-bit copy"
+
+
+if __name__ == "__main__":
+    main()
