@@ -1,0 +1,480 @@
+"""HGS-LoRA: Hessian-guided split of a weight, W ~ Q + B A, and the layers that carry it.
+
+For a layer y = W x with H = E[x x^T] = L L^T (hessian.py) an error matrix E costs E||E x||^2 = ||E L||_F^2, its H-norm.
+[A] "Hessian-guided matrix decomposition initialises LoRA"; [R] the closed form is the one of QERA / CLoQ:
+
+    BA-step   BA = SVD_r((W - Q) L) L^-1       the best rank-r correction of Q; the squared tail of the spectrum remains
+    Q-step    Q  = round(W - BA)               to the INT4 grid, nearest or GPTQ (quant.py)
+    hgs [O]   BA = SVD_r(W L) L^-1, then Q-step and BA-step in turn, the best by ||(W - Q - BA) L||_F^2 is kept.
+              All but the last two Q-steps round to nearest. Measured on synthetic layers: that is cheaper than GPTQ
+              throughout and ends lower (the demo's linear layer, 8 steps: 0.038% against 0.042%).
+              The first candidate is qera, so hgs is never worse than that.
+
+With (W - Q) L = U S V^T the factors are balanced, B = U S^1/2 and A = S^1/2 V^T L^-1, so that both learn at one rate.
+U comes from the eigendecomposition of the smaller Gram side, in float64. If O <= K no inverse is needed at all, because
+S V^T L^-1 = U^T (W - Q); otherwise A is a triangular solve. Components of (relatively) zero strength get a random row in
+A and a zero column in B, as in QLoRA: the product does not change, and no rank is born dead.
+
+Siblings with one signature, chosen by one line of METHODS (all on the same grid, with the same rounding):
+
+    zero       QLoRA      Q = round(W), B = 0
+    pissa      PiSSA      BA = SVD_r(W), Q = round(W - BA)
+    svdquant   SVDQuant   the same split of the smoothed W: the caller smooths W and H (hessian.smooth), not this file
+    principal  [R]        BA = SVD_r(W L) L^-1, Q = round(W - BA): the sensitive directions leave the grid, no alternation
+    loftq      LoftQ      Q = round(W - BA) and BA = SVD_r(W - Q) in turn, from BA = 0
+    qera       QERA       Q = round(W), BA-step
+
+The layers: W4A4Linear, W4A4Conv2d, W4A16Linear. Forward, training or not, is the deployed kernel itself (kernels.py):
+
+    y = q(x') q(W)^T + bias + (x' A^T) B^T,        x' = x * inv_smooth,        output in x.dtype
+
+Backward, with g = dL/dy: straight-through on q(x'), and gradients to x, A, B and nothing else,
+
+    dA = (g B)^T x'      dB = g^T (x' A^T)      dx = inv_smooth * (mask * (g W^) + (g B) A)
+
+W^ is dequantized again from the packed codes, in x.dtype (the wide product); the rank-r products run in float32. The mask
+is zero outside of the activation quantizer's clip range. The deployed quantizer's range reaches to the largest value, so
+the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial A0, B0: anchor(model).
+
+Deployment: the branch as trained, or `merge(layer)`: Q(Q + BA) without a branch.
+Left out on purpose: activation error in the closed form (8% of the layer error, nothing end to end in our trial),
+randomized SVD, training of grid, bias or scales, higher derivatives.
+Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessian
+import kernels
+import quant
+
+# ------------------------------------------------------------------------------------------------ reference math
+
+
+class Whitener:
+    """A damped Hessian and what is computed from it once: L (lower, H = L L^T, float64) and GPTQ's factor.
+
+    Layers that share their input (q, k, v) can share it: build one per `Stats`, pass it to each `decompose`."""
+
+    def __init__(self, H_KK: Tensor, damping: float = 0.01):
+        if not torch.isfinite(H_KK).all():
+            raise ValueError("the Hessian contains inf or nan")
+        self.H_KK = hessian.damp(H_KK, damping)
+        self.L_KK = torch.linalg.cholesky(self.H_KK)
+        self._gptq: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def gptq_factor(self, group: int, taps: int) -> tuple[Tensor, Tensor]:
+        if (group, taps) not in self._gptq:
+            self._gptq[group, taps] = quant.inverse_factor(self.H_KK, group, taps)
+        return self._gptq[group, taps]
+
+
+def whitened_svd(E_OK: Tensor, L_KK: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """The (A_rK, B_Or), float64, that minimise ||(E - B A) L||_F over rank-r matrices. L None: the plain norm."""
+    E_OK = E_OK.double()
+    M_OK = E_OK if L_KK is None else E_OK @ L_KK
+    wide = M_OK.shape[0] <= M_OK.shape[1]
+    energy, basis = torch.linalg.eigh(M_OK @ M_OK.mT if wide else M_OK.mT @ M_OK)  # ascending
+    first = len(energy) - rank
+    S_r = energy[first:].flip(0).clamp_min(0).sqrt()
+    basis = basis[:, first:].flip(1)  # wide: U_Or, else: V_Kr
+    strong = S_r > 1e-6 * energy[-1].clamp_min(0).sqrt()
+    up = torch.where(strong, S_r, 0.0).sqrt()
+    down = torch.where(strong, S_r.rsqrt(), 0.0)
+    if wide:
+        return down[:, None] * (basis.mT @ E_OK), basis * up
+    Vt_rK = basis.mT if L_KK is None else torch.linalg.solve_triangular(L_KK, basis.mT, upper=False, left=False)
+    return up[:, None] * Vt_rK, (M_OK @ basis) * down
+
+
+def whitened_spectrum(E_OK: Tensor, L_KK: Tensor) -> Tensor:
+    """Singular values of E L, descending, float64: what QRA weighs (E = W, or the residual W - Q)."""
+    M = E_OK.double() @ L_KK
+    gram = M @ M.mT if M.shape[0] <= M.shape[1] else M.mT @ M
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+
+
+def kept_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_Or=None) -> float:
+    """||(W - Q - BA) L||_F^2: the mean squared error that is left in the layer's output, summed over outputs."""
+    E_OK = w_OK.double() - quant.dequantize(gw).double()
+    if A_rK is not None:
+        E_OK = E_OK - B_Or.double() @ A_rK.double()
+    return float((E_OK @ L_KK).square().sum())
+
+
+def relative_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_Or=None) -> float:
+    """kept_error / ||W L||_F^2, for tables: without A, B the error before the correction, with them the error after."""
+    energy = float((w_OK.double() @ L_KK).square().sum())
+    return kept_error(w_OK, L_KK, gw, A_rK, B_Or) / energy if energy > 0 else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ initialisations
+# All: (w_OK float64, white, rank, round_to_grid(target_OK, nearest=False), iters, generator) -> (GridWeight, A_rK, B_Or)
+
+
+def _random_rows(rows: int, K: int, like: Tensor, generator) -> Tensor:
+    """Uniform in +-1/sqrt(K), drawn on the CPU so that the device does not change the numbers."""
+    return ((2 * torch.rand(rows, K, generator=generator, dtype=torch.float64) - 1) / K**0.5).to(like)
+
+
+def zero(w_OK, white, rank, round_to_grid, iters, generator):
+    A_rK = _random_rows(rank, w_OK.shape[1], w_OK, generator)
+    return round_to_grid(w_OK), A_rK, w_OK.new_zeros(len(w_OK), rank)
+
+
+def pissa(w_OK, white, rank, round_to_grid, iters, generator):
+    A_rK, B_Or = whitened_svd(w_OK, None, rank)
+    return round_to_grid(w_OK - B_Or @ A_rK), A_rK, B_Or
+
+
+def principal(w_OK, white, rank, round_to_grid, iters, generator):
+    A_rK, B_Or = whitened_svd(w_OK, white.L_KK, rank)
+    return round_to_grid(w_OK - B_Or @ A_rK), A_rK, B_Or
+
+
+def loftq(w_OK, white, rank, round_to_grid, iters, generator):
+    BA_OK = torch.zeros_like(w_OK)
+    for _ in range(max(1, iters)):
+        gw = round_to_grid(w_OK - BA_OK)
+        A_rK, B_Or = whitened_svd(w_OK - quant.dequantize(gw), None, rank)
+        BA_OK = B_Or @ A_rK
+    return gw, A_rK, B_Or
+
+
+def qera(w_OK, white, rank, round_to_grid, iters, generator):
+    gw = round_to_grid(w_OK)
+    return gw, *whitened_svd(w_OK - quant.dequantize(gw), white.L_KK, rank)
+
+
+def hgs(w_OK, white, rank, round_to_grid, iters, generator):
+    best = qera(w_OK, white, rank, round_to_grid, iters, generator)
+    least = kept_error(w_OK, white.L_KK, *best)
+    A_rK, B_Or = whitened_svd(w_OK, white.L_KK, rank)
+    for i in range(iters):
+        gw = round_to_grid(w_OK - B_Or @ A_rK, nearest=i < iters - 2)
+        A_rK, B_Or = whitened_svd(w_OK - quant.dequantize(gw), white.L_KK, rank)
+        error = kept_error(w_OK, white.L_KK, gw, A_rK, B_Or)
+        if error < least:
+            best, least = (gw, A_rK, B_Or), error
+    return best
+
+
+# change this to try yours
+METHODS = dict(zero=zero, pissa=pissa, svdquant=pissa, principal=principal, loftq=loftq, qera=qera, hgs=hgs)
+
+
+def decompose(
+    w_OK: Tensor,
+    H_KK: Tensor | Whitener,
+    rank: int,
+    method: str = "hgs",
+    group: int = 64,
+    taps: int = 1,
+    rounding: str = "gptq",
+    iters: int = 8,
+    search: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[quant.GridWeight, Tensor, Tensor]:
+    """W (O, K) ~ Q + B A: (GridWeight, A_rK float32, B_Or float32). K is not padded; smoothing is the caller's.
+
+    H_KK: undamped second moments (K, K), or a Whitener. iters: Q-steps of hgs and loftq. generator: random rows of A.
+    Raises ValueError for an unknown method or rounding, a rank above min(O, K), a bad group or shape, a non-finite W or H.
+    """
+    O, K = w_OK.shape
+    if method not in METHODS:
+        raise ValueError(f"init method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not 0 <= rank <= min(O, K):
+        raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
+    if not torch.isfinite(w_OK).all():
+        raise ValueError("weights contain inf or NaN")
+    white = H_KK if isinstance(H_KK, Whitener) else Whitener(H_KK)
+    if len(white.H_KK) != K:
+        raise ValueError(f"the Hessian must be {K} x {K} for this weight, got {tuple(white.H_KK.shape)}")
+    factor = white.gptq_factor(group, taps) if rounding == "gptq" else None
+
+    def round_to_grid(target_OK: Tensor, nearest: bool = False) -> quant.GridWeight:
+        how = "rtn" if nearest else rounding
+        return quant.quantize_weight(target_OK.float(), group, taps, white.H_KK, how, search, factor)
+
+    gw, A_rK, B_Or = METHODS[method](w_OK.detach().double(), white, rank, round_to_grid, iters, generator)
+    dead = ~A_rK.any(1)
+    A_rK[dead] = _random_rows(int(dead.sum()), K, A_rK, generator)
+    return gw, A_rK.float(), B_Or.float()
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: layer.run, the deployed kernel. Backward: the equations of the module docstring, by layer.grads."""
+
+    @staticmethod
+    def forward(ctx, x, A_rK, B_Or, layer):
+        ctx.layer = layer  # its packed buffers are frozen: the layer itself is the saved weight
+        ctx.save_for_backward(x, A_rK, B_Or)
+        return layer.run(x, A_rK, B_Or)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return *ctx.layer.grads(g, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None
+
+
+class PackedLayer(nn.Module):
+    """What the three layers share. Everything but A and B is a buffer, so state_dict() is what safetensors saves:
+    codes_OP, mult_OP uint8; scale_O, inv_smooth (if smoothed) float32; bias (if any); Parameters lora_A, lora_B float32
+    (if rank > 0). anchor_A, anchor_B are not part of it, a deployed checkpoint has no use for them: see anchor_state.
+
+    The layer follows the dtype of its input. .to(dtype), .half() .. move it but cast nothing: bfloat16 scales would
+    change the weights, and bfloat16 A, B would not take small updates."""
+
+    def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False):
+        """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float."""
+        super().__init__()
+        quant.check_group(group)
+        quant.check_group(group_x)
+        O, I = layer.weight.shape[:2]
+        taps = layer.weight[0, 0].numel()
+        K, Kp = taps * I, taps * -(-I // group) * group
+        if not 0 <= rank <= min(O, K):
+            raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
+        self.channels, self.out, self.taps, self.rank, self.group, self.group_x = I, O, taps, rank, group, group_x
+        self.use_anchor, self.compiled = False, False
+        device = layer.weight.device
+        self.register_buffer("codes_OP", torch.empty(O, Kp // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("mult_OP", torch.empty(O, -(-Kp // group // 2), dtype=torch.uint8, device=device))
+        self.register_buffer("scale_O", torch.empty(O, device=device))
+        self.register_buffer("inv_smooth", torch.empty(I, device=device) if smooth else None)
+        self.register_buffer("bias", None if layer.bias is None else torch.empty_like(layer.bias, requires_grad=False))
+        self.lora_A = nn.Parameter(torch.empty(rank, K, device=device)) if rank else None
+        self.lora_B = nn.Parameter(torch.empty(O, rank, device=device)) if rank else None
+        self.register_buffer("anchor_A", None, persistent=False)
+        self.register_buffer("anchor_B", None, persistent=False)
+
+    @classmethod
+    def from_float(cls, layer, gw: quant.GridWeight, A_rK=None, B_Or=None, smooth_I=None, group_x: int = 16):
+        """The packed twin of `layer`: grid weight and factors from `decompose` (of W * smooth_I if it is smoothed)."""
+        new = cls(layer, 0 if A_rK is None else len(A_rK), gw.group, group_x, smooth_I is not None)
+        if (gw.channels, gw.taps, len(gw.scale_O)) != (new.channels, new.taps, new.out):
+            raise ValueError(f"a grid weight with {gw.channels} channels and {gw.taps} taps is not one of {layer}")
+        pw = kernels.pack(gw)
+        with torch.no_grad():
+            for name in ("codes_OP", "mult_OP", "scale_O"):
+                getattr(new, name).copy_(getattr(pw, name))
+            if smooth_I is not None:
+                new.inv_smooth.copy_(1.0 / smooth_I)
+            if layer.bias is not None:
+                new.bias.copy_(layer.bias)
+            if new.rank:
+                new.lora_A.copy_(A_rK)
+                new.lora_B.copy_(B_Or)
+        new.set_anchor()
+        return new.train(layer.training)
+
+    def set_anchor(self) -> None:
+        """The current A, B become A0, B0."""
+        if self.rank:
+            self.anchor_A, self.anchor_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    @property
+    def packed(self) -> kernels.PackedWeight:
+        return kernels.PackedWeight(self.codes_OP, self.mult_OP, self.scale_O, self.channels, self.taps, self.group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else (self.lora_A, self.lora_B)
+        with torch.autocast(x.device.type, enabled=False):  # autocast would make the training forward another function
+            if torch.is_grad_enabled() and (x.requires_grad or (A is not None and A.requires_grad)):
+                return _StraightThrough.apply(x, A, B, self)
+            return self.run(x, A, B)
+
+    def _kernel(self, kernel: Callable) -> Callable:
+        return kernels.compiled(kernel) if self.compiled else kernel
+
+    def _smoothed(self, x: Tensor) -> Tensor:
+        """x' in float32; channels are the last axis."""
+        return x.float() if self.inv_smooth is None else x.float() * self.inv_smooth
+
+    def _apply(self, fn, recurse=True):
+        def move_only(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(move_only, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, group_x={self.group_x}"
+
+
+class W4A4Linear(PackedLayer):
+    def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
+        kernel = self._kernel(kernels.w4a4_linear)
+        return kernel(x, self.packed, self.bias, A_rI, B_Or, self.inv_smooth, self.group_x)
+
+    def grads(self, g, x, A_rI, B_Or, needs):
+        """(dx, dA, dB), None where not needed."""
+        g_TO, x1_TI = g.reshape(-1, self.out), self._smoothed(x.reshape(-1, self.channels))
+        dx = dA = dB = None
+        if A_rI is not None:
+            low_Tr = g_TO.float() @ B_Or.float()
+            dA = (low_Tr.mT @ x1_TI).to(A_rI.dtype) if needs[1] else None
+            dB = (g_TO.float().mT @ (x1_TI @ A_rI.float().mT)).to(B_Or.dtype) if needs[2] else None
+        if needs[0]:
+            dx = (g_TO @ kernels.dequantize(self.packed).to(g.dtype)).float()
+            dx = dx if A_rI is None else dx + low_Tr @ A_rI.float()
+            dx = self._smoothed(dx).to(x.dtype).reshape(x.shape)
+        return dx, dA, dB
+
+
+class W4A16Linear(W4A4Linear):
+    """4-bit weight, activations as they are (AdaLN modulation). The straight-through gradient is the exact one here."""
+
+    def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
+        x1 = x if self.inv_smooth is None else self._smoothed(x).to(x.dtype)
+        return self._kernel(kernels.w4a16_linear)(x1, self.packed, self.bias, A_rI, B_Or)
+
+
+class W4A4Conv2d(PackedLayer):
+    def __init__(self, layer: nn.Conv2d, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False):
+        plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+        if not plain or isinstance(layer.padding, str):
+            raise ValueError("W4A4Conv2d needs an ungrouped, undilated convolution with explicit zero padding")
+        super().__init__(layer, rank, group, group_x, smooth)
+        self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+
+    def run(self, x: Tensor, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
+        kernel, geometry = self._kernel(kernels.w4a4_conv2d), (self.kernel_size, self.stride, self.padding)
+        return kernel(x, self.packed, self.bias, A_rK, B_Or, self.inv_smooth, self.group_x, *geometry)
+
+    def grads(self, g, x, A_rK, B_Or, needs):
+        """(dx, dA, dB), None where not needed. The branch is conv(A), then a 1x1 convolution B."""
+        strides = dict(stride=self.stride, padding=self.padding)
+        x1 = self._smoothed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        dx = dA = dB = None
+        if A_rK is not None:
+            A_rIhw = quant.unflatten_conv(A_rK.float(), self.kernel_size)
+            low = torch.einsum("nohw,or->nrhw", g.float(), B_Or.float())
+            if needs[1]:
+                dA = quant.flatten_conv(nn.grad.conv2d_weight(x1, A_rIhw.shape, low, **strides)).to(A_rK.dtype)
+            if needs[2]:
+                dB = torch.einsum("nohw,nrhw->or", g.float(), F.conv2d(x1, A_rIhw, **strides)).to(B_Or.dtype)
+        if needs[0]:
+            w_OIhw = quant.unflatten_conv(kernels.dequantize(self.packed), self.kernel_size).to(g.dtype)
+            dx = nn.grad.conv2d_input(x.shape, w_OIhw, g, **strides).float()
+            dx = dx if A_rK is None else dx + nn.grad.conv2d_input(x.shape, A_rIhw, low, **strides)
+            dx = self._smoothed(dx.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(x.dtype)
+        return dx, dA, dB
+
+
+# ------------------------------------------------------------------------------------------------ models of such layers
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` where the module `name` ("mid.attn.to_q") is. ValueError if there is no such module."""
+    if name not in dict(model.named_modules()):
+        raise ValueError(f"layer {name!r} is not in the model")
+    model.set_submodule(name, layer)
+
+
+def set_compiled(model: nn.Module, on: bool = True) -> None:
+    """Run every layer through torch.compile of its kernel: the same numbers, bit for bit."""
+    for _, layer in packed_layers(model):
+        layer.compiled = on
+
+
+@contextmanager
+def anchor(model: nn.Module):
+    """Inside, every layer uses its initial A0, B0: the frozen low-bit copy of the consistency model [R]."""
+    layers = list(packed_layers(model))
+    for name, layer in layers:
+        if layer.rank and layer.anchor_A is None:
+            raise ValueError(f"layer {name!r} has no anchor (a deployed checkpoint carries none)")
+    before = [layer.use_anchor for _, layer in layers]
+    try:
+        for _, layer in layers:
+            layer.use_anchor = True
+        yield model
+    finally:
+        for (_, layer), flag in zip(layers, before, strict=True):
+            layer.use_anchor = flag
+
+
+def anchor_state(model: nn.Module) -> dict[str, Tensor]:
+    """{"name.anchor_A": .., "name.anchor_B": ..}: what resuming needs beside state_dict()."""
+    keys = [(name, layer, key) for name, layer in packed_layers(model) for key in ("anchor_A", "anchor_B")]
+    return {f"{name}.{key}": getattr(layer, key) for name, layer, key in keys if getattr(layer, key) is not None}
+
+
+def load_anchor_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Inverse of anchor_state. ValueError naming the first layer that is missing in `state` or has another shape."""
+    for name, layer in packed_layers(model):
+        for key, like in (("anchor_A", layer.lora_A), ("anchor_B", layer.lora_B)):
+            if like is not None:
+                tensor = state.get(f"{name}.{key}")
+                if tensor is None or tensor.shape != like.shape:
+                    raise ValueError(f"the anchor state does not fit layer {name!r}")
+                setattr(layer, key, tensor.detach().to(like, copy=True))
+
+
+def merge(layer: PackedLayer, rounding: str = "rtn", H_KK: Tensor | None = None) -> PackedLayer:
+    """Strict W4A4: a new layer with Q(Q + BA) and no branch. H_KK: damped second moments of x', for gptq rounding."""
+    w_OK = kernels.dequantize(layer.packed)
+    if layer.rank:
+        w_OK = w_OK + layer.lora_B.detach().float() @ layer.lora_A.detach().float()
+    gw = quant.quantize_weight(w_OK, layer.group, layer.taps, H_KK, rounding)
+    merged = copy.deepcopy(layer)
+    merged.rank, merged.lora_A, merged.lora_B, merged.anchor_A, merged.anchor_B = 0, None, None, None, None
+    merged.load_state_dict(dict(kernels.pack(gw)._asdict()), strict=False)
+    return merged
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+def main() -> None:
+    gen = torch.Generator().manual_seed(0)
+
+    def example(O: int, I: int, size: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(w_OK, H_KK, xmax_I): a few strong directions in W; smooth pictures with 4 outlier channels as input."""
+        taps = kernel * kernel
+        w_OK = torch.randn(O, taps * I, generator=gen)
+        w_OK += 0.2 * torch.randn(O, 12, generator=gen) @ torch.randn(12, taps * I, generator=gen)
+        mix = torch.randn(I, I, generator=gen) * torch.logspace(0, -1.5, I)[:, None]
+        noise = F.avg_pool2d(torch.randn(16, I, size, size, generator=gen), 3, 1, 1)
+        x_NCHW = torch.einsum("nihw,ij->njhw", noise, mix)
+        x_NCHW[:, :: I // 4] *= 15
+        rows = hessian.unfold(x_NCHW, (kernel, kernel), padding=(kernel // 2, kernel // 2))
+        return w_OK / w_OK.norm(dim=1, keepdim=True), rows.mT @ rows / len(rows), x_NCHW.abs().amax((0, 2, 3))
+
+    rank, alpha = 16, 0.5
+    print(f"||(W - Q - BA) L||^2 / ||W L||^2 in percent, rank {rank}, groups of 64; smoothed: W * lambda, x / lambda")
+    for name, O, I, size, kernel in (("linear 256 x 256", 256, 256, 16, 1), ("conv 128 x (3x3x128)", 128, 128, 8, 3)):
+        w_OK, H_KK, xmax_I = example(O, I, size, kernel)
+        lam = quant.smoothing_factors(xmax_I, w_OK.unflatten(1, (-1, I)).abs().amax((0, 1)), alpha)
+        plain, smoothed = (w_OK, Whitener(H_KK)), (w_OK * lam.repeat(kernel**2), Whitener(hessian.smooth(H_KK, lam)))
+        columns = {"rtn": (plain, "rtn"), "gptq": (plain, "gptq"), "smoothed gptq": (smoothed, "gptq")}
+        print(f"\n{name:22s}" + "".join(f"{column:>15s}" for column in columns) + f"{'seconds':>10s}")
+        table = {}
+        for method in METHODS:
+            for column, ((w, white), rounding) in columns.items():
+                start = time.perf_counter()
+                split = decompose(w, white, rank, method, taps=kernel**2, rounding=rounding, generator=gen)
+                seconds = time.perf_counter() - start
+                table[method, column] = 100 * relative_error(w, white.L_KK, *split)
+            print(f"{method:22s}" + "".join(f"{table[method, c]:15.4f}" for c in columns) + f"{seconds:10.2f}")
+        assert all(table["hgs", c] == min(table[m, c] for m in METHODS) for c in columns)
+    print("\nSVDQuant is the row svdquant in the last column. Invariant: hgs has the least error of every column.")
+
+
+if __name__ == "__main__":
+    main()

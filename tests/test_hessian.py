@@ -1,0 +1,265 @@
+"""Properties of the streamed statistics. Oracles: float64 sums over all rows at once, and the convolution itself."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import hessian
+
+
+def rows(kind: str, T: int, I: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, I, generator=generator)
+    if kind == "outlier":
+        x[:, 0] *= 100
+    return {"constant": torch.full_like(x, 0.3), "zero": torch.zeros_like(x), "offset": x + 50.0, "tiny": x * 1e-12}.get(kind, x)
+
+
+class Block(nn.Module):
+    """q, k, v read one tensor; `out` reads another; `again` reads a copy with equal values."""
+
+    def __init__(self, I: int = 16):
+        super().__init__()
+        for name in ("q", "k", "v", "out", "again"):
+            setattr(self, name, nn.Linear(I, I))
+        self.conv = nn.Conv2d(I, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(I, 8, 3, padding=1)
+        self.down = nn.Conv2d(I, 8, 3, stride=2, padding=1)
+
+    def forward(self, x_TI):
+        y = self.out(self.q(x_TI) + self.k(input=x_TI) + self.v(x_TI))
+        self.again(x_TI.clone())
+        image = x_TI.mT.reshape(1, x_TI.shape[1], 4, -1)
+        return y, self.conv(image), self.conv2(image), self.down(image)
+
+
+LAYERS = ["q", "k", "v", "out", "again", "conv", "conv2", "down"]
+
+
+def calibrate(model, batches, names, **options):
+    def run(set_bin):
+        for i, x in enumerate(batches):
+            set_bin(i % options.get("bins", 4))
+            model(x)
+
+    return hessian.collect(model, names, run, **options)
+
+
+@given(
+    kind=st.sampled_from(["normal", "constant", "zero", "outlier", "offset", "tiny"]),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    I=st.integers(1, 24),
+    seed=st.integers(0, 2**16),
+)
+def test_streamed_hessian_is_the_float64_mean_over_all_rows_however_they_are_cut(kind, sizes, I, seed):
+    """Catches: mean of batch means, a missing division by the count, x x^T summed over the wrong axis."""
+    model = nn.ModuleDict({"layer": nn.Linear(I, 3)})
+    model.forward = model["layer"].forward
+    x = rows(kind, sum(sizes), I, seed)
+    stats = calibrate(model["layer"], x.split(sizes), [""])[""]
+    reference = x.double().mT @ x.double() / len(x)
+    assert stats.count == len(x)
+    assert (stats.H_KK - reference).norm() <= 1e-5 * reference.norm()
+    assert torch.equal(stats.xmax_I, x.abs().amax(0))
+
+
+@given(
+    I=st.integers(1, 5),
+    O=st.integers(1, 4),
+    size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    seed=st.integers(0, 2**16),
+)
+def test_unfolded_rows_times_flattened_weight_are_the_convolution(I, O, size, kernel, stride, padding, seed):
+    """Catches: channel-major taps, kh and kw swapped, padding or stride applied to the wrong axis, missing zero padding."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, I, *size, generator=generator, dtype=torch.float64)
+    w = torch.randn(O, I, *kernel, generator=generator, dtype=torch.float64)
+    rows_TK = hessian.unfold(x, kernel, stride, padding)
+    y = nn.functional.conv2d(x, w, stride=stride, padding=padding)
+    flat = w.permute(0, 2, 3, 1).reshape(O, -1)
+    assert torch.allclose((rows_TK @ flat.mT).reshape(2, *y.shape[2:], O).permute(0, 3, 1, 2), y, atol=1e-12)
+    torch_order = nn.functional.unfold(x, kernel, padding=padding, stride=stride)  # N (I taps) L
+    assert torch.equal(rows_TK, torch_order.unflatten(1, (I, -1)).permute(0, 3, 2, 1).reshape(rows_TK.shape))
+
+
+def test_unfold_honours_dilation():
+    """Catches: dilation ignored."""
+    x, w = torch.randn(1, 3, 9, 9), torch.randn(2, 3, 3, 3)
+    y = nn.functional.conv2d(x, w, padding=2, dilation=2)
+    rows_TK = hessian.unfold(x, (3, 3), (1, 1), (2, 2), (2, 2))
+    assert torch.allclose((rows_TK @ w.permute(0, 2, 3, 1).reshape(2, -1).mT).mT.reshape(y.shape), y, atol=1e-5)
+
+
+def test_conv_blocks_do_not_change_its_hessian(monkeypatch):
+    """Catches: a block counted twice or dropped, images per block rounded down to zero."""
+    conv, x = nn.Conv2d(6, 4, 3, stride=2, padding=1), torch.randn(5, 6, 8, 8)
+    whole = calibrate(conv, [x], [""])[""]
+    monkeypatch.setattr(hessian, "BLOCK_BYTES", 1)
+    blocks = calibrate(conv, [x], [""])[""]
+    reference = hessian.unfold(x.double(), (3, 3), (2, 2), (1, 1))
+    assert whole.count == blocks.count == len(reference) == 5 * 16
+    assert torch.allclose(whole.H_KK, blocks.H_KK, atol=1e-6)
+    assert torch.allclose(whole.H_KK.double(), reference.mT @ reference / len(reference), atol=1e-6)
+    assert whole.absmax_BinI.shape == (4, 6) and torch.equal(whole.xmax_I, x.abs().amax((0, 2, 3)))
+    assert torch.allclose(whole.mean_square_I, reference.square().mean(0).reshape(9, 6).mean(0).float(), atol=1e-6)
+
+
+def test_layers_fed_by_one_tensor_share_one_hessian_and_others_do_not():
+    """Catches: sharing by value or by shape (`again` sees equal numbers), a conv sharing with another window."""
+    stats = calibrate(Block(), [torch.randn(16, 16), torch.randn(16, 16)], LAYERS)
+    assert stats["q"] is stats["k"] and stats["k"] is stats["v"]
+    assert stats["q"].layers == ["q", "k", "v"]
+    assert stats["conv"] is stats["conv2"] and stats["conv"] is not stats["down"]
+    assert stats["out"] is not stats["q"] and stats["again"] is not stats["q"]
+    assert torch.equal(stats["again"].H_KK, stats["q"].H_KK)
+    assert stats["q"].count == 32, "rows of a shared input are counted once, not once per layer"
+
+
+def test_a_tensor_changed_in_place_between_two_layers_is_not_shared():
+    """Catches: identity without the version counter."""
+
+    class InPlace(Block):
+        def forward(self, x):
+            self.q(x)
+            x.mul_(2.0)
+            self.k(x)
+
+    stats = calibrate(InPlace(), [torch.ones(4, 16)], ["q", "k"])
+    assert stats["q"] is not stats["k"] and torch.equal(stats["k"].H_KK, 4 * stats["q"].H_KK)
+
+
+def test_layers_that_stop_sharing_their_input_raise():
+    """Catches: trusting the first call for ever, which would give `k` the Hessian of `q` silently."""
+
+    class Drift(Block):
+        calls = 0
+
+        def forward(self, x):
+            self.q(x)
+            self.k(x if self.calls == 0 else x + 1)
+            self.calls += 1
+
+    with pytest.raises(ValueError, match="'q' and 'k' shared their input"):
+        calibrate(Drift(), [torch.ones(4, 16)] * 2, ["q", "k"])
+
+
+@pytest.mark.parametrize("budget_of", [1, 2, 100])
+def test_several_passes_equal_one_pass_and_respect_the_budget(budget_of):
+    """Catches: a layer lost or counted in two passes, totals of a pass above the budget."""
+    torch.manual_seed(0)
+    model, batches = Block(), [torch.randn(16, 16) for _ in range(4)]
+    one = calibrate(model, batches, LAYERS)
+    largest = 8 * 144 * 144
+    calls = []
+
+    def run(set_bin):
+        calls.append(1)
+        for i, x in enumerate(batches):
+            set_bin(i)
+            model(x)
+
+    parts = list(hessian.collect_passes(model, LAYERS, run, budget_bytes=largest * budget_of))
+    for part in parts:
+        assert sum(8 * len(s.H_KK) ** 2 for s in set(part.values())) <= largest * budget_of
+    assert len(calls) == len(parts) and len(parts) == {1: 3, 2: 2, 100: 1}[budget_of]
+    assert sorted(name for part in parts for name in part) == sorted(LAYERS)
+    for part in parts:
+        for name, stats in part.items():
+            assert torch.equal(stats.H_KK, one[name].H_KK) and torch.equal(stats.absmax_BinI, one[name].absmax_BinI)
+            assert stats.count == one[name].count
+    assert not any(module._forward_pre_hooks for module in model.modules()), "hooks must be removed"
+
+
+def test_absmax_is_kept_per_timestep_bin_and_channel():
+    """Catches: bins ignored, signed maximum, empty bins counted as zeros in v_x."""
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[1.0, -3.0]])
+    x = torch.tensor([[1.0, -5.0], [0.5, 2.0]])
+    stats = calibrate(layer, [x, 2 * x], [""], bins=3)[""]
+    assert stats.absmax_BinI.tolist() == [[1.0, 5.0], [2.0, 10.0], [0.0, 0.0]]
+    assert stats.calls_Bin.tolist() == [1, 1, 0]
+    v_x, v_w = hessian.variation(stats, layer.weight)
+    values = torch.tensor([1.0, 5.0, 2.0, 10.0])
+    assert v_x == pytest.approx(float(values.std(correction=0) / values.mean()))
+    assert v_w == pytest.approx(0.5)  # absmax per input channel 1 and 3: sd 1, mean 2
+
+
+def test_variation_of_a_conv_weight_is_over_input_channels():
+    """Catches: output channels taken for input channels."""
+    weight = torch.ones(3, 2, 3, 3)
+    weight[:, 1] = 3.0
+    stats = calibrate(nn.Conv2d(2, 3, 3), [torch.ones(1, 2, 4, 4)], [""])[""]
+    assert hessian.variation(stats, weight) == pytest.approx((0.0, 0.5))
+    assert hessian.variation(stats, torch.zeros(3, 2, 3, 3)) == (0.0, 0.0)
+
+
+@given(lam=st.lists(st.floats(0.1, 10), min_size=3, max_size=3), taps=st.sampled_from([1, 4]), seed=st.integers(0, 99))
+def test_smoothed_hessian_is_the_hessian_of_the_smoothed_input(lam, taps, seed):
+    """Catches: multiplying instead of dividing, one side only, lambda repeated channel-slowest over taps."""
+    x = rows("normal", 20, 3 * taps, seed).double()
+    lam = torch.tensor(lam, dtype=torch.float64)
+    smoothed = (x.reshape(20, taps, 3) / lam).reshape(20, -1)
+    assert torch.allclose(hessian.smooth(x.mT @ x, lam), smoothed.mT @ smoothed, rtol=1e-9)
+
+
+@given(I=st.integers(1, 12), T=st.integers(1, 12), kind=st.sampled_from(["normal", "zero", "constant", "tiny"]))
+def test_damped_hessian_has_a_cholesky_factor_even_when_rows_are_few_or_zero(I, T, kind):
+    """Catches: no damping, damping by an absolute constant that a tiny input drowns in."""
+    x = rows(kind, T, I, 0).double()
+    H = x.mT @ x / T
+    damped = hessian.damp(H, 0.01)
+    torch.linalg.cholesky(damped)
+    expected = 0.01 * H.diagonal().mean() if kind != "zero" else 1.0
+    assert torch.allclose((damped - H).diagonal(), torch.full((I,), float(expected), dtype=torch.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["out", "conv"])
+def test_inf_or_nan_input_raises_and_names_the_layer(bad, name):
+    """Catches: silent statistics from broken inputs, max() that skips -inf."""
+    model = Block()
+    getattr(model, {"out": "v", "conv": "v"}[name]).bias.data[0] = bad
+    x = torch.randn(16, 16)
+    if name == "conv":
+        x[3, 2] = bad
+    with pytest.raises(ValueError, match=f"'{name}'.*inf or nan"):
+        calibrate(model, [x], [name])
+
+
+def test_overflowing_moments_raise_and_name_the_layer():
+    """Catches: inf in H accepted because the input itself is finite."""
+    with pytest.raises(ValueError, match="overflow"):
+        calibrate(nn.Linear(2, 2), [torch.full((1, 2), 1e30)], [""])
+
+
+def test_bad_requests_are_one_clear_sentence():
+    """Catches: a KeyError from inside, an uncalled layer with H = 0 / 0, a budget silently exceeded."""
+    model, x = Block(), [torch.randn(16, 16)]
+    with pytest.raises(ValueError, match="'nope' is not in the model"):
+        calibrate(model, x, ["nope"])
+    with pytest.raises(ValueError, match="Block, not a Linear or Conv2d"):
+        calibrate(model, x, [""])
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'unused' was never called"):
+        calibrate(model, x, ["q", "unused"])
+    with pytest.raises(ValueError, match="'conv' alone needs 165888 bytes"):
+        calibrate(model, x, ["q", "conv"], budget_bytes=8 * 16 * 16)
+    with pytest.raises(ValueError, match="timestep bin 4"):
+        hessian.collect(model, ["q"], lambda set_bin: set_bin(4))
+    model.grouped = nn.Conv2d(4, 4, 3, groups=2)
+    with pytest.raises(ValueError, match="'grouped'"):
+        calibrate(model, x, ["grouped"])
+
+
+def test_low_precision_inputs_are_accumulated_in_float32_or_better():
+    """Catches: x^T x in bfloat16."""
+    x = torch.randn(512, 8).bfloat16()
+    layer = nn.Linear(8, 8).bfloat16()
+    H = calibrate(layer, [x], [""])[""].H_KK
+    assert H.dtype == torch.float32
+    assert torch.allclose(H.double(), x.double().mT @ x.double() / 512, rtol=1e-5, atol=1e-6)
