@@ -1,0 +1,224 @@
+"""Captioned pictures: procedural scenes without end, or a folder of the user's own.
+
+A source has batch(n, gen) -> pictures (n, 3, 32, 32) in [-1, 1] and n captions, and captions(n, gen). All randomness comes from
+`step_generator(seed, step)`: what a step sees depends on nothing else, so no iterator state has to be saved to resume exactly,
+and R ranks that each keep every R-th sample see together what one rank sees alone.
+
+A scene is one or two objects on a textured background, 32x32 pixels:
+
+    a large striped red ring on the left and a small blue square on the right, wavy gray background
+      size  pattern colour shape     place                                     texture background
+
+Words for the defaults (plain pattern, smooth texture) are left out of captions. What a caption does not say, the picture draws
+at random: exact place, radius, angle, hue, lighting, direction and phase of stripes, dots and waves. A few-step solver blurs it.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from models import SIDE, UserError
+
+SHAPES = ("circle", "ring", "square", "triangle", "cross")
+COLORS = ("red", "yellow", "green", "blue", "purple", "white")
+SIZES = ("small", "large")
+PATTERNS = ("plain", "striped", "dotted")
+PLACES = ("left", "right", "top", "bottom", "center")
+BACKGROUNDS = ("gray", "black", "tan")
+TEXTURES = ("smooth", "wavy")
+VOCABULARY = (*SHAPES, *COLORS, *SIZES, *PATTERNS, *PLACES, *BACKGROUNDS, *TEXTURES)
+UNCONDITIONAL = ""  # the caption of classifier-free guidance's unconditional branch
+
+RGB = torch.tensor([[0.90, 0.12, 0.12], [0.95, 0.85, 0.10], [0.10, 0.70, 0.20],
+                    [0.15, 0.30, 0.95], [0.62, 0.15, 0.75], [0.96, 0.96, 0.96]])  # fmt: skip
+BACKGROUND_RGB = torch.tensor([[0.50, 0.50, 0.50], [0.10, 0.10, 0.10], [0.78, 0.64, 0.44]])
+CENTER = torch.tensor([[8.5, 16.0], [23.5, 16.0], [16.0, 8.5], [16.0, 23.5], [16.0, 16.0]])  # (x, y) of each place, pixels
+RADIUS = torch.tensor([5.8, 8.4])  # small, large, pixels
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """All randomness of a training step: a CPU generator that depends on (seed, step, stream) alone."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes: attributes -> caption, attributes -> picture
+
+
+def random_scenes(n: int, gen: torch.Generator) -> dict[str, torch.Tensor]:
+    """Attributes of n scenes, int64: count (n,), background (n,), texture (n,), and shape, color, size, pattern, place (n, 2).
+
+    Two objects stand left and right or top and bottom, in either order; slot 1 is drawn over slot 0. One object stands anywhere.
+    """
+
+    def pick(k, *shape):
+        return torch.randint(k, shape, generator=gen)
+
+    scene = {
+        "count": 1 + (torch.rand(n, generator=gen) < 0.6).long(),
+        "background": pick(len(BACKGROUNDS), n),
+        "texture": pick(len(TEXTURES), n),
+        "shape": pick(len(SHAPES), n, 2),
+        "color": pick(len(COLORS), n, 2),
+        "size": pick(len(SIZES), n, 2),
+        "pattern": (pick(4, n, 2) - 1).clamp_min(0),  # half of all objects are plain
+    }
+    axis, flip, alone = 2 * pick(2, n), pick(2, n), pick(len(PLACES), n)
+    pair = torch.stack([axis + flip, axis + 1 - flip], 1)
+    scene["place"] = torch.where(scene["count"][:, None] == 2, pair, torch.stack([alone, alone], 1))
+    return scene
+
+
+def caption_of(scene: dict[str, torch.Tensor], i: int) -> str:
+    """The caption of scene i."""
+
+    def words(*parts):
+        return " ".join(part for part in parts if part not in ("plain", "smooth"))
+
+    objects = [
+        words("a", SIZES[scene["size"][i, s]], PATTERNS[scene["pattern"][i, s]], COLORS[scene["color"][i, s]],
+              SHAPES[scene["shape"][i, s]], "on the", PLACES[scene["place"][i, s]])
+        for s in range(int(scene["count"][i]))
+    ]  # fmt: skip
+    background = words(TEXTURES[scene["texture"][i]], BACKGROUNDS[scene["background"][i]], "background")
+    return " and ".join(objects) + ", " + background
+
+
+def _inside(shape_B, u_BHW, v_BHW):
+    """1 where a point (u, v), in units of the radius, lies inside the shape; (B, H, W) float."""
+    rho = (u_BHW**2 + v_BHW**2).sqrt()
+    au, av = u_BHW.abs(), v_BHW.abs()
+    cross = ((au < 0.34) & (av < 0.95)) | ((av < 0.34) & (au < 0.95))
+    triangle = (v_BHW < 0.72) & (v_BHW > 1.73 * au - 1.0)
+    options = (rho < 0.92, (rho < 1.0) & (rho > 0.45), torch.maximum(au, av) < 0.80, triangle, cross)
+    return torch.stack(options, 1)[torch.arange(len(shape_B)), shape_B].float()
+
+
+def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
+    """Draws the scenes: (n, 3, 32, 32) float32 in [-1, 1], 2x2 supersampled."""
+    n = len(scene["count"])
+
+    def rand(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=gen)
+
+    axis = (torch.arange(2 * SIDE) + 0.5) / 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+
+    # background: a lighting gradient, and waves along x or y of random length and phase where the caption says so
+    lighting, along = rand(0, 2 * torch.pi, 1, 1), rand(0, 1, 1, 1) < 0.5
+    ramp = ((x - 16) * lighting.cos() + (y - 16) * lighting.sin()) / 16
+    wave = torch.sin(2 * torch.pi * (torch.where(along, x, y) / rand(5, 8, 1, 1) + rand(0, 1, 1, 1)))
+    shade = 0.06 * ramp + 0.09 * wave * (scene["texture"] == 1)[:, None, None]
+    image = BACKGROUND_RGB[scene["background"]][:, :, None, None] + rand(-0.03, 0.03, 3, 1, 1) + shade[:, None]
+
+    for s in range(2):
+        center = CENTER[scene["place"][:, s]] + rand(-1.5, 1.5, 2)
+        radius = RADIUS[scene["size"][:, s]] * rand(0.94, 1.06)
+        dx, dy, turn = x - center[:, 0, None, None], y - center[:, 1, None, None], rand(-0.3, 0.3, 1, 1)
+        u = (dx * turn.cos() + dy * turn.sin()) / radius[:, None, None]
+        v = (dy * turn.cos() - dx * turn.sin()) / radius[:, None, None]
+        # patterns, period 4 pixels, random phase: dark stripes along x or y, or a lattice of dark dots
+        p, q, along = x / 4 + rand(0, 1, 1, 1), y / 4 + rand(0, 1, 1, 1), rand(0, 1, 1, 1) < 0.5
+        stripes = ((torch.where(along, p, q) % 1) < 0.45).float()
+        dots = (((p % 1) - 0.5) ** 2 + ((q % 1) - 0.5) ** 2 < 0.36**2).float()
+        kind = scene["pattern"][:, s, None, None]
+        ink = torch.where(kind == 1, stripes, torch.where(kind == 2, dots, torch.zeros(())))
+        color = RGB[scene["color"][:, s]][:, :, None, None] + rand(-0.04, 0.04, 3, 1, 1)
+        surface = color * (1 - 0.6 * ink[:, None]) * (1 + 0.1 * (dx + dy) / 16)[:, None]
+        mask = _inside(scene["shape"][:, s], u, v) * (s < scene["count"])[:, None, None]
+        image = torch.where(mask[:, None] > 0, surface, image)
+
+    return F.avg_pool2d(image.clamp(0, 1), 2) * 2 - 1
+
+
+class Scenes:
+    """The procedural source: unlimited, deterministic."""
+
+    def batch(self, n: int, gen: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+        """n pictures (n, 3, 32, 32) in [-1, 1] and their captions."""
+        scene = random_scenes(n, gen)
+        return render(scene, gen), [caption_of(scene, i) for i in range(n)]
+
+    def captions(self, n: int, gen: torch.Generator) -> list[str]:
+        scene = random_scenes(n, gen)
+        return [caption_of(scene, i) for i in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The user's own pictures
+
+
+class Folder:
+    """Captioned pictures of a folder: {"file_name": .., "text": ..} lines in metadata.jsonl, or NAME.txt beside NAME.png.
+
+    Pictures (png, jpg, jpeg, webp) are centre-cropped to a square, resized to 32x32 and kept in memory. One that cannot be read
+    is named, counted and left out. UserError: no such folder, no captions, no readable picture.
+    """
+
+    def __init__(self, path: str):
+        folder, self.skipped = Path(path), []
+        if not folder.is_dir():
+            raise UserError(f"--data {path} is not a folder: give a folder of pictures with metadata.jsonl or .txt captions")
+        pictures, self.texts = [], []
+        for file, text in self._captions(folder):
+            try:
+                with Image.open(file) as picture:
+                    pictures.append(self._square(picture))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                self.skipped.append(f"{file.name}: {error}")
+            else:
+                self.texts.append(text)
+        for line in self.skipped[:5]:
+            print(f"skipped unreadable picture {line}")
+        if len(self.skipped) > 5:
+            print(f"skipped {len(self.skipped)} unreadable pictures in all")
+        if not pictures:
+            raise UserError(f"no picture in {path} could be read ({len(self.skipped)} tried): check the files")
+        self.pictures = torch.stack(pictures)
+
+    @staticmethod
+    def _captions(folder: Path) -> list[tuple[Path, str]]:
+        table = folder / "metadata.jsonl"
+        pairs = []
+        if table.is_file():
+            for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    pairs.append((folder / row["file_name"], row["text"]))
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    raise UserError(f'{table} line {number}: every line must be {{"file_name": .., "text": ..}}') from None
+        else:
+            for file in sorted(folder.iterdir()):
+                if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and file.with_suffix(".txt").is_file():
+                    pairs.append((file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()))
+        if not any(isinstance(text, str) and text.strip() for _, text in pairs):
+            raise UserError(f"{folder} has no captions: add metadata.jsonl (file_name, text) or NAME.txt beside each picture")
+        return [(file, text) for file, text in pairs if isinstance(text, str) and text.strip()]
+
+    @staticmethod
+    def _square(picture: Image.Image) -> torch.Tensor:
+        picture = picture.convert("RGB")
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+    def batch(self, n: int, gen: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+        """n pictures, drawn with replacement, and their captions."""
+        pick = torch.randint(len(self.texts), (n,), generator=gen)
+        return self.pictures[pick], [self.texts[i] for i in pick]
+
+    def captions(self, n: int, gen: torch.Generator) -> list[str]:
+        return self.batch(n, gen)[1]
+
+
+def source(path: str = "") -> Scenes | Folder:
+    """--data: the procedural scenes, or a folder."""
+    return Folder(path) if path else Scenes()

@@ -1,0 +1,129 @@
+"""models.py: tokens, layer policy on the real SDXL and FLUX shapes, the 16-bit LoRA, and files."""
+
+import copy
+import re
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from safetensors.torch import save_file
+
+import data
+import models
+
+SDXL = dict(
+    sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), layers_per_block=2, use_linear_projection=True,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=(5, 10, 20),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+
+
+def small(name: str, seed: int = 0) -> models.Denoiser:
+    torch.manual_seed(seed)
+    return models.build(name).eval().requires_grad_(False)
+
+
+def ask(model, denoiser, seed: int = 1, s: float = 0.5):
+    gen = torch.Generator().manual_seed(seed)
+    x, edges = torch.randn(2, *denoiser.latent, generator=gen), denoiser.path.grid(4)
+    with torch.no_grad():
+        return model(x, edges[1].expand(2), edges[1 + int(2 * s)].expand(2), denoiser.encode(["a red ring", "blue"]))
+
+
+def test_words_of_the_scenes_have_buckets_of_their_own():
+    """Catches a bucket count or hash under which two words of the vocabulary would be one word."""
+    buckets = [models.tokenize([word])[0, 0, 0].item() for word in data.VOCABULARY]
+    assert len(set(buckets)) == len(data.VOCABULARY) and 0 not in buckets
+
+
+def test_clause_tells_two_objects_apart():
+    """Catches a tokenizer that forgets clauses: both captions have the same words."""
+    a, b = models.tokenize(["a red ring on the left and a blue square", "a blue ring on the left and a red square"])
+    assert not torch.equal(a, b)
+    assert a[:3, 1].tolist() == [0, 0, 0] and a[3:5, 1].tolist() == [1, 1]
+
+
+def test_policy_on_sdxl_leaves_only_edges_and_embeddings_at_16_bit():
+    """743 linears and 51 convolutions of the real SDXL UNet; catches a rule written for the tiny model's names only."""
+    with torch.device("meta"):
+        net = UNet2DConditionModel(**SDXL)
+    layers = models.float_layers(net)
+    kinds = {name: models.precision(name) for name in layers}
+    assert sum(isinstance(layer, torch.nn.Linear) for layer in layers.values()) == 743
+    assert sum(isinstance(layer, torch.nn.Conv2d) for layer in layers.values()) == 51
+    embeddings = {f"{which}_embedding.linear_{i}" for which in ("time", "add") for i in (1, 2)}
+    assert {n for n, k in kinds.items() if k == "16bit"} == {"conv_in", "conv_out"} | embeddings
+    assert all(name.endswith("time_emb_proj") for name, kind in kinds.items() if kind == "w4a16")
+    assert sum(kind == "w4a16" for kind in kinds.values()) == 17
+
+
+def test_policy_on_flux_makes_every_modulation_w4a16():
+    """The real FLUX: 3.25 B of 11.90 B parameters are modulations; catches a modulation that slipped to W4A4 or 16 bit."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel(guidance_embeds=True)
+    layers = models.float_layers(net)
+    count = {"16bit": 0, "w4a16": 0, "w4a4": 0}
+    for name, layer in layers.items():
+        count[models.precision(name)] += layer.weight.numel()
+    assert abs(count["w4a16"] / 1e9 - 3.25) < 0.03
+    assert count["16bit"] / sum(count.values()) < 0.01
+    edges = {n.split(".")[0] for n in layers if models.precision(n) == "16bit"}
+    assert edges == {"x_embedder", "context_embedder", "time_text_embed", "proj_out"}
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_lora_off_is_the_teacher_and_fused_is_lora_on(name):
+    """Catches a switch that leaves part of the network on, and a fused weight that is not W + B A."""
+    plain = small(name)
+    network = copy.deepcopy(plain)
+    models.add_lora(network, 4)
+    for layer in models.loras(network).values():
+        layer.lora_B.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(3))
+    teacher, cm = ask(models.as_teacher(network), network), ask(models.as_cm(network), network)
+    assert torch.equal(teacher, ask(models.as_teacher(plain), plain))
+    assert (cm - teacher).abs().max() > 1e-3
+    fused = models.fuse(network)
+    torch.testing.assert_close(ask(fused, fused), cm, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_only_a_told_network_depends_on_the_destination(name):
+    """Catches a teacher that sees s, and a consistency model that does not."""
+    network = small(name)
+    models.add_lora(network, 4)
+    for layer in models.loras(network).values():
+        layer.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(3))
+    for model, depends in ((models.as_teacher(network), False), (models.as_cm(network), True)):
+        assert torch.equal(ask(model, network, s=0.5), ask(model, network, s=1.0)) != depends
+
+
+def test_pictures_survive_the_latents():
+    """Catches a wrong scale or shuffle order."""
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(models.to_pictures(models.to_latents(x)), x)
+
+
+def test_unknown_model_missing_truncated_and_foreign_teacher_are_one_sentence(tmp_path):
+    """Catches a traceback where the user needs the command that mends it."""
+    with pytest.raises(ValueError, match="unknown model 'big': choose from tiny, tiny-flux"):
+        models.build("big")
+    with pytest.raises(models.UserError, match=r"does not exist: make it with `python train.py --model tiny --stage teacher`"):
+        models.load_teacher("tiny", str(tmp_path / "none.safetensors"))
+    path = tmp_path / "teacher.safetensors"
+    save_file({"a": torch.zeros(1000)}, path)
+    with pytest.raises(models.UserError, match="holds no tiny teacher"):
+        models.load_teacher("tiny", str(path))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(models.UserError, match="truncated or not a safetensors file"):
+        models.load_teacher("tiny", str(path))
+
+
+def test_no_two_captions_of_different_scenes_encode_alike():
+    """Catches an encoding that loses an attribute: distinct captions have distinct bags of (word, clause)."""
+    gen = data.step_generator(5, 0)
+    scene = data.random_scenes(400, gen)
+    captions = {data.caption_of(scene, i) for i in range(400)}
+    bags = {tuple(sorted(map(tuple, ids.tolist()))) for ids in models.tokenize(sorted(captions))}
+    assert len(bags) == len(captions)
+    assert all(re.fullmatch(r"[a-z ,]+", caption) for caption in captions)
