@@ -1,0 +1,295 @@
+"""Packed INT4 storage and the W4A4 linear and convolution: eager functions, and torch.compile of the same functions.
+
+    x'  = x * inv_smooth                                  (optional smoothing; inv_smooth = 1 / lambda is what is stored)
+    X   = m_x q_x   int8,  s_x float32                    dynamic, groups of group_x      (quant.py: x' ~= s_x m_x q_x)
+    y   = s_x s_w (X W^T)  + bias + (x' A^T) B^T          W = m_w q_w int8;  X W^T is one int8 GEMM, int32, exact
+
+The low-rank branch sees x' before quantization. Casts, in order: x to float32; x' and its quantization in float32; the
+branch in x.dtype (its GEMMs accumulate in float32); int32 -> float32 (rounds once, above 2^24); epilogue in float32; y in
+x.dtype. int32 cannot overflow up to Kp = 131,071.
+
+Storage of a weight (O, Kp), 4 + 4/group bits a value and one byte per row:
+
+    codes_OP  uint8 (O, Kp/2)   byte j = u[j] | u[j + Kp/2] << 4,  u = q + 8 in 0..15: low nibbles are the first half of the
+                                row, high nibbles the second, so both unpack to contiguous runs
+    mult_OP   uint8 (O, ceil(G/2))   byte j = n[2j] | n[2j+1] << 4,  n = m - 1 in 0..15; an odd G is padded with m = 1
+    scale_O   float32 in memory, where every call multiplies by it; it has 8 significant bits (quant.round_scale), and
+              pack_scales makes them the one byte that a checkpoint stores: 5 bits of exponent, 3 of mantissa
+
+Unpacking works on four codes at once: bytes are viewed as int32 lanes; since m u <= 240 no lane carries into the next,
+
+    lane = u * m + (128 - 8 m) = m q + 128  in 0..240,      m q = lane XOR 0x80  as int8
+
+Convolutions: pixels are quantized once (one float scale per sample, multipliers per pixel and group along channels), then
+im2col copies int8 codes; spatial padding is the code 0. K is tap-major, channel fastest, as in quant.py.
+
+The eager function is the documentation and the oracle; compiled(f) is torch.compile of the same function with dynamic
+sizes and equals it bit for bit on CPU. On CUDA, Inductor may contract the epilogue's multiply-add; the int32 sums are exact.
+Left out on purpose: a hand-written GEMM, fused int4 unpacking inside the GEMM, quantized outputs.
+Dimension key: see quant.py; P packed bytes of a row.          W4A4 [A]; branch on unquantized input as in SVDQuant [R]; layout [O]
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant import SCALE_SHIFT, ZERO, GridWeight, activation_int8, dequantize_activation, quantize_activation, quantize_weight
+from quant import dequantize as dequantize_grid
+
+SCALE_BIAS = (127 - 26) << (23 - SCALE_SHIFT)  # code 0 is quant.SCALE_MIN = 2^-26
+NIBBLES, ONES, SIGNS = 0x0F0F0F0F, 0x01010101, 0x80808080 - 2**32  # four byte lanes of an int32
+
+# ------------------------------------------------------------------------------------------------ layout
+
+
+def pack_codes(codes_OK: Tensor) -> Tensor:
+    """int8 codes in -8..7, (O, Kp), Kp even -> uint8 (O, Kp/2)."""
+    low, high = (codes_OK + ZERO).to(torch.uint8).chunk(2, dim=1)
+    return low | high << 4
+
+
+def unpack_codes(codes_OP: Tensor) -> Tensor:
+    """Inverse of pack_codes."""
+    return torch.cat([codes_OP & 0xF, codes_OP >> 4], dim=1).to(torch.int8) - ZERO
+
+
+def pack_multipliers(mult_OG: Tensor) -> Tensor:
+    """uint8 in 1..16, (O, G) -> uint8 (O, ceil(G/2))."""
+    n = F.pad(mult_OG - 1, (0, mult_OG.shape[1] % 2))
+    return n[:, 0::2] | n[:, 1::2] << 4
+
+
+def unpack_multipliers(mult_OP: Tensor, groups: int) -> Tensor:
+    """Inverse of pack_multipliers."""
+    j = torch.arange(groups, device=mult_OP.device)
+    return (mult_OP[:, j >> 1] >> ((j & 1) << 2) & 0xF).to(torch.uint8) + 1
+
+
+def pack_scales(scale_O: Tensor) -> Tensor:
+    """float32 scales of quant.round_scale -> uint8, for storage. ValueError for any other number."""
+    code_O = (scale_O.view(torch.int32) >> SCALE_SHIFT) - SCALE_BIAS
+    if ((code_O < 0) | (code_O > 255)).any() or not torch.equal(unpack_scales(code_O), scale_O):
+        raise ValueError("a scale is not one of quant.round_scale's 8-bit floats")
+    return code_O.to(torch.uint8)
+
+
+def unpack_scales(code_O: Tensor) -> Tensor:
+    """Inverse of pack_scales."""
+    return ((code_O.to(torch.int32) + SCALE_BIAS) << SCALE_SHIFT).view(torch.float32)
+
+
+class PackedWeight(NamedTuple):
+    codes_OP: Tensor
+    mult_OP: Tensor
+    scale_O: Tensor
+    channels: int
+    taps: int
+    group: int
+
+
+def pack(gw: GridWeight) -> PackedWeight:
+    return PackedWeight(pack_codes(gw.codes_OK), pack_multipliers(gw.mult_OG), gw.scale_O, gw.channels, gw.taps, gw.group)
+
+
+def unpack(pw: PackedWeight) -> GridWeight:
+    """Inverse of pack, bit for bit."""
+    groups = 2 * pw.codes_OP.shape[1] // pw.group
+    mult_OG = unpack_multipliers(pw.mult_OP, groups)
+    return GridWeight(unpack_codes(pw.codes_OP), mult_OG, pw.scale_O, pw.channels, pw.taps, pw.group)
+
+
+def dequantize(pw: PackedWeight) -> Tensor:
+    """float32 (O, K), padding removed."""
+    return dequantize_grid(unpack(pw))
+
+
+def weight_int8(pw: PackedWeight) -> Tensor:
+    """m*q int8 (O, Kp), equal to unpack(pw).int8(), four codes at a time."""
+    u = pw.codes_OP.view(torch.int32)
+    u = torch.cat([u & NIBBLES, u >> 4 & NIBBLES], dim=1)
+    m = unpack_multipliers(pw.mult_OP, u.shape[1] * 4 // pw.group).to(torch.int32)[..., None]
+    lanes = u.unflatten(1, (-1, pw.group // 4)) * m + (128 - ZERO * m) * ONES ^ SIGNS
+    return lanes.flatten(1).view(torch.int8)
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def int8_matmul(X_TK: Tensor, W_OK: Tensor) -> Tensor:
+    """X W^T, int8 -> int32 (T, O), exact. CUDA's _int_mm wants T > 16 and O a multiple of 8: padded with zeros there."""
+    T, O = X_TK.shape[0], W_OK.shape[0]
+    if X_TK.is_cuda and (T <= 16 or O % 8):
+        X_TK, W_OK = F.pad(X_TK, (0, 0, 0, max(0, 17 - T))), F.pad(W_OK, (0, 0, 0, -O % 8))
+        return torch._int_mm(X_TK, W_OK.t())[:T, :O]
+    return torch._int_mm(X_TK, W_OK.t())
+
+
+def _fit(X: Tensor, width: int) -> Tensor:
+    """Cut or zero-pad the channels of X to the weight's padding (group_x and the weight's group may differ)."""
+    return X if X.shape[-1] == width else F.pad(X, (0, width - X.shape[-1]))
+
+
+def _smooth(x: Tensor, inv_smooth_I: Tensor | None) -> Tensor:
+    return x.float() if inv_smooth_I is None else x.float() * inv_smooth_I
+
+
+def w4a4_linear(
+    x: Tensor,
+    pw: PackedWeight,
+    bias: Tensor | None = None,
+    lora_A_rI: Tensor | None = None,
+    lora_B_Or: Tensor | None = None,
+    inv_smooth_I: Tensor | None = None,
+    group_x: int = 16,
+) -> Tensor:
+    """x (..., I) float32 / bf16 / fp16 -> (..., O) in x.dtype. bias, A, B float of any dtype. NaN or inf in a row: NaN."""
+    x_TI = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    x1_TI = _smooth(x_TI, inv_smooth_I)
+    X_TK, s_T = activation_int8(x1_TI, group_x)
+    W_OK = weight_int8(pw)
+    acc_TO = int8_matmul(_fit(X_TK, W_OK.shape[1]), W_OK)
+    low_Tr = None if lora_A_rI is None else x1_TI.to(x.dtype) @ lora_A_rI.to(x.dtype).t()
+    y_TO = _epilogue(acc_TO, s_T, pw.scale_O, bias, low_Tr, lora_B_Or, x.dtype)
+    return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+
+
+def _epilogue(acc_TO, s_T, scale_O, bias, low_Tr, lora_B_Or, dtype) -> Tensor:
+    """s_x s_w acc + bias + low B^T, float32, in place (a fresh temporary costs more than the arithmetic), then dtype."""
+    y_TO = acc_TO * s_T[:, None]  # int32 * float32 -> float32
+    y_TO.mul_(scale_O)
+    if bias is not None:
+        y_TO.add_(bias)
+    if low_Tr is not None:
+        y_TO.add_(low_Tr @ lora_B_Or.to(dtype).t())
+    return y_TO.to(dtype)
+
+
+def w4a4_conv2d(
+    x_NCHW: Tensor,
+    pw: PackedWeight,
+    bias: Tensor | None = None,
+    lora_A_rK: Tensor | None = None,
+    lora_B_Or: Tensor | None = None,
+    inv_smooth_I: Tensor | None = None,
+    group_x: int = 16,
+    kernel_size: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """(N, I, H, W) -> (N, O, H', W') in x.dtype and channels-last memory. lora_A is a convolution flattened like W."""
+    x1_NHWC = _smooth(x_NCHW.permute(0, 2, 3, 1).contiguous(), inv_smooth_I)  # no copy of channels-last memory
+    X_NHWC, s_N = activation_int8(x1_NHWC, group_x, per_sample=True)
+    W_OK = weight_int8(pw)
+    X_NHWC = _fit(X_NHWC, W_OK.shape[1] // pw.taps)
+    X_NHWK = im2col(X_NHWC, kernel_size, stride, padding)
+    acc_TO = int8_matmul(X_NHWK.flatten(0, 2), W_OK)
+    s_T = s_N.repeat_interleave(X_NHWK.shape[1] * X_NHWK.shape[2])
+    low_Tr = None
+    if lora_A_rK is not None:
+        A_rIhw = lora_A_rK.to(x_NCHW.dtype).unflatten(1, (*kernel_size, -1)).permute(0, 3, 1, 2)
+        low = F.conv2d(x1_NHWC.to(x_NCHW.dtype).permute(0, 3, 1, 2), A_rIhw, None, stride, padding)
+        low_Tr = low.permute(0, 2, 3, 1).flatten(0, 2)
+    y_TO = _epilogue(acc_TO, s_T, pw.scale_O, bias, low_Tr, lora_B_Or, x_NCHW.dtype)
+    return y_TO.view(*X_NHWK.shape[:3], y_TO.shape[1]).permute(0, 3, 1, 2)
+
+
+def im2col(X_NHWC: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """int8 windows (N, H', W', kh*kw*C), tap-major, zero padding. C is a multiple of 8."""
+    if kernel_size == (1, 1) and padding == (0, 0):
+        return X_NHWC[:, :: stride[0], :: stride[1]]
+    X = X_NHWC.view(torch.int32)  # four codes at once; the view also stops Inductor from quantizing inside of the gather
+    X = F.pad(X, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    windows = X.unfold(1, kernel_size[0], stride[0]).unfold(2, kernel_size[1], stride[1])  # N, H', W', C, kh, kw
+    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3).view(torch.int8)
+
+
+def w4a16_linear(
+    x: Tensor,
+    pw: PackedWeight,
+    bias: Tensor | None = None,
+    lora_A_rI: Tensor | None = None,
+    lora_B_Or: Tensor | None = None,
+) -> Tensor:
+    """4-bit weights, unquantized activations (modulation layers: many parameters, no compute). y in x.dtype."""
+    y = F.linear(x, dequantize(pw).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if lora_A_rI is not None:
+        y = y + F.linear(F.linear(x, lora_A_rI.to(x.dtype)), lora_B_Or.to(x.dtype))
+    return y
+
+
+@functools.cache
+def compiled(fn: Callable) -> Callable:
+    """torch.compile of fn, cached per function. Without a working C++ compiler: fn itself, after one warning.
+
+    Linear kernels get one graph for layers of all sizes (tensor sizes dynamic, ints such as the group constants). The
+    convolution gets one graph for each geometry and any batch size: with symbolic channels im2col compiles to integer
+    divisions for every element, 12 times slower."""
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler  # slow import, needed here only
+
+    is_conv = fn is w4a4_conv2d
+    fast, broken = torch.compile(fn, dynamic=not is_conv), False
+
+    @functools.wraps(fn)
+    def call(x: Tensor, *args, **kwargs) -> Tensor:
+        nonlocal broken
+        if not broken:
+            if is_conv:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+            try:
+                with (
+                    torch._dynamo.config.patch(specialize_int=True, recompile_limit=64),
+                    torch.fx.experimental._config.patch(use_duck_shape=False),
+                ):
+                    return fast(x, *args, **kwargs)
+            except (InductorError, InvalidCxxCompiler) as e:
+                if not isinstance(getattr(e, "inner_exception", e), InvalidCxxCompiler):
+                    raise
+                broken = True
+                warnings.warn(f"no C++ compiler: {fn.__name__} runs uncompiled", stacklevel=2)
+        return fn(x, *args, **kwargs)
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+def _demo() -> None:
+    gen = torch.Generator().manual_seed(0)
+    print(f"{'layer':28s}{'bits/weight':>12s}{'vs dequantized':>16s}{'vs float':>10s}{'float ms':>10s}{'W4A4 ms':>9s}   (eager)")
+    for name, T, I, O in (("linear 4096 x 128 -> 128", 4096, 128, 128), ("linear 1024 x 1024 -> 1024", 1024, 1024, 1024)):
+        x, w, bias = (torch.randn(*shape, generator=gen) for shape in ((T, I), (O, I), (O,)))
+        A, B = torch.randn(16, I, generator=gen) / I**0.5, torch.randn(O, 16, generator=gen) * 0.1
+        pw = pack(quantize_weight(w))
+        y = w4a4_linear(x, pw, bias, A, B)
+        w_hat, x_hat = dequantize(pw).double(), dequantize_activation(*quantize_activation(x), I).double()
+        branch = x.double() @ A.t().double() @ B.t().double() + bias
+        ref, full = x_hat @ w_hat.t() + branch, x.double() @ w.t().double() + branch
+        W_OK, (X_TK, _) = weight_int8(pw), activation_int8(x)
+        assert torch.equal(int8_matmul(X_TK, W_OK).double(), X_TK.double() @ W_OK.t().double()), "int32 sums are exact"
+        bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_OP, pack_scales(pw.scale_O))) / w.numel()
+        ms = [_milliseconds(f) for f in (lambda: F.linear(x, w, bias), lambda: w4a4_linear(x, pw, bias, A, B))]  # noqa: B023
+        kernel_error, error = ((y - r).norm() / r.norm() for r in (ref, full))
+        print(f"{name:28s}{bits:12.3f}{kernel_error:16.1e}{error:10.3f}{ms[0]:10.2f}{ms[1]:9.2f}")
+    print("invariant holds: the int32 sums equal the float64 products of the codes")
+
+
+def _milliseconds(f: Callable, repeats: int = 9) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times)[repeats // 2]
+
+
+if __name__ == "__main__":
+    _demo()

@@ -1,0 +1,388 @@
+"""The two-level INT4 grid of CMQuant: weights, activations, rounding, fake quantization.
+
+    x[t, k] ~= s[t] * m[t, g(k)] * q[t, k]         q in {-8..7},  m in {1..16},  s float32 > 0       [O]
+
+|m q| <= 128, so m*q is an exact int8 in [-128, 112], and the product of two quantized operands is one int8 GEMM with
+int32 accumulation and one float scale per row of each side, with no rescaling per group (kernels.py):
+
+    Y[t, o] = s_x[t] * s_w[o] * sum_k (m q)_x[t, k] * (m q)_w[o, k]
+
+Zero is the code 0 and there is no zero point; codes are stored with +ZERO only when packed. The grid reaches one code
+further down than up. Counting the half step that rounding forgives, a group spans [-8.5, 7.5] steps, so the smallest step
+that clips none of its values by more than rounding would move them is
+
+    b_g = max(max_k x / 7.5, max_k -x / 8.5),     s = max_g b_g / 16,     m_g = ceil(b_g / s)          |x - x^| <= s m / 2
+
+Activations use exactly this rule (dynamic, one pass for b, one to round; groups of 16 by default: they are never stored).
+Against b = absmax / 7.5 it lowers the error by 5% on Gaussian groups of 16; trying a second multiplier for every group
+lowers it by 1.5% more and doubles the cost; clip < 1 helps groups of 64 only (1.4% at 0.94).
+Weights (groups of 64) search every m in 1..16 for the least squared error, weighted by diag H if there is one. With that
+search the exact row scale hardly matters: trying several gained 0.2% and was dropped, and rounding it up to a float of 8
+bits (5 exponent, 3 mantissa: 2^-26 .. 60) costs less than 0.1%, so a weight row's scale is one byte of storage.
+
+Rounding is `rtn` (nearest) or `gptq`: columns in order, each one's rounding error is pushed into the columns to come,
+
+    E_k = (w_k - w^_k) / U_kk,    w_j -= E_k U_kj  (j > k),    U upper with U^T U = H^-1,    H = E[x x^T]   (GPTQ, 2210.17323)
+
+with the multipliers of a group chosen from the updated columns when the group starts, weighted by 1 / U_kk^2.
+
+Dimension key (whole project): B batch, T tokens (rows), I input channels, O output channels, K flattened reduction axis
+(linear: K = I; conv: K = kh*kw*I, tap-major, channel fastest), G groups, r rank, N H W C as usual. Channels are padded with
+zeros to a multiple of `group` inside each tap, so a group never straddles taps: Kp = taps * ceil(I/group) * group, padded
+codes are 0 and a group of zeros has m = 1. Rows are independent; an all-zero row stays zero.
+
+Inf or NaN: weights raise ValueError; an activation row that holds one gets s = NaN, hence a NaN output row (never silently
+a number), or ValueError with check=True. Activation scales have a floor of 1e-30 (rows below it become zeros).
+Left out on purpose: zero points, FP4, static activation scales, GPTQ's column reordering.
+The grid, its search and the choice of groups are ours [O]; W4A4 is the paper's [A].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QMIN, QMAX, MMAX, ZERO = -8, 7, 16, 8  # codes, largest multiplier, offset of a stored code (kernels.py): u = q + ZERO
+LO, HI = QMIN - 0.5, QMAX + 0.5  # what rounds into the grid, in steps
+TINY = 1e-30
+SCALE_MIN, SCALE_MAX, SCALE_SHIFT = 2.0**-26, 1.875 * 2.0**5, 20  # of weights; low bits of a float32 that are zero
+GROUPS = (8, 16, 32, 64, 128)  # sizes of a group
+BLOCK = 128  # GPTQ: columns between two updates of everything to the right
+
+# ------------------------------------------------------------------------------------------------ reference math
+
+
+def check_group(group: int) -> None:
+    """ValueError unless group is a power of two in 8..128."""
+    if group not in GROUPS:
+        raise ValueError(f"group size must be a power of two from 8 to 128, got {group}")
+
+
+@dataclass
+class GridWeight:
+    """A weight on the grid. codes_OK int8 in -8..7 (O, Kp), mult_OG uint8 in 1..16 (O, Kp/group), scale_O float32
+    with 3 mantissa bits (round_scale)."""
+
+    codes_OK: Tensor
+    mult_OG: Tensor
+    scale_O: Tensor
+    channels: int  # I, without padding
+    taps: int  # kh*kw, 1 for a linear layer
+    group: int
+
+    def int8(self) -> Tensor:
+        """m*q, exact, int8 (O, Kp)."""
+        m_OK = self.mult_OG.to(torch.int16).repeat_interleave(self.group, dim=1)
+        return (m_OK * self.codes_OK).to(torch.int8)  # -128..112
+
+
+def dequantize(gw: GridWeight) -> Tensor:
+    """float32 (O, K), padding removed."""
+    return unpad_taps(gw.int8().float() * gw.scale_O[:, None], gw.channels, gw.taps)
+
+
+def pad_taps(w_OK: Tensor, group: int, taps: int) -> Tensor:
+    """(O, taps*I) -> (O, taps*ceil(I/group)*group): zeros behind each tap's channels."""
+    channels, rest = divmod(w_OK.shape[1], taps)
+    if rest:
+        raise ValueError(f"{w_OK.shape[1]} columns do not divide into {taps} taps")
+    return F.pad(w_OK.unflatten(1, (taps, channels)), (0, -channels % group)).flatten(1)
+
+
+def unpad_taps(w_OK: Tensor, channels: int, taps: int) -> Tensor:
+    return w_OK.unflatten(1, (taps, -1))[..., :channels].flatten(1)
+
+
+def flatten_conv(w_OIhw: Tensor) -> Tensor:
+    """(O, I, kh, kw) -> (O, K): tap-major, channel fastest."""
+    return w_OIhw.permute(0, 2, 3, 1).flatten(1)
+
+
+def unflatten_conv(w_OK: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Inverse of flatten_conv."""
+    return w_OK.unflatten(1, (*kernel_size, -1)).permute(0, 3, 1, 2)
+
+
+def step_bound(x_Gg: Tensor) -> Tensor:
+    """(..., G, group) -> (..., G): the smallest step at which no value lies over half a step outside of the grid."""
+    x_gG = x_Gg.movedim(-1, 0).contiguous()  # short inner reductions are 3x slower in eager mode; no difference compiled
+    return torch.maximum(x_gG.amax(0) * (1 / HI), x_gG.amin(0) * (1 / LO))
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+def choose_multipliers(w_OGg: Tensor, scale_O: Tensor, weight_Gg: Tensor | None = None, search: bool = True) -> Tensor:
+    """m (O, G), float: the best of 1..16 by (weighted) squared error, ties to the smaller; or the activations' rule."""
+    v = w_OGg / scale_O[:, None, None]
+    if not search:
+        return step_bound(v).ceil_().clamp_(1, MMAX)
+    best_OG, m_OG = torch.full_like(v[..., 0], torch.inf), torch.ones_like(v[..., 0])
+    for m in range(1, MMAX + 1):
+        q = (v * (1 / m)).round_().clamp_(QMIN, QMAX)
+        e = torch.sub(v, q, alpha=m).square_()
+        e_OG = e.sum(-1) if weight_Gg is None else e.mul_(weight_Gg).sum(-1)
+        m_OG.masked_fill_(e_OG < best_OG, m)
+        best_OG = torch.minimum(e_OG, best_OG)
+    return m_OG
+
+
+def round_scale(scale_O: Tensor) -> Tensor:
+    """Up to the next float with 3 mantissa bits, from SCALE_MIN on. ValueError above SCALE_MAX."""
+    bits = scale_O.clamp_min(SCALE_MIN).view(torch.int32) + (1 << SCALE_SHIFT) - 1
+    scale_O = (bits >> SCALE_SHIFT << SCALE_SHIFT).view(torch.float32)
+    if (scale_O > SCALE_MAX).any():
+        raise ValueError(f"weights above {SCALE_MAX * MMAX * HI:.0f} in magnitude do not fit the grid")
+    return scale_O
+
+
+def _round(w_OGg: Tensor, m_OG: Tensor, scale_O: Tensor) -> Tensor:
+    return (w_OGg / (m_OG * scale_O[:, None])[..., None]).round_().clamp_(QMIN, QMAX)
+
+
+def round_rtn(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Nearest code of the grid that was chosen: (q, m), float."""
+    return _round(w_OGg, m_OG, scale_O), m_OG
+
+
+def round_gptq(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor) -> tuple[Tensor, Tensor]:
+    """GPTQ with the row scale fixed and each group's multiplier chosen again when its first column is reached."""
+    O, G, g = w_OGg.shape
+    w_KO = w_OGg.flatten(1).t().contiguous()  # a column of W is a contiguous row here
+    q_KO, m_OG = torch.empty_like(w_KO), m_OG.clone()
+    diag_K = U_KK.diagonal()
+    weight_K, inv_K = 1 / diag_K.square(), (1 / diag_K).tolist()
+    for k0 in range(0, G * g, BLOCK):
+        k1 = min(k0 + BLOCK, G * g)
+        err_KO = torch.empty_like(w_KO[k0:k1])
+        for k in range(k0, k1):
+            if k % g == 0:
+                m_O = choose_multipliers(w_KO[k : k + g].t()[:, None], scale_O, weight_K[k : k + g], search)[:, 0]
+                m_OG[:, k // g] = m_O
+                step_O = scale_O * m_O
+            torch.div(w_KO[k], step_O, out=q_KO[k]).round_().clamp_(QMIN, QMAX)
+            e_O = torch.addcmul(w_KO[k], q_KO[k], step_O, value=-1, out=err_KO[k - k0]).mul_(inv_K[k])
+            w_KO[k + 1 : k1].addr_(U_KK[k, k + 1 : k1], e_O, alpha=-1)
+        w_KO[k1:].addmm_(U_KK[k0:k1, k1:].t(), err_KO, alpha=-1)
+    return q_KO.t().reshape(O, G, g), m_OG
+
+
+ROUNDINGS = {"rtn": round_rtn, "gptq": round_gptq}  # change this to try yours
+
+
+def inverse_factor(H_KK: Tensor, group: int = 64, taps: int = 1) -> tuple[Tensor, Tensor]:
+    """H (K, K) -> (H (Kp, Kp), U upper with U^T U = H^-1), float32, padded; computed in float64.
+
+    With R upper and H = R R^T (a Cholesky factorization from the last column to the first), U = R^-1. Columns that never
+    fire (H_kk = 0: dead channels, padding) are decoupled and get H_kk = 1: they are rounded to nearest and disturb nobody.
+    Raises ValueError if H is not positive definite then (damp it)."""
+    H = pad_taps(pad_taps(H_KK.double(), group, taps).t(), group, taps)
+    dead_K = H.diagonal() == 0
+    H = H.masked_fill(dead_K[:, None] | dead_K, 0) + torch.diag(dead_K.double())
+    C, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if info != 0 or not C.isfinite().all():
+        raise ValueError("the Hessian is not positive definite; damp it (e.g. + 0.01 * mean(diag) on the diagonal)")
+    R = C.flip(0, 1)
+    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    return H.float(), U.float()
+
+
+def quantize_weight(
+    w_OK: Tensor,
+    group: int = 64,
+    taps: int = 1,
+    H_KK: Tensor | None = None,
+    rounding: str = "rtn",
+    search: bool = True,
+    factor: tuple[Tensor, Tensor] | None = None,
+) -> GridWeight:
+    """Weights (O, K) -> grid. One signature for all roundings.
+
+    H_KK: second moments of the layer's input (K, K), damped by the caller; gptq needs it, rtn weights its search by diag H
+    if it is given. factor: inverse_factor(H_KK, group, taps), to pay for it once when one H serves several calls.
+    search=False takes s and m from the activations' rule. gptq keeps, row by row, the better of itself and rtn in the
+    H-norm sum_o e_o H e_o^T, so it is never worse. Raises ValueError for a bad group, shape, NaN/inf or unusable H."""
+    check_group(group)
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if not torch.isfinite(w_OK).all():
+        raise ValueError("weights contain inf or NaN")
+    K = w_OK.shape[1]
+    if H_KK is not None and H_KK.shape != (K, K):
+        raise ValueError(f"the Hessian must be {K} x {K} for this weight, got {tuple(H_KK.shape)}")
+    if rounding == "gptq" and factor is None:
+        if H_KK is None:
+            raise ValueError("gptq rounding needs H_KK, the second moments of the layer's input")
+        factor = inverse_factor(H_KK, group, taps)
+
+    w_OGg = pad_taps(w_OK.detach().float(), group, taps).unflatten(1, (-1, group))
+    diag_K = factor[0].diagonal() if factor else None
+    if diag_K is None and H_KK is not None:
+        diag_K = pad_taps(H_KK.diagonal().float()[None], group, taps)[0]
+    weight_Gg = None if diag_K is None else diag_K.reshape(-1, group)
+    scale_O = round_scale(step_bound(w_OGg).amax(1) * (1 / MMAX))
+    m_OG = choose_multipliers(w_OGg, scale_O, weight_Gg, search)
+    U_KK = factor[1] if factor else None
+    q, m = ROUNDINGS[rounding](w_OGg, scale_O, m_OG, search, U_KK)
+    if rounding != "rtn":  # rows where the other rounding lost to rtn go back to it
+        q0, m0 = round_rtn(w_OGg, scale_O, m_OG, search, U_KK)
+        lost_O = _h_error(w_OGg, q, m, scale_O, factor[0]) > _h_error(w_OGg, q0, m0, scale_O, factor[0])
+        q, m = torch.where(lost_O[:, None, None], q0, q), torch.where(lost_O[:, None], m0, m)
+    return GridWeight(q.to(torch.int8).flatten(1), m.to(torch.uint8), scale_O, K // taps, taps, group)
+
+
+def _h_error(w_OGg: Tensor, q: Tensor, m: Tensor, scale_O: Tensor, H: Tensor) -> Tensor:
+    e_OK = (w_OGg - q * (m * scale_O[:, None])[..., None]).flatten(1)
+    return ((e_OK @ H) * e_OK).sum(1)
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+def _quantize(x: Tensor, group: int, per_sample: bool, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """codes (..., G, group) int8, mult (..., G) float32, scale float32 (..., 1), or (N, 1, 1, 1) per sample of x_NHWC."""
+    x = x.float()  # bf16 / fp16 inputs are quantized in float32
+    if x.shape[-1] % group:
+        x = F.pad(x, (0, -x.shape[-1] % group))
+    x_Gg = x.unflatten(-1, (-1, group))
+    b_G = step_bound(x_Gg) * clip
+    s = b_G.amax((-3, -2, -1) if per_sample else -1, keepdim=True) * (1 / MMAX)
+    s = torch.where(s < torch.inf, s, torch.nan).clamp_min(TINY)  # inf becomes nan, nan stays
+    m_G = (b_G / s).ceil().clamp(1, MMAX)
+    q = (x_Gg * (1 / (s * m_G))[..., None]).round_().clamp_(QMIN, QMAX)
+    return q.to(torch.int8), m_G, s
+
+
+def activation_int8(x: Tensor, group: int = 16, per_sample: bool = False, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What the kernels use: m*q int8 (..., Kp) and the float scale, per token, or per sample for x_NHWC."""
+    q, m_G, s = _quantize(x, group, per_sample, clip)
+    return (q * m_G.to(torch.int8)[..., None]).flatten(-2), s.flatten() if per_sample else s.squeeze(-1)
+
+
+def quantize_activation(x_TI: Tensor, group: int = 16, clip: float = 1.0, check: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., T, I), any float dtype -> codes (..., T, Kp) int8, mult (..., T, G) uint8, scale (..., T) float32, per token.
+
+    clip < 1 shrinks every step and clips the tails. check=True raises ValueError for inf/NaN (costs a synchronization)."""
+    q, m_G, s = _quantize(x_TI, group, False, clip)
+    return _checked(q, m_G, s.squeeze(-1), check)
+
+
+def quantize_activation_per_sample(x_NHWC: Tensor, group: int = 16, clip: float = 1.0, check: bool = False):
+    """The grid for convolutions: multipliers per pixel and group, one float scale per sample, because a window mixes
+    pixels and one GEMM can apply one scale per row only. codes (N,H,W,Cp) int8, mult (N,H,W,G) uint8, scale (N)."""
+    q, m_G, s = _quantize(x_NHWC, group, True, clip)
+    return _checked(q, m_G, s.flatten(), check)
+
+
+def _checked(q: Tensor, m_G: Tensor, s: Tensor, check: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if check and not torch.isfinite(s).all():
+        raise ValueError("activations contain inf or NaN")
+    return q.flatten(-2), m_G.to(torch.uint8), s
+
+
+def dequantize_activation(codes: Tensor, mult: Tensor, scale: Tensor, channels: int) -> Tensor:
+    """float32 (..., I) from either granularity."""
+    step_G = mult.float() * scale.reshape(scale.shape + (1,) * (mult.dim() - scale.dim()))
+    return (codes.unflatten(-1, (mult.shape[-1], -1)) * step_G[..., None]).flatten(-2)[..., :channels]
+
+
+def activation_clip_mask(x: Tensor, group: int = 16, per_sample: bool = False, clip: float = 1.0) -> Tensor:
+    """True where x lies inside of [-8.5, 7.5] steps (0.1% of slack for float rounding). All true at clip = 1."""
+    _, m_G, s = _quantize(x, group, per_sample, clip)
+    step = (m_G * s * 1.001).repeat_interleave(group, dim=-1)[..., : x.shape[-1]]
+    return (x <= HI * step) & (x >= LO * step)
+
+
+class _FakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, per_sample, clip):
+        if clip < 1:  # nothing lies outside at clip = 1, the mask would be all ones
+            ctx.save_for_backward(activation_clip_mask(x, group, per_sample, clip))
+        quantize = quantize_activation_per_sample if per_sample else quantize_activation
+        return dequantize_activation(*quantize(x, group, clip), x.shape[-1]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None, None
+
+
+def fake_quant_activation(x: Tensor, group: int = 16, per_sample: bool = False, clip: float = 1.0) -> Tensor:
+    """Quantize and dequantize; straight-through gradient, zero where x lies outside of the clip range."""
+    return _FakeQuant.apply(x, group, per_sample, clip)
+
+
+def smoothing_factors(xmax_I: Tensor, wmax_I: Tensor, alpha: float) -> Tensor:
+    """lambda_I = max|x|^a / max|w|^(1-a), float32 (SmoothQuant, 2211.10438). Use x / lambda and w * lambda.
+
+    Channels with a zero or non-finite factor get 1."""
+    lam = xmax_I.float().pow(alpha) / wmax_I.float().pow(1 - alpha)
+    return torch.where(torch.isfinite(lam) & (lam > TINY) & (xmax_I > 0) & (wmax_I > 0), lam, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------ baselines' grids
+
+
+def quantize_per_row(w_OK: Tensor, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain absmax grid, one float scale per row: (dequantized (O, K), codes int8, scale (O, 1))."""
+    top = 2 ** (bits - 1) - 1
+    scale = (w_OK.float().abs().amax(1, keepdim=True) / top).clamp_min(TINY)
+    codes = (w_OK.float() / scale).round().clamp(-top - 1, top)
+    return codes * scale, codes.to(torch.int8), scale
+
+
+def quantize_group_float(w_OK: Tensor, group: int = 64, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain absmax grid, one float scale per group: (dequantized (O, K), codes int8 (O, G, group), scale (O, G, 1))."""
+    check_group(group)
+    w_RG = pad_taps(w_OK.float(), group, 1).reshape(-1, group)
+    deq, codes, scale = quantize_per_row(w_RG, bits)
+    O, K = w_OK.shape
+    return deq.reshape(O, -1)[:, :K], codes.reshape(O, -1, group), scale.reshape(O, -1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+def _demo() -> None:
+    gen = torch.Generator().manual_seed(0)
+    plain = torch.randn(256, 1024, generator=gen)
+    outlier = plain.clone()
+    outlier[:, ::64] *= 20  # a 20x channel in every group of 64
+    heavy = plain * torch.randn(256, 1024, generator=gen).abs().sqrt()
+
+    def err(x: Tensor, x_hat: Tensor) -> float:
+        return float((x_hat - x).norm() / x.norm())
+
+    def act(x: Tensor, group: int) -> Tensor:
+        return dequantize_activation(*quantize_activation(x, group), x.shape[1])
+
+    rows = [
+        ("one float scale per row", lambda x: quantize_per_row(x)[0]),
+        ("float scale per group of 64", lambda x: quantize_group_float(x)[0]),
+        ("two-level, 64, no search", lambda x: dequantize(quantize_weight(x, search=False))),
+        ("two-level, 64, searched  (weights)", lambda x: dequantize(quantize_weight(x))),
+        ("two-level, 16, dynamic   (activations)", lambda x: act(x, 16)),
+        ("two-level, 8, dynamic", lambda x: act(x, 8)),
+    ]
+    print(f"relative error{'':28s}{'Gaussian':>10s}{'heavy tail':>12s}{'20x outliers':>14s}")
+    for name, f in rows:
+        print(f"{name:42s}" + "".join(f"{err(x, f(x)):{n}.4f}" for x, n in ((plain, 10), (heavy, 12), (outlier, 14))))
+
+    x = plain @ torch.randn(1024, 1024, generator=gen).mul_(torch.linspace(0, 2, 1024).exp() / 32)
+    H = x.t() @ x / len(x)
+    H += 0.01 * H.diagonal().mean() * torch.eye(1024)
+    print(f"\noutput error |(W - Q) x| / |W x|, correlated inputs{'':4s}")
+    for rounding in ROUNDINGS:
+        q = quantize_weight(plain, H_KK=H, rounding=rounding)
+        print(f"{rounding:42s}{err(x @ plain.t(), x @ dequantize(q).t()):10.4f}")
+        assert -128 <= int(q.int8().min()) and int(q.int8().max()) <= 112
+    codes, mult, scale = quantize_activation(outlier, 16)
+    bound = (mult.float() * scale[:, None]).repeat_interleave(16, 1) * 0.5
+    assert ((outlier - dequantize_activation(codes, mult, scale, 1024)).abs() <= bound * 1.0001).all()
+    print("\ninvariant holds: no activation moves by more than half a step of its group")
+
+
+if __name__ == "__main__":
+    _demo()
