@@ -1,0 +1,249 @@
+"""Quality on the procedural scenes: Frechet distance, prompt accuracy, PSNR to the full-precision consistency model.
+
+    python evaluate.py --checkpoint runs/tiny --steps 4 --n 2048 --seed 1234 --json q.json
+    python evaluate.py --train-reader assets/reader.safetensors          makes the classifier that ships
+
+    Frechet    |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) in 128 features of a small classifier, torchmetrics' implementation,
+               against 4,096 rendered scenes of other seeds. No relation to Inception FID: compare rows of one table only.
+    accuracy   share of pictures whose every attribute (shape, colour, size, pattern of every object, at its place, and the
+               background) is read back by that classifier as the prompt has it. On real pictures: the ceiling.
+    psnr       mean over pictures of 10 log10(4 / MSE) dB, values in [-1, 1], to the fp CM's picture from the same noise.
+
+Key: B pictures, P = 5 places, 4 attributes of an object.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+import checkpoint
+import data
+import models
+import sample
+from models import UserError
+
+REFERENCE_SEED = 777_000  # of the rendered scenes that Frechet distances are measured to
+
+
+class Reader(nn.Module):
+    """Classifier of scenes. forward: pictures (B, 3, 32, 32) in [-1, 1] -> features (B, 128); heads: features -> logits."""
+
+    GROUPS = (len(data.SHAPES) + 1, len(data.COLORS), len(data.SIZES), len(data.PATTERNS))  # shape 0: nothing there
+    num_features = 128  # torchmetrics reads this
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(i, o, stride):
+            return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+        convs = (conv(3, 32, 1), conv(32, 64, 2), conv(64, 64, 1), conv(64, 128, 2), conv(128, 128, 1), conv(128, 32, 1))
+        self.trunk = nn.Sequential(*convs, nn.Flatten(), nn.Linear(32 * 64, self.num_features), nn.SiLU())
+        self.objects = nn.Linear(self.num_features, len(data.PLACES) * sum(self.GROUPS))
+        self.background = nn.Linear(self.num_features, len(data.BACKGROUNDS))
+        self.texture = nn.Linear(self.num_features, len(data.TEXTURES))
+
+    def forward(self, pictures):
+        return self.trunk(pictures)
+
+    def heads(self, features):
+        """[shape, color, size, pattern logits (B, P, n)], background (B, 3), texture (B, 2)."""
+        at_place = self.objects(features).view(len(features), len(data.PLACES), -1)
+        return at_place.split(self.GROUPS, -1), self.background(features), self.texture(features)
+
+
+def truth(scene: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Attributes by place (B, P, 4) int64: shape + 1 (0 nothing), color, size, pattern; -1 where nothing has no attribute."""
+    n = len(scene["count"])
+    at = torch.full((n, len(data.PLACES), 4), -1)
+    at[:, :, 0] = 0
+    for slot in range(2):
+        b = (slot < scene["count"]).nonzero().squeeze(1)
+        seen = [scene[key][b, slot] for key in ("shape", "color", "size", "pattern")]
+        at[b, scene["place"][b, slot]] = torch.stack([seen[0] + 1, *seen[1:]], 1)
+    return at
+
+
+def all_right(reader: Reader, features: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B,) bool: every attribute of the scene is read back."""
+    objects, background, texture = reader.heads(features)
+    at = truth(scene)
+    right = (torch.stack([logits.argmax(-1) for logits in objects], -1) == at) | (at == -1)
+    return right.flatten(1).all(1) & (background.argmax(1) == scene["background"]) & (texture.argmax(1) == scene["texture"])
+
+
+def reader_loss(reader: Reader, pictures: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of cross-entropies over attributes."""
+    objects, background, texture = reader.heads(reader(pictures))
+    at = truth(scene)
+    loss = F.cross_entropy(background, scene["background"]) + F.cross_entropy(texture, scene["texture"])
+    for i, logits in enumerate(objects):
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), at[..., i].flatten(), ignore_index=-1)
+    return loss
+
+
+def train_reader(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e-3) -> None:
+    """The shipped classifier; a little noise in training, so that it reads shapes and not the renderer's exact pixels."""
+    torch.manual_seed(0)
+    reader = Reader()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=0.01)
+    for step in tqdm(range(steps)):
+        gen = data.step_generator(7, step)
+        scene = data.random_scenes(batch, gen)
+        pictures = data.render(scene, gen)
+        pictures += 0.03 * torch.randn(pictures.shape, generator=gen) * torch.rand(batch, 1, 1, 1, generator=gen)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = reader_loss(reader, pictures, scene)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    accuracy, _ = real_pictures(reader.eval())
+    info = {"command": f"python evaluate.py --train-reader {path.name}", "seed": 0, "accuracy_on_real": accuracy}
+    checkpoint.write(path, {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}, info)
+    print(f"prompt accuracy on real pictures {accuracy:.4f}")
+
+
+def load_reader(path: Path = models.ASSETS / "reader.safetensors") -> Reader:
+    tensors, _ = models.read_tensors(path, f"make it with `python evaluate.py --train-reader {path}`")
+    reader = Reader()
+    reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    return reader.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features_of(reader: Reader, pictures: torch.Tensor) -> torch.Tensor:
+    return torch.cat([reader(part) for part in pictures.split(256)])
+
+
+def real_pictures(reader: Reader, n: int = 4096) -> tuple[float, torch.Tensor]:
+    """(prompt accuracy, features) of n rendered scenes."""
+    parts, right = [], []
+    for k in range(0, n, 256):
+        gen = data.step_generator(REFERENCE_SEED, k)
+        scene = data.random_scenes(min(256, n - k), gen)
+        parts.append(features_of(reader, data.render(scene, gen)))
+        right.append(all_right(reader, parts[-1], scene))
+    return torch.cat(right).float().mean().item(), torch.cat(parts)
+
+
+def frechet(real: torch.Tensor, features: torch.Tensor) -> float:
+    """Frechet distance of two sets of feature vectors (n, 128), by torchmetrics in float64."""
+    metric = FrechetInceptionDistance(_Identity(), normalize=True, input_img_size=(real.shape[1],), sync_on_compute=False)
+    metric.set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(features.double(), real=False)
+    return metric.compute().item()
+
+
+class _Identity(nn.Module):
+    num_features = Reader.num_features
+
+    def forward(self, features):
+        return features
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean PSNR in dB of pictures in [-1, 1]; identical pictures count 100 dB."""
+    mse = (a - b).square().flatten(1).mean(1).clamp_min(4e-10)
+    return (10 * torch.log10(4 / mse)).mean().item()
+
+
+class Judge:
+    """n prompts and noises (function of seed), the reader, features of rendered scenes: the same questions for any model."""
+
+    def __init__(self, n: int, seed: int, reference: int = 4096):
+        self.reader, self.seed = load_reader(), seed
+        self.scene = data.random_scenes(n, data.step_generator(seed, 0))
+        self.captions = [data.caption_of(self.scene, i) for i in range(n)]
+        self.real_accuracy, self.real = real_pictures(self.reader, reference)
+
+    def draw(self, name: str, model, denoiser: models.Denoiser, steps: int) -> torch.Tensor:
+        parts, size = [], 64
+        for i in tqdm(range(0, len(self.captions), size), desc=f"{name}, {steps} steps", leave=False):
+            parts.append(sample.draw(model, denoiser, self.captions[i : i + size], steps, 1_000_000 * self.seed + i))
+        return torch.cat(parts)
+
+    def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
+        features = features_of(self.reader, pictures)
+        right = all_right(self.reader, features, self.scene).float().mean().item()
+        row = {"frechet": frechet(self.real, features), "prompt_accuracy": right}
+        return row if fp is None else row | {"psnr_to_fp": psnr(pictures, fp)}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    lines = [f"{'':24}{'frechet':>10}{'accuracy':>10}{'psnr to fp':>12}"]
+    for name, row in rows.items():
+        last = f"{row['psnr_to_fp']:>9.2f} dB" if "psnr_to_fp" in row else f"{'-':>12}"
+        lines.append(f"{name:24}{row['frechet']:>10.2f}{row['prompt_accuracy']:>10.3f}{last}")
+    return "\n".join(lines)
+
+
+def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
+    """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
+    student, _ = checkpoint.load_checkpoint(out)
+    (out / "samples").mkdir(exist_ok=True)
+    prompts = list(sample.PROMPTS)
+    sample.grid({"": sample.draw(student, student, prompts, 4, config["seed"])}).save(out / "samples" / "4-steps.png")
+    sample.compare(student, network, prompts, 4, config["seed"], config["guidance"]).save(out / "samples" / "compare.png")
+    s = checkpoint.size(student)
+    ratio = s["mb"] / s["mb_bf16"]
+    print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
+    print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
+    judge = Judge(config["eval_n"], 4321, reference=2048)
+    fp = judge.draw("fp", models.as_cm(network), network, 4)
+    rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
+    print(table(rows))
+    (out / "report.json").write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
+    print(f"pictures: {out / 'samples'}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "evaluate.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py wrote")
+    parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), default=4)
+    parser.add_argument("--n", type=int, default=2048, help="pictures, at least 256")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--json", default="", help="write the scores there")
+    parser.add_argument("--skip-teacher", action="store_true", help="score the consistency models only")
+    parser.add_argument("--train-reader", default="", metavar="FILE", help="train the classifier and stop")
+    args = parser.parse_args(argv)
+    if args.train_reader:
+        train_reader(Path(args.train_reader))
+        return
+    if args.n < 256:
+        raise UserError(f"--n {args.n} is too few for the covariance of {Reader.num_features} features: use 256 or more")
+    student, about = checkpoint.load_checkpoint(args.checkpoint)
+    config = about["config"]
+    network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(torch.bfloat16)
+    judge, rows = Judge(args.n, args.seed), {}
+    if not args.skip_teacher:
+        teacher = sample.guided_teacher(network, config["guidance"])
+        rows["teacher"] = judge.score(judge.draw("teacher", teacher, network, 25)) | {"steps": 25}
+        rows["teacher_same_steps"] = judge.score(judge.draw("teacher", teacher, network, args.steps)) | {"steps": args.steps}
+    fp = judge.draw("fp", models.as_cm(network), network, args.steps)
+    rows["fp"] = judge.score(fp) | {"steps": args.steps}
+    rows["w4a4"] = judge.score(judge.draw("w4a4", student, student, args.steps), fp) | {"steps": args.steps}
+    print(f"{args.n} pictures, seed {args.seed}; real pictures: accuracy {judge.real_accuracy:.3f}")
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,334 @@
+"""train.py, checkpoint.py, sample.py, evaluate.py end to end on the tiny architecture with random weights.
+
+Quality is not judged here (README has it); that nothing is lost, and that what is drawn is what was trained, is.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import evaluate
+import kernels
+import models
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+QUICK = (
+    "--steps 4 --batch 4 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 8 --save-every 1 --grid 8 --eval-n 256"
+)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> str:
+    """Flags that name a random teacher and a random consistency LoRA."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    teacher = models.build("tiny")
+    checkpoint.write(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
+    models.add_lora(teacher, 4)
+    lora = {k: v.half() for k, v in teacher.net.state_dict().items() if "lora_" in k}
+    checkpoint.write(
+        folder / "cm.safetensors", {k: torch.randn_like(v) * 0.05 if k.endswith("B") else v for k, v in lora.items()}, {}
+    )
+    return f"--teacher {folder}/teacher.safetensors --cm {folder}/cm.safetensors"
+
+
+def run(weights: str, out: Path, flags: str = "") -> None:
+    train.main(f"{QUICK} {weights} --out {out} {flags}".split())
+
+
+@pytest.fixture(scope="session")
+def finished(weights, tmp_path_factory) -> Path:
+    """A run that nothing disturbed: both objectives, all kinds of layers."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    run(weights, out)
+    return out
+
+
+def refuse(argv: list[str], capsys, says: str, script=train) -> None:
+    """The script ends with exit code 2 and one sentence."""
+    try:
+        script.main(argv)
+    except SystemExit as stop:  # argparse
+        assert stop.code == 2
+        message = capsys.readouterr().err
+    except models.UserError as error:  # the script's last lines print it and exit with 2
+        message = str(error)
+    else:
+        pytest.fail(f"{argv} was accepted")
+    assert re.search(says, message), message
+    assert "Traceback" not in message
+
+
+# ------------------------------------------------------------------------------------------------ nothing is lost
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def same_files(a: Path, b: Path, *names: str) -> None:
+    for name in names:
+        left, right = (models.read_tensors(folder / name, "")[0] for folder in (a, b))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[k], right[k]) for k in left), name
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, monkeypatch):
+    """Catches randomness outside of (seed, step), a moment that is not saved, an anchor that is taken again from moved LoRA."""
+    update = checkpoint.State.update
+
+    def killed(self, step, loss, log):
+        if step == 2:
+            raise KeyboardInterrupt
+        update(self, step, loss, log)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.State, "update", killed)
+        run(weights, tmp_path / "r")
+    assert not (tmp_path / "r" / "model.safetensors").exists()
+    run(weights, tmp_path / "r")
+    same_files(finished, tmp_path / "r", "start.safetensors", "state.safetensors", "model.safetensors")
+    assert losses(tmp_path / "r") == losses(finished)
+
+
+def test_lora_moved_and_nothing_else(finished):
+    """Catches an optimizer that trains the base, and one that trains nothing."""
+    start, _ = models.read_tensors(finished / "start.safetensors", "")
+    state, _ = models.read_tensors(finished / "state.safetensors", "")
+    end, _ = models.read_tensors(finished / "model.safetensors", "")
+    for key, tensor in end.items():
+        if "lora_" not in key:
+            same = kernels.pack_scales(start[key]) if key.endswith("scale_O") else start[key].to(tensor.dtype)
+            assert torch.equal(tensor, same), key
+    moved = [not torch.equal(state[f"p.{k}"], start[k]) for k in end if "lora_B" in k]
+    assert sum(moved) > 0.9 * len(moved)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_at_the_same_global_batch(weights, tmp_path):
+    """Catches ranks that see the same pictures, a missing average and a loss scaled by the number of ranks."""
+    flags = f"{QUICK} {weights} --steps 2 --rollout 0.5".split()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for ranks in (1, 2):
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            "--master-port",
+            str(29650 + ranks),
+        ]
+        job = [*launch, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / str(ranks))]
+        subprocess.run(job, env=env, check=True, capture_output=True)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    states = [models.read_tensors(tmp_path / str(r) / "state.safetensors", "")[0] for r in (1, 2)]
+    assert len(one) == len(two) == 2
+    for key, tensor in states[0].items():
+        if key.startswith("p."):
+            change = (tensor - states[1][key]).abs().max()
+            assert change <= 0.05 * 2e-4 * 2 + 1e-6 or (tensor - states[1][key]).norm() <= 0.02 * tensor.norm(), key
+
+
+# ------------------------------------------------------------------------------------------------ what was trained is drawn
+
+
+def test_pictures_of_a_new_process_equal_those_at_the_end_of_training(finished, tmp_path):
+    """Catches a checkpoint that rounds what training did not, and noise that depends on the process."""
+    subprocess.run(
+        [sys.executable, "sample.py", "--checkpoint", str(finished), "--out", str(tmp_path / "grid.png")], cwd=ROOT, check=True
+    )
+    drawn, kept = (np.array(Image.open(p)) for p in (tmp_path / "grid.png", finished / "samples" / "4-steps.png"))
+    assert drawn.shape == kept.shape and (drawn == kept).all()
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_its_place_in_the_batch(finished):
+    """Catches noise drawn for a whole batch at once."""
+    student, _ = checkpoint.load_checkpoint(finished)
+    noise = sample.start_noise(3, student.latent, 5)
+    assert torch.equal(noise[2:], sample.start_noise(1, student.latent, 7))
+    both, alone = (
+        sample.draw(student, student, list(sample.PROMPTS[:2]), 1, 3),
+        sample.draw(student, student, [sample.PROMPTS[1]], 1, 4),
+    )
+    torch.testing.assert_close(both[1:], alone, atol=0.05, rtol=0)
+
+
+def test_bits_per_weight_count_every_byte_of_the_packed_layers(finished):
+    """Catches a size that forgets scales, multipliers or padding: recomputed here from the file."""
+    student, about = checkpoint.load_checkpoint(finished)
+    tensors, _ = models.read_tensors(finished / "model.safetensors", "")
+    packed = sum(t.nbytes for k, t in tensors.items() if k.split(".")[-1].split("_")[0] in ("codes", "mult", "scale"))
+    values = sum(np.prod(row["shape"]) for row in about["layers"].values())
+    size = checkpoint.size(student)
+    assert abs(size["bits_per_weight"] - 8 * packed / values) < 1e-6
+    network = sum(t.nbytes for k, t in tensors.items() if k.startswith("net."))
+    assert abs(size["mb"] - network / 1e6) < 1e-3 * size["mb"]
+
+
+def test_merged_deployment_has_no_branch_and_draws(weights, finished, tmp_path):
+    """Catches a merge that drops the branch without adding it to the weight."""
+    out = tmp_path / "merged"
+    out.mkdir()
+    student, table = checkpoint.load_start(finished, "tiny")
+    shutil.copy(finished / "config.json", out)
+    checkpoint.save_checkpoint(out, student, table, merged=True)
+    merged, about = checkpoint.load_checkpoint(out)
+    assert all(row["rank"] == 0 for row in about["layers"].values())
+    assert not any("lora_" in k for k in merged.state_dict())
+    assert sample.draw(merged, merged, [sample.PROMPTS[0]], 2).isfinite().all()
+
+
+def test_evaluate_writes_the_rows_it_prints(finished, tmp_path, monkeypatch, capsys):
+    """Catches a JSON without the promised fields, and a PSNR of something else than the fp model's pictures."""
+    monkeypatch.setattr(evaluate, "load_reader", lambda: evaluate.Reader().eval().requires_grad_(False))
+    evaluate.main(
+        ["--checkpoint", str(finished), "--steps", "1", "--n", "256", "--skip-teacher", "--json", str(tmp_path / "q.json")]
+    )
+    rows = json.loads((tmp_path / "q.json").read_text())
+    assert set(rows["w4a4"]) == {"frechet", "prompt_accuracy", "psnr_to_fp", "steps"} and "psnr_to_fp" not in rows["fp"]
+    assert f"{rows['w4a4']['frechet']:.2f}" in capsys.readouterr().out
+
+
+def test_psnr_is_ten_log_of_peak_over_error():
+    """Catches a wrong peak: a uniform error of 0.02 on values in [-1, 1] is 40 dB."""
+    assert abs(evaluate.psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.02)) - 40.0) < 1e-4
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    """Catches variances for standard deviations: N(0, 1) against N(1, 4) in d dimensions is d (1 + 1)."""
+    gen = torch.Generator().manual_seed(0)
+    a, b = torch.randn(40_000, 128, generator=gen), 1 + 2 * torch.randn(40_000, 128, generator=gen)
+    assert abs(evaluate.frechet(a, b) - 2 * 128) < 6
+    assert evaluate.frechet(a, a) < 1e-3
+
+
+def test_the_shipped_classifier_reads_real_pictures():
+    """Catches a classifier that does not fit the pictures: more than 0.97 of scenes with every attribute right."""
+    accuracy, features = evaluate.real_pictures(evaluate.load_reader(), 1024)
+    assert accuracy > 0.97 and features.shape == (1024, 128)
+
+
+# ------------------------------------------------------------------------------------------------ what a user can get wrong
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--stpes 3", "unrecognized arguments: --stpes"),
+        ("--step 3", "unrecognized arguments: --step"),  # no abbreviations
+        ("--model sdx", "invalid choice: 'sdx'"),
+        ("--steps many", "invalid int value"),
+        ("--group-w 48", "invalid choice: 48"),
+        ("--group-x 4", "invalid choice: 4"),
+        ("--rank 100", "--rank 100 is larger than layer"),
+        ("--batch 0", "--batch must be at least 1"),
+        ("--targets anchor", "EARLY,LATE"),
+        ("--phases 1,x", "--phases 1,x must be numbers"),
+        ("--teacher none.safetensors", "none.safetensors does not exist: make it with"),
+        ("--data nowhere", "not a folder"),
+        ("--out /proc/no/run", "cannot write to the run folder"),
+    ],
+)
+def test_bad_flags_are_one_sentence(weights, tmp_path, capsys, flags, says):
+    """Catches a traceback, and a mistake that is noticed only after the work."""
+    refuse(f"{QUICK} {weights} --out {tmp_path}/r {flags}".split(), capsys, says)
+
+
+def test_exit_code_is_2_and_stderr_one_line(tmp_path):
+    """The same through the shell, for each script."""
+    for job in (["train.py", "--data", "nowhere", "--out", str(tmp_path)], ["sample.py", "--checkpoint", "nowhere"]):
+        done = subprocess.run([sys.executable, *job], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("damage, says", [("truncate", "truncated"), ("remove", "unfinished or damaged"), ("format", "checkpoint format 99"),
+                                          ("json", "config.json is damaged"), ("swap", "does not fit its table")])  # fmt: skip
+def test_damaged_checkpoints_are_named(finished, tmp_path, capsys, damage, says):
+    """Catches pictures drawn from a broken file."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    model, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "truncate":
+        model.write_bytes(model.read_bytes()[:100_000])
+    elif damage == "remove":
+        model.unlink()
+    elif damage == "format":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"format": 99}))
+    elif damage == "json":
+        config.write_text(config.read_text()[:100])
+    elif damage == "swap":
+        checkpoint.write(model, {"a": torch.zeros(3)}, {})
+    refuse(["--checkpoint", str(folder), "--out", str(tmp_path / "x.png")], capsys, says, sample)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_run_folder_of_another_configuration_is_not_overwritten(weights, finished, capsys):
+    """Catches a resumed run that mixes two configurations."""
+    before = (finished / "state.safetensors").read_bytes()
+    refuse(f"{QUICK} {weights} --out {finished} --lr 1e-3".split(), capsys, "another lr: choose another --out")
+    assert (finished / "state.safetensors").read_bytes() == before
+
+
+def test_nan_in_the_data_stops_the_run_and_keeps_the_last_state(weights, finished, tmp_path, monkeypatch, capsys):
+    """Catches NaN that reaches the checkpoint."""
+    out = tmp_path / "nan"
+    shutil.copytree(finished, out)
+    batch = data.Scenes.batch
+
+    def broken(self, n, gen):
+        pictures, captions = batch(self, n, gen)
+        return pictures * float("nan"), captions
+
+    for name in ("state.safetensors", "model.safetensors", "metrics.jsonl"):
+        (out / name).unlink()
+    monkeypatch.setattr(data.Scenes, "batch", broken)
+    refuse(f"{QUICK} {weights} --out {out}".split(), capsys, r"loss nan.*look at the data or lower --lr")
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """Catches a half-written file under the final name."""
+    with pytest.raises(models.UserError, match="free some space"):
+        checkpoint.write(tmp_path / "no folder" / "x.safetensors", {"a": torch.zeros(9)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_prints_every_field_and_touches_nothing(tmp_path, capsys):
+    """Catches a dry run that creates folders."""
+    train.main(["--dry-run", "--out", str(tmp_path / "r")])
+    printed = capsys.readouterr().out
+    assert all(f.name in printed for f in dataclasses.fields(train.Config)) and not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------------------------ promises about the code
+
+
+def test_every_field_of_the_configuration_has_a_reader():
+    """Catches a flag that is parsed and never read."""
+    code = "".join((ROOT / name).read_text() for name in ("train.py", "checkpoint.py", "sample.py", "evaluate.py"))
+    for f in dataclasses.fields(train.Config):
+        assert re.search(rf"\bcfg\.{f.name}\b|config\[\"{f.name}\"\]|\"config\"\]\[\"{f.name}\"\]", code) or f.name == "recipe", (
+            f.name
+        )
+    assert 'RECIPES[given.get("recipe"' in code
+
+
+def test_train_reads_in_one_sitting():
+    """At most 350 lines."""
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 350

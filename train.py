@@ -1,0 +1,347 @@
+"""CMQuant: distil a teacher into a few-step consistency model while quantizing it to 4-bit weights and activations.
+
+    python train.py                                        tiny, W4A4, runs/tiny: statistics, ranks, LoRA, distillation, checkpoint
+    python train.py --recipe paper                         the paper's TDPT alone
+    python train.py --init zero --targets self,self --rollout 0     QLoRA-style start, self-consistency: the baseline
+    python train.py --bits 16                              the full-precision consistency model, a LoRA on the teacher
+    python train.py --stage teacher                        the teacher, from nothing
+    python train.py --dry-run                              print the configuration and stop
+
+Rerunning a command resumes it: everything random in step k is a function of (seed, k), so a killed run ends with the same numbers.
+`torchrun --nproc-per-node 2 train.py ..` splits the global batch; only LoRA gradients travel.
+
+A run folder holds config.json, metrics.jsonl, start.safetensors (the packed student before training), state.safetensors (to
+resume), and at the end model.safetensors, the deployed checkpoint, and samples/.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+import data
+import evaluate
+import hessian
+import hgs_lora
+import models
+import qra
+import quant
+import tdpt
+from checkpoint import rank, world
+from models import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice of a run. "Paper" figures are those of published few-step recipes where CMQuant's own are unknown."""
+
+    model: str = "tiny"  # tiny (SDXL's UNet class) or tiny-flux (FLUX's transformer class)
+    stage: str = "student"  # student: distil; teacher: train the teacher from nothing
+    bits: int = 4  # 4: W4A4 student; 16: the full-precision consistency model
+    recipe: str = "cmquant"  # cmquant: TDPT mixed with rollouts; paper: TDPT alone, (anchor, fp) targets
+    out: str = ""  # run folder; default runs/MODEL, runs/MODEL-cm or runs/MODEL-teacher
+    data: str = ""  # folder of captioned pictures; default: procedural scenes
+    teacher: str = ""  # teacher weights; default assets/MODEL.safetensors; for --stage teacher: where to start from
+    cm: str = ""  # consistency LoRA of the teacher; default assets/MODEL-cm.safetensors
+    seed: int = 0
+    steps: int = 120  # updates; 0 packs and measures the initialisation
+    batch: int = 32  # pictures in an update, over all ranks
+    lr: float = 2e-4  # AdamW on A, B (LCM-LoRA: 1e-4); cosine to zero
+    warmup: int = 10  # updates
+    clip: float = 1.0  # gradient norm
+    # number format
+    group_w: int = 64  # weights that share a multiplier
+    group_x: int = 16  # activations that share a multiplier
+    smooth: float = 0.0  # SmoothQuant exponent a; 0: off
+    rounding: str = "gptq"  # gptq or rtn
+    # start
+    init: str = "hgs"  # zero, pissa, principal, loftq, svdquant, qera, hgs
+    iters: int = 8  # alternations of hgs and loftq
+    ranks: str = "qra"  # uniform, variation, spectrum, qra, shuffled
+    rank: int = 16  # average rank at equal parameters
+    calibration: int = 64  # captions for Hessians and variation
+    hessian_mb: int = 2048  # budget of the float64 sums of one calibration pass
+    # objective
+    rollout: float = 0.5  # share of updates that are on-policy rollouts, the others are TDPT
+    trajectory: str = "fp"  # rollouts follow the fp consistency model or the cached guided teacher
+    on_policy: bool = True  # rollouts start each phase from the student's own state, not from the reference's
+    cached: int = 2048  # teacher trajectories in the cache (trajectory = teacher)
+    phases: str = "1,2,4"  # numbers of jumps that a rollout may have
+    jitter: float = 0.0  # share of rollouts whose inner edges are random grid points
+    edges: int = 4  # K, phases of TDPT
+    grid: int = 48  # N, solver points (LCM: 50)
+    split: float = 0.5  # T' as a share of the grid: at and above it targets[0]
+    targets: str = "anchor,fp"  # early,late: each of anchor, fp, self, teacher
+    guidance: float = 4.0  # w of the teacher: u + w (c - u)
+    huber: float = 1e-3  # c
+    # deployment
+    deploy: str = "branch"  # branch: LoRA beside the packed weight; merged: Q(Q + BA), strict W4A4
+    eval_n: int = 512  # pictures of the closing quality line
+    save_every: int = 20  # updates between two resumable states
+    compile: bool = False  # torch.compile the kernels
+    dry_run: bool = False  # print the configuration and stop
+
+
+RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
+STAGES = {
+    "teacher": {"steps": 6500, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 500},
+    "cm": {"steps": 600, "rank": 32, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "jitter": 0.3},
+    "student": {},
+}
+CHOICES = {
+    "model": models.MODELS, "stage": ("student", "teacher"), "bits": (4, 16), "recipe": tuple(RECIPES),
+    "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS),
+    "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
+}  # fmt: skip
+
+
+def parse(argv: list[str]) -> Config:
+    """Defaults < stage < recipe < command line. Unknown flags and abbreviations are refused with exit code 2."""
+    parser = argparse.ArgumentParser(
+        "train.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for f in dataclasses.fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), default=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    stage = "teacher" if given.get("stage") == "teacher" else "cm" if given.get("bits") == 16 else "student"
+    folder = {"out": f"runs/{given.get('model', 'tiny')}" + {"teacher": "-teacher", "cm": "-cm", "student": ""}[stage]}
+    return Config(**(folder | STAGES[stage] | RECIPES[given.get("recipe", "cmquant")] | given))
+
+
+def check(cfg: Config) -> None:
+    """UserError for a configuration that cannot run, before anything costly."""
+    for name in ("batch", "rank", "calibration", "edges", "grid", "eval_n", "save_every", "cached"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
+    if cfg.batch % world():
+        raise UserError(f"--batch {cfg.batch} does not divide among {world()} ranks")
+    unknown = set(cfg.targets.split(",")) - {"anchor", "fp", "self", "teacher"}
+    if unknown or len(cfg.targets.split(",")) != 2:
+        raise UserError(f"--targets {cfg.targets} must be EARLY,LATE, each of anchor, fp, self, teacher")
+    if not all(k.isdigit() and 1 <= int(k) <= cfg.grid for k in cfg.phases.split(",")):
+        raise UserError(f"--phases {cfg.phases} must be numbers from 1 to --grid, such as 1,2,4")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage "teacher"
+
+
+def train_teacher(cfg: Config, out: Path, pictures) -> None:
+    """Plain diffusion training: squared error at uniform times, 10% of captions dropped, EMA 0.999 -> MODEL.safetensors."""
+    torch.manual_seed(cfg.seed)
+    model = models.load_teacher(cfg.model, cfg.teacher).requires_grad_() if cfg.teacher else models.build(cfg.model)
+    params = dict(model.named_parameters())
+    state = checkpoint.State(out, params, cfg)
+    start, saved = state.load()
+    ema = {k: saved[f"ema.{k}"] if saved else p.detach().clone() for k, p in params.items()}
+    times, mine = model.path.grid(1000), slice(rank(), None, world())
+    with open(out / "metrics.jsonl", "a") as log:
+        for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="teacher")):
+            gen = data.step_generator(cfg.seed, step)
+            x, captions = pictures.batch(cfg.batch, gen)
+            drop = torch.rand(cfg.batch, generator=gen) < 0.1
+            cond = model.encode([data.UNCONDITIONAL if d else c for d, c in zip(drop, captions, strict=True)][mine])
+            x0, t = models.to_latents(x)[mine], times[torch.randint(0, 1000, (cfg.batch,), generator=gen)][mine]
+            eps = torch.randn(cfg.batch, *model.latent, generator=gen)[mine]
+            with torch.autocast("cpu", torch.bfloat16):
+                pred = model(model.path.add_noise(x0, eps, t), t, t, cond)
+            loss = (pred.float() - model.path.prediction_of(x0, eps, t)).square().mean()
+            loss.backward()
+            state.update(step, loss.item(), log)
+            decay = min(0.999, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+            bar.set_postfix_str(f"loss {loss.item():.4f}")
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                state.save(step + 1, {f"ema.{k}": v for k, v in ema.items()})
+    about = {"command": " ".join(["python train.py", *sys.argv[1:]]), "seed": cfg.seed, "steps": cfg.steps, "batch": cfg.batch}
+    checkpoint.write(out / f"{cfg.model}.safetensors", {k: v.half() for k, v in ema.items()}, about)
+    print(f"teacher: {out / cfg.model}.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage "student", 16 or 4 bits
+
+
+def calibration_run(cfg: Config, base: models.Denoiser, pictures):
+    """Drives captions through the consistency model: every jump that the student will make, all phases equally often."""
+    gen = data.step_generator(cfg.seed, 0, stream=1)
+    cond = base.encode(pictures.captions(cfg.calibration, gen))
+    x_T = torch.randn(cfg.calibration, *base.latent, generator=gen)
+
+    def run(set_bin):
+        def observed(x, t, s, cond):
+            set_bin(min(3, int(4 * float(t[0]) / base.path.start)))
+            return base(x, t, s, cond)
+
+        for k in map(int, cfg.phases.split(",")):
+            tdpt.sample(observed, base.path, x_T, cond, k)
+
+    return run
+
+
+@torch.no_grad()
+def quantized_student(cfg: Config, base: models.Denoiser, pictures) -> tuple[models.Denoiser, dict[str, dict]]:
+    """The fused consistency model (float32) -> its W4A4 twin with HGS-LoRA, in place, and the table of layers."""
+    kinds = {name: models.precision(name) for name in models.float_layers(base.net)}
+    layers = {name: layer for name, layer in models.float_layers(base.net).items() if kinds[name] != "16bit"}
+    for name, layer in layers.items():
+        if cfg.rank > min(layer.weight.flatten(1).shape):
+            raise UserError(f"--rank {cfg.rank} is larger than layer {name} {tuple(layer.weight.shape)}: choose a smaller one")
+    # 1. statistics of what each layer reads: H = E[x x^T], absmax per channel and timestep
+    stats = hessian.collect(base.net, list(layers), calibration_run(cfg, base, pictures), cfg.hessian_mb << 20)
+    weights, whiteners, smoothings, cache = {}, {}, {}, {}
+    for name, layer in layers.items():
+        w_OK, lam = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight), None
+        taps = layer.weight[0, 0].numel()
+        key, H_KK = stats[name], stats[name].H_KK
+        if cfg.smooth and kinds[name] == "w4a4":
+            lam = quant.smoothing_factors(stats[name].xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
+            w_OK, key, H_KK = w_OK * lam.repeat(taps), name, hessian.smooth(H_KK, lam)
+        cache[key] = whiteners[name] = cache.get(key) or hgs_lora.Whitener(H_KK)  # q, k, v share theirs
+        weights[name], smoothings[name] = w_OK, lam
+    # 2. QRA: ranks from the whitened spectrum of the rounding residual and the variation of activations and weights
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    spectra, energy, v_x, v_w = {}, {}, {}, {}
+    for name, w_OK in weights.items():
+        L, taps = whiteners[name].L_KK, layers[name].weight[0, 0].numel()
+        residual = w_OK - quant.dequantize(quant.quantize_weight(w_OK, cfg.group_w, taps))
+        spectra[name], energy[name] = hgs_lora.whitened_spectrum(residual, L), float((w_OK.double() @ L).square().sum())
+        v_x[name], v_w[name] = hessian.variation(stats[name], layers[name].weight)
+    args = (shapes, spectra, energy, v_x, v_w, cfg.ranks, cfg.rank)
+    ranks = qra.allocate(*args, r_min=min(4, cfg.rank), r_max=4 * cfg.rank, seed=cfg.seed)
+    # 3. HGS-LoRA: W ~ Q + B A, then the packed layer takes the float layer's place
+    table, gen = {}, data.step_generator(cfg.seed, 0, stream=2)
+    for name, layer in tqdm(layers.items(), desc=f"split ({cfg.init}, {cfg.rounding})"):
+        w_OK, white, taps = weights[name], whiteners[name], layer.weight[0, 0].numel()
+        grid = (cfg.group_w, taps, cfg.rounding, cfg.iters)
+        gw, A_rK, B_Or = hgs_lora.decompose(w_OK, white, ranks[name], cfg.init, *grid, generator=gen)
+        packed = checkpoint.packed_class(kinds[name], layer).from_float(layer, gw, A_rK, B_Or, smoothings[name], cfg.group_x)
+        hgs_lora.replace(base.net, name, packed)
+        table[name] = {"kind": kinds[name], "shape": shapes[name], "rank": ranks[name], "smooth": smoothings[name] is not None}
+        table[name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x}
+        table[name]["error"] = hgs_lora.relative_error(w_OK, white.L_KK, gw, A_rK, B_Or)
+    return base, table
+
+
+def rollout_reference(cfg: Config, gen: torch.Generator, network: models.Denoiser, fp, pictures, cache):
+    """(states at the edges, cond, edges), this rank's share: K jumps from noise along the fp CM or a cached trajectory."""
+    mine, phases = slice(rank(), None, world()), cfg.phases.split(",")
+    K = int(phases[torch.randint(len(phases), (1,), generator=gen)])
+    times = network.path.grid(cfg.grid) if cache is None else cache.times
+    inner = 1 + torch.randperm(len(times) - 2, generator=gen)[: K - 1].sort().values
+    random_edges = times[torch.tensor([0, *inner.tolist(), len(times) - 1])]
+    edges = random_edges if torch.rand(1, generator=gen) < cfg.jitter else tdpt.phase_edges(times, K)
+    if cache is not None:
+        pick = torch.randint(len(cache.captions), (cfg.batch,), generator=gen)[mine]
+        states = tdpt.states_at(cache.states[:, pick].float(), times, edges)
+        return states, network.encode([cache.captions[i] for i in pick]), edges
+    cond = network.encode(pictures.captions(cfg.batch, gen)[mine])
+    x_T = torch.randn(cfg.batch, *network.latent, generator=gen)[mine]
+    return tdpt.rollout_states(fp, network.path, x_T, cond, edges), cond, edges
+
+
+def distil(cfg: Config, out: Path, student, params: dict[str, torch.Tensor], network: models.Denoiser, pictures, anchor=None):
+    """4. TDPT mixed with on-policy rollouts, on `params`. `network` is the teacher and the fp consistency model, by switch."""
+    path, mine, null = network.path, slice(rank(), None, world()), network.encode([data.UNCONDITIONAL])
+    teacher, fp = tdpt.guided(models.as_teacher(network), cfg.guidance, null), models.as_cm(network)
+    grid, targets, cache = path.grid(cfg.grid), cfg.targets.split(","), None
+    edges = tdpt.phase_edges(grid, cfg.edges)
+    if cfg.rollout and cfg.trajectory == "teacher":
+        cache = checkpoint.Trajectories(out / "cache", teacher, network, pictures, cfg.cached, path.grid(cfg.grid // 2), cfg.seed)
+    state = checkpoint.State(out, params, cfg)
+    start, _ = state.load()
+    with open(out / "metrics.jsonl", "a") as log:
+        for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil")):
+            gen = data.step_generator(cfg.seed, step)
+            if torch.rand(1, generator=gen) < cfg.rollout:
+                # on-policy rollout: K jumps of the student, each from its own last state to where the reference arrives
+                states, cond, rollout_edges = rollout_reference(cfg, gen, network, fp, pictures, cache)
+                loss, K = 0.0, len(rollout_edges) - 1
+                for loss_k in tdpt.rollout_phases(student, path, states, cond, rollout_edges, cfg.on_policy, cfg.huber):
+                    (loss_k / K).backward()
+                    loss += loss_k.item() / K
+            else:
+                # TDPT: x_t on the path, x_u by one solver step, the stage's target jumps on to the end of the phase
+                x, captions = pictures.batch(cfg.batch, gen)
+                x0, cond = models.to_latents(x)[mine], network.encode(captions[mine])
+                noise = torch.randn(cfg.batch, *network.latent, generator=gen)[mine]
+                idx = torch.randint(cfg.grid, (cfg.batch,), generator=gen)[mine]
+                networks, phases = (student, anchor, fp, teacher), (grid, edges, cfg.split, targets, cfg.huber)
+                loss, _ = tdpt.tdpt_loss(*networks, path, x0, cond, noise, idx, *phases)
+                loss.backward()
+                loss = loss.item()
+            state.update(step, loss, log)
+            bar.set_postfix_str(f"loss {loss:.4f}")
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                state.save(step + 1)
+
+
+def train_student(cfg: Config, out: Path, pictures) -> None:
+    network = models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(torch.bfloat16)
+    if rank() == 0 and not (out / "start.safetensors").exists():
+        checkpoint.save_start(out, *quantized_student(cfg, models.fuse(models.load_cm(cfg.model, cfg.teacher, cfg.cm)), pictures))
+    if world() > 1:
+        dist.barrier()
+    student, table = checkpoint.load_start(out, cfg.model)
+    student.to(torch.bfloat16)
+    hgs_lora.set_compiled(student, cfg.compile)
+    params = {k: p.requires_grad_() for k, p in student.named_parameters() if "lora_" in k}
+
+    def anchor(*args):
+        with hgs_lora.anchor(student):
+            return student(*args)
+
+    distil(cfg, out, student, params, network, pictures, anchor)
+    if rank() == 0:  # 5. pack, reload, draw, measure
+        checkpoint.save_checkpoint(out, student, table, merged=cfg.deploy == "merged")
+        evaluate.closing_report(out, network, dataclasses.asdict(cfg))
+
+
+def train_cm(cfg: Config, out: Path, pictures) -> None:
+    """The same objective at 16 bits: the LoRA of the full-precision consistency model, MODEL-cm.safetensors."""
+    student = models.load_teacher(cfg.model, cfg.teacher).to(torch.bfloat16)
+    models.add_lora(student, cfg.rank, cfg.seed)
+    params = {k: p.requires_grad_() for k, p in student.named_parameters() if "lora_" in k}
+    distil(cfg, out, models.as_cm(student), params, student, pictures)
+    if rank() == 0:
+        about = {"command": " ".join(["python train.py", *sys.argv[1:]]), "seed": cfg.seed, "steps": cfg.steps, "batch": cfg.batch}
+        halves = {k.removeprefix("net."): p.half() for k, p in params.items()}
+        checkpoint.write(out / f"{cfg.model}-cm.safetensors", halves, about)
+        print(f"consistency LoRA: {out / cfg.model}-cm.safetensors")
+
+
+def main(argv: list[str]) -> None:
+    cfg = parse(argv)
+    check(cfg)
+    print("\n".join(f"{k:12} {v}" for k, v in dataclasses.asdict(cfg).items()))
+    if cfg.dry_run:
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    began, out = time.time(), Path(cfg.out)
+    checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": ""}, leader=rank() == 0)
+    stage = train_teacher if cfg.stage == "teacher" else train_cm if cfg.bits == 16 else train_student
+    stage(cfg, out, data.source(cfg.data))
+    if world() > 1:
+        dist.barrier()  # a rank that leaves early would break the others' last exchange
+    print(f"{time.time() - began:.0f} seconds; the same command again would only repeat this report")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
