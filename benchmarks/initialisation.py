@@ -48,7 +48,8 @@ def main() -> None:
         w = r["w4a4"]
         lines.append(f"| {name} | `{flags or '(none)'}` | {w['psnr_to_fp']:.2f} | {w['frechet']:.1f} | {r['mb_lora']:.2f} |")
         print(lines[-1], flush=True)
-    lines.append(f"\n{args.n} pictures, 4 steps, seed 0; fp Frechet {r['fp']['frechet']:.1f}; {platform.machine()} CPU, torch {torch.__version__}")
+    machine = f"{platform.machine()} CPU, torch {torch.__version__}"
+    lines.append(f"\n{args.n} pictures, 4 steps, seed 0; fp Frechet {r['fp']['frechet']:.1f}; {machine}")
     (ROOT / "benchmarks" / "initialisation.md").write_text("\n".join(lines) + "\n")
 
 

@@ -1,8 +1,9 @@
 """Quality on tiny at 1, 2 and 4 steps per recipe and training seed, all W4A4 rows after the same number of updates.
 
-    python benchmarks/quality.py [--seeds 3] [--n 2048] [--out runs/quality]       hours on two cores; finished parts are not run again
+    python benchmarks/quality.py [--seeds 3] [--n 2048] [--out runs/quality]
 
-Writes benchmarks/quality.md: mean +- sd over training seeds. Teacher and fp rows have one set of weights and no spread.
+Hours on two cores; finished parts are not run again. Writes benchmarks/quality.md: mean +- sd over training seeds.
+Teacher and fp rows have one set of weights and no spread.
 """
 
 import argparse
@@ -25,6 +26,8 @@ RECIPES = {
     "CMQuant start, no training": "--steps 0",
 }
 
+OTHERS = {"teacher": "teacher, guided, 25 steps", "teacher_same_steps": "teacher, guided", "fp": "fp CM"}
+
 
 def call(script: str, *flags: str) -> None:
     subprocess.run([sys.executable, script, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -45,12 +48,12 @@ def main() -> None:
             for steps in (1, 2, 4):
                 file = out / f"n{args.n}-{steps}.json"
                 if not file.exists():
-                    first = seed == 0 and flags == ""  # the teacher once
-                    skip = [] if first else ["--skip-teacher"]
-                    call("evaluate.py", "--checkpoint", str(out), "--steps", str(steps), "--n", str(args.n), "--json", str(file), *skip)
+                    skip = [] if seed == 0 and flags == "" else ["--skip-teacher"]  # the teacher once
+                    where = ("--checkpoint", str(out), "--steps", str(steps))
+                    call("evaluate.py", *where, "--n", str(args.n), "--json", str(file), *skip)
                 rows = json.loads(file.read_text())
                 scores.setdefault((name, steps), []).append(rows["w4a4"])
-                for key, label in (("teacher", "teacher, guided, 25 steps"), ("teacher_same_steps", "teacher, guided"), ("fp", "fp CM")):
+                for key, label in OTHERS.items():
                     if key in rows:
                         scores[label, steps] = [rows[key]]
             print(name, seed, [round(scores[name, steps][-1]["frechet"], 2) for steps in (1, 2, 4)], flush=True)

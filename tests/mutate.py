@@ -10,21 +10,21 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MUTATIONS = [  # what breaks, file, line as it is, line as broken, tests that must notice
-    ("sign of the zero point", "kernels.py", ".to(torch.int8) - ZERO", ".to(torch.int8) + ZERO", "test_kernels.py"),
-    ("nibble order", "kernels.py", "return low | high << 4", "return high | low << 4", "test_kernels.py"),
-    ("tap order of im2col", "kernels.py", "windows.permute(0, 1, 2, 4, 5, 3)", "windows.permute(0, 1, 2, 5, 4, 3)", "test_kernels.py"),
-    ("transposed GPTQ factor", "quant.py", "R = C.flip(0, 1)", "R = C.flip(0, 1).t()", "test_quant.py"),
-    ("clip range one step short", "quant.py", "MMAX, ZERO = -8, 7, 16, 8", "MMAX, ZERO = -8, 6, 16, 8", "test_quant.py"),
-    ("transposed Cholesky factor", "hgs_lora.py", "cholesky(self.H_KK)", "cholesky(self.H_KK).mT", "test_hgs_lora.py"),
-    ("anchor is the moving LoRA", "hgs_lora.py", "if self.use_anchor", "if not self.use_anchor", "test_hgs_lora.py"),
-    ("tap order of the Hessian", "hessian.py", "permute(0, 1, 2, 4, 5, 3)", "permute(0, 1, 2, 5, 4, 3)", "test_hessian.py"),
-    ("budget counts O only", "qra.py", "ranks[name] * (O + K) for", "ranks[name] * O for", "test_qra.py"),
-    ("phase edge off by one", "tdpt.py", "(edges >= t[:, None]).sum(1)", "(edges > t[:, None]).sum(1)", "test_tdpt.py"),
-    ("T' belongs to the late stage", "tdpt.py", "early_B = t >= split_time", "early_B = t > split_time", "test_tdpt.py"),
-    ("guidance convention", "tdpt.py", "return u + w * (c - u)", "return c + w * (c - u)", "test_tdpt.py"),
-    ("resume forgets the moments", "checkpoint.py", "tensors[f\"{key}.{k}\"].clone()", "torch.zeros_like(p)", "test_train.py"),
-    ("same share for every rank", "train.py", "mine, null = network.path, slice(rank()", "mine, null = network.path, slice(0", "test_train.py"),
+MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file that must notice
+    ("sign of the zero point", "kernels.py", ".to(torch.int8) - ZERO", ".to(torch.int8) + ZERO", "kernels"),
+    ("nibble order", "kernels.py", "return low | high << 4", "return high | low << 4", "kernels"),
+    ("tap order of im2col", "kernels.py", "windows.permute(0, 1, 2, 4, 5, 3)", "windows.permute(0, 1, 2, 5, 4, 3)", "kernels"),
+    ("transposed GPTQ factor", "quant.py", "R = C.flip(0, 1)", "R = C.flip(0, 1).t()", "quant"),
+    ("clip range one step short", "quant.py", "MMAX, ZERO = -8, 7, 16, 8", "MMAX, ZERO = -8, 6, 16, 8", "quant"),
+    ("transposed Cholesky factor", "hgs_lora.py", "cholesky(self.H_KK)", "cholesky(self.H_KK).mT", "hgs_lora"),
+    ("anchor is the moving LoRA", "hgs_lora.py", "if self.use_anchor", "if not self.use_anchor", "hgs_lora"),
+    ("tap order of the Hessian", "hessian.py", "permute(0, 1, 2, 4, 5, 3)", "permute(0, 1, 2, 5, 4, 3)", "hessian"),
+    ("budget counts O only", "qra.py", "ranks[name] * (O + K) for", "ranks[name] * O for", "qra"),
+    ("phase edge off by one", "tdpt.py", "(edges >= t[:, None]).sum(1)", "(edges > t[:, None]).sum(1)", "tdpt"),
+    ("T' belongs to the late stage", "tdpt.py", "early_B = t >= split_time", "early_B = t > split_time", "tdpt"),
+    ("guidance convention", "tdpt.py", "return u + w * (c - u)", "return c + w * (c - u)", "tdpt"),
+    ("resume forgets the moments", "checkpoint.py", "tensors[f\"{key}.{k}\"].clone()", "torch.zeros_like(p)", "train"),
+    ("same share for every rank", "train.py", "mine, null = network.path, slice(rank()", "mine, null = network.path, slice(0", "train"),
 ]  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def main() -> None:
             if code.count(line) < 1:
                 sys.exit(f"mutate.py: {name} has no line {line!r} any more: update MUTATIONS")
             (copy / name).write_text(code.replace(line, broken))
-            job = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{test}"]
+            job = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/test_{test}.py"]
             done = subprocess.run(job, cwd=copy, capture_output=True, text=True)
         noticed = done.returncode == 1
         last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""

@@ -257,8 +257,16 @@ def test_exit_code_is_2_and_stderr_one_line(tmp_path):
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("damage, says", [("truncate", "truncated"), ("remove", "unfinished or damaged"), ("format", "checkpoint format 99"),
-                                          ("json", "config.json is damaged"), ("swap", "does not fit its table")])  # fmt: skip
+DAMAGES = [
+    ("truncate", "truncated"),
+    ("remove", "unfinished or damaged"),
+    ("format", "checkpoint format 99"),
+    ("json", "config.json is damaged"),
+    ("swap", "does not fit its table"),
+]
+
+
+@pytest.mark.parametrize("damage, says", DAMAGES)
 def test_damaged_checkpoints_are_named(finished, tmp_path, capsys, damage, says):
     """Catches pictures drawn from a broken file."""
     folder = tmp_path / "copy"

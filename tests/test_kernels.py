@@ -1,0 +1,343 @@
+"""Packed storage and kernels against three oracles: bit-exact unpacking, float64 sums of integers, and float64 products of
+the dequantized operands within a tolerance derived from dtype and size. Docstrings name the mutation that a test catches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import kernels
+import quant
+
+seeds = st.integers(0, 2**16)
+groups = st.sampled_from([8, 16, 32, 64, 128])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def grid_weight(O, I, group=64, taps=1, seed=0):
+    """Every code and multiplier, not only those that the search would find."""
+    g = gen(seed)
+    Kp = taps * -(-I // group) * group
+    codes = torch.randint(-8, 8, (O, Kp), generator=g, dtype=torch.int8)
+    codes.view(O, taps, -1)[:, :, I:] = 0
+    mult = torch.randint(1, 17, (O, Kp // group), generator=g, dtype=torch.uint8)
+    scale = quant.round_scale(torch.rand(O, generator=g) / Kp**0.5 / 40)
+    return quant.GridWeight(codes, mult, scale, I, taps, group)
+
+
+def operands(O, I, taps=1, rank=4, seed=0):
+    """bias, A, B, inv_smooth."""
+    g = gen(seed + 1)
+    A = torch.randn(rank, taps * I, generator=g) / (taps * I) ** 0.5
+    return torch.randn(O, generator=g), A, torch.randn(O, rank, generator=g) / 2, torch.rand(I, generator=g) + 0.5
+
+
+def tolerance(main, branch, terms, dtype):
+    """Rounding of y = (int32 -> float, * s_x, * s_w, + bias, + branch) in float32 and of the branch and y in dtype.
+
+    main = |s_x s_w acc| + |bias|, branch = |x'| |A|^T |B|^T (magnitudes, so they bound every partial sum), terms = the
+    length of the branch's sums. x', A, B, x' A^T and the branch itself are rounded to dtype, y once more."""
+    u, ud = UNIT[torch.float32], UNIT[dtype]
+    return 1.1 * (6 * u * (main + branch) + (5 * ud + terms * u) * branch + ud * (main + branch)) + 1e-7
+
+
+# ------------------------------------------------------------------------------------------------ layout
+
+
+def test_unpack_inverts_pack_for_every_pair_of_codes():
+    """Catches a lost bit, sign extension, nibbles that overwrite each other."""
+    low, high = torch.meshgrid(torch.arange(-8, 8), torch.arange(-8, 8), indexing="ij")
+    codes = torch.cat([low, high], 1).to(torch.int8)
+    assert torch.equal(kernels.unpack_codes(kernels.pack_codes(codes)), codes)
+
+
+def test_bytes_hold_the_first_half_of_a_row_in_their_low_nibbles():
+    """Catches swapped nibbles, neighbours in one byte, a zero point of the other sign: packing and unpacking alike."""
+    codes = torch.tensor([[-8, -7, 0, 7, 1, 2, -1, -8]], dtype=torch.int8)
+    assert kernels.pack_codes(codes).tolist() == [[0x90, 0xA1, 0x78, 0x0F]]
+    assert kernels.pack_multipliers(torch.tensor([[1, 2, 16]], dtype=torch.uint8)).tolist() == [[0x10, 0x0F]]
+    assert kernels.pack_scales(torch.tensor([2.0**-26, 1.125, 60.0])).tolist() == [0, 26 * 8 + 1, 255]
+
+
+@given(st.integers(1, 9), st.integers(1, 150), groups, st.integers(1, 4), seeds)
+@example(1, 1, 8, 1, 0)
+@example(3, 64, 64, 3, 0)
+def test_unpack_inverts_pack_for_every_shape(O, I, group, taps, seed):
+    """Catches an odd number of groups (half a group in each nibble half, half a byte of multipliers)."""
+    gw = grid_weight(O, I, group, taps, seed)
+    pw = kernels.pack(gw)
+    back = kernels.unpack(pw)
+    assert torch.equal(back.codes_OK, gw.codes_OK) and torch.equal(back.mult_OG, gw.mult_OG)
+    assert torch.equal(back.scale_O, gw.scale_O) and (back.channels, back.taps, back.group) == (I, taps, group)
+    assert torch.equal(kernels.weight_int8(pw), gw.int8())
+    assert torch.equal(kernels.dequantize(pw), quant.dequantize(gw))
+    G = gw.mult_OG.shape[1]
+    assert pw.codes_OP.nbytes == O * G * group // 2 and pw.mult_OP.nbytes == O * -(-G // 2)
+
+
+def test_four_lane_unpacking_is_exact_for_every_code_and_multiplier():
+    """Catches a carry between lanes, +8m in place of -8m, a missing XOR."""
+    codes, mult = torch.meshgrid(torch.arange(-8, 8), torch.arange(1, 17), indexing="ij")
+    for lane in range(8):  # the code under test among seven others, in either half
+        q = torch.where(torch.arange(8) == lane, codes.reshape(-1, 1), -codes.reshape(-1, 1).clamp(-7, 7))
+        gw = quant.GridWeight(q.to(torch.int8), mult.reshape(-1, 1).to(torch.uint8), torch.ones(256), 8, 1, 8)
+        assert torch.equal(kernels.weight_int8(kernels.pack(gw)).long(), q * mult.reshape(-1, 1))
+
+
+def test_unpack_inverts_pack_for_every_scale():
+    """Catches a wrong exponent bias or a sign bit in the byte; other floats are refused, never rounded."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    scales = kernels.unpack_scales(codes)
+    assert torch.equal(kernels.pack_scales(scales), codes) and torch.equal(quant.round_scale(scales), scales)
+    for bad in (0.1, 0.0, -1.0, 2.0**-27, 64.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="8-bit"):
+            kernels.pack_scales(torch.tensor([bad]))
+
+
+@pytest.mark.parametrize("K", [64, 1280])
+def test_packed_weights_take_at_most_4_1_bits_from_640_columns_on(K):
+    """Catches float32 scales or byte multipliers in the checkpoint: 4 + 4/64 + 8/K bits."""
+    pw = kernels.pack(grid_weight(16, K))
+    bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_OP, kernels.pack_scales(pw.scale_O))) / (16 * K)
+    assert bits == 4 + (8 if K == 64 else 4) / 64 + 8 / K
+
+
+# ------------------------------------------------------------------------------------------------ linear
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 80), seeds)
+@example(17, 8, 64, 0)
+def test_int32_sums_equal_the_float64_oracle_exactly(T, O, K8, seed):
+    """Catches a saturating or float32 accumulator, a transposed operand."""
+    X, W = (torch.randint(-128, 113, (n, 8 * K8), generator=gen(seed + n), dtype=torch.int8) for n in (T, O))
+    Y = kernels.int8_matmul(X, W)
+    assert Y.dtype == torch.int32 and torch.equal(Y.double(), X.double() @ W.double().t())
+
+
+def test_int32_sums_are_exact_at_the_extremes():
+    """Catches int16 or float32 partial sums: 15360 products of -128 * -128 are 2^27.9."""
+    X = torch.full((17, 15360), -128, dtype=torch.int8)
+    X[1] = 112
+    assert kernels.int8_matmul(X, X[:8])[:2, :2].tolist() == [[15360 * 16384, -15360 * 14336], [-15360 * 14336, 15360 * 12544]]
+
+
+@given(
+    st.integers(0, 20), st.integers(1, 40), st.integers(1, 150), groups, groups, dtypes,
+    st.booleans(), st.booleans(), st.booleans(), seeds,
+)  # fmt: skip
+@example(5, 8, 100, 64, 128, torch.float32, True, True, True, 0)
+@example(5, 8, 100, 128, 8, torch.float32, True, True, True, 0)
+def test_linear_equals_the_product_of_its_dequantized_operands(T, O, I, group, group_x, dtype, bias, lora, smooth, seed):
+    """Catches swapped scales, a branch on the quantized or unsmoothed input, bias added before scaling, smoothing by lambda
+    in place of 1 / lambda, misaligned groups when the two group sizes differ."""
+    gw = grid_weight(O, I, group, seed=seed)
+    x = torch.randn(T, I, generator=gen(seed)).to(dtype)
+    b, A, B, inv = operands(O, I, seed=seed)
+    b, A, B, inv = b if bias else None, A if lora else None, B if lora else None, inv if smooth else None
+    y = kernels.w4a4_linear(x, kernels.pack(gw), b, A, B, inv, group_x)
+    assert y.dtype == dtype and y.shape == (T, O)
+
+    x1 = x.float() * inv if smooth else x.float()
+    x_hat = quant.dequantize_activation(*quant.quantize_activation(x1, group_x), I).double()
+    main = x_hat @ quant.dequantize(gw).double().t()
+    b = b.double() if bias else torch.zeros(O).double()
+    branch, size = (
+        f(x1.double()) @ f(A.double()).t() @ f(B.double()).t() if lora else torch.zeros(()) for f in (torch.clone, torch.abs)
+    )
+    # an int8 matrix's sums are exact, so main's rounding is relative to the sum itself, not to its terms; x_hat and w_hat
+    # above are products of two and three floats, 3 roundings of every term
+    spread = (x_hat.abs() @ quant.dequantize(gw).double().abs().t()) * 4 * 2.0**-24
+    tol = tolerance(main.abs() + b.abs(), size, I + 4, dtype) + spread
+    assert ((y.double() - (main + b + branch)).abs() <= tol).all()
+
+
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 40), dtypes, seeds)
+def test_leading_dimensions_and_strides_do_not_matter(N, T, I, dtype, seed):
+    """Catches a view of non-contiguous memory, leading dimensions that get mixed, a crash on zero tokens."""
+    pw, ops = kernels.pack(grid_weight(24, I, 8, seed=seed)), operands(24, I, seed=seed)
+    x = torch.randn(I, T, N, generator=gen(seed)).to(dtype).permute(2, 1, 0)
+    y = kernels.w4a4_linear(x, pw, *ops)
+    assert y.shape == (N, T, 24)
+    flat = kernels.w4a4_linear(x.contiguous().view(N * T, I), pw, *ops)
+    assert torch.allclose(
+        y.flatten(0, 1).float(), flat.float(), rtol=4 * UNIT[dtype], atol=1e-3 if dtype != torch.float32 else 1e-5
+    )
+    main_only = [kernels.w4a4_linear(v, pw, ops[0]) for v in (x, x.contiguous())]
+    assert torch.equal(*main_only)
+    if T:
+        assert torch.equal(kernels.w4a4_linear(x[0, 0], pw, ops[0]), main_only[0][0, 0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_bad_inputs_make_their_row_or_sample_nan_and_no_other(bad):
+    """Catches inf that turns into a large finite row, poison that spreads over the batch."""
+    x = torch.randn(4, 40, 3, 3, generator=gen(0))
+    x[2, 7, 1, 1] = bad
+    y = kernels.w4a4_conv2d(x, kernels.pack(grid_weight(8, 40, 16, 9)))
+    assert y.isnan().flatten(1).all(1).tolist() == [False, False, True, False] and y.isfinite().flatten(1).any(1).tolist()[3]
+    y = kernels.w4a4_linear(x[..., 1, 1], kernels.pack(grid_weight(8, 40, 16)))
+    assert y.isnan().all(1).tolist() == [False, False, True, False] and not y[3].isnan().any()
+
+
+def test_zero_inputs_give_the_bias():
+    """Catches 0 * inf from a zero scale, a zero point left in the sums."""
+    b = torch.randn(24, generator=gen(0))
+    x = torch.zeros(5, 40)
+    assert torch.equal(kernels.w4a4_linear(x, kernels.pack(grid_weight(24, 40, 16)), b), b.expand(5, 24))
+
+
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 100), dtypes, st.booleans(), seeds)
+def test_w4a16_equals_the_product_with_the_dequantized_weight(T, O, I, dtype, lora, seed):
+    """Catches quantized activations where there should be none, a weight that is not rounded to the input's dtype."""
+    gw = grid_weight(O, I, 16, seed=seed)
+    b, A, B, _ = operands(O, I, seed=seed)
+    x = torch.randn(T, I, generator=gen(seed)).to(dtype)
+    y = kernels.w4a16_linear(x, kernels.pack(gw), b, *((A, B) if lora else ()))
+    w = quant.dequantize(gw).double()
+    ref, size = x.double() @ w.t() + b, x.double().abs() @ w.t().abs() + b.abs()
+    if lora:
+        ref, size = (
+            ref + x.double() @ A.double().t() @ B.double().t(),
+            size + x.double().abs() @ A.double().t().abs() @ B.double().t().abs(),
+        )
+    assert y.dtype == dtype and ((y.double() - ref).abs() <= (6 * UNIT[dtype] + (I + 8) * UNIT[torch.float32]) * size + 1e-7).all()
+
+
+# ------------------------------------------------------------------------------------------------ convolution
+
+geometries = st.tuples(
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    st.tuples(st.integers(0, 1), st.integers(0, 2)),
+)
+
+
+@given(
+    geometries,
+    st.integers(0, 3),
+    st.integers(1, 12),
+    st.integers(1, 70),
+    groups,
+    groups,
+    dtypes,
+    st.booleans(),
+    st.booleans(),
+    seeds,
+)
+@example(((3, 3), (1, 1), (1, 1)), 2, 8, 64, 64, 16, torch.float32, True, True, 0)
+@example(((3, 3), (2, 2), (1, 1)), 2, 8, 12, 64, 16, torch.bfloat16, True, False, 0)
+@example(((1, 1), (2, 2), (0, 0)), 2, 8, 64, 64, 16, torch.float32, True, True, 0)
+@example(((3, 1), (1, 2), (0, 2)), 1, 8, 65, 8, 128, torch.float16, True, True, 0)
+def test_conv_equals_the_convolution_of_its_dequantized_operands(geometry, N, O, I, group, group_x, dtype, lora, smooth, seed):
+    """Catches taps or kernel axes in another order than the weight's, padding by something else than zero, swapped strides,
+    a scale of another sample, a branch on the quantized input."""
+    kernel_size, stride, padding = geometry
+    taps = kernel_size[0] * kernel_size[1]
+    gw = grid_weight(O, I, group, taps, seed)
+    x = torch.randn(N, I, 5, 4, generator=gen(seed)).to(dtype)
+    b, A, B, inv = operands(O, I, taps, seed=seed)
+    A, B, inv = A if lora else None, B if lora else None, inv if smooth else None
+    y = kernels.w4a4_conv2d(x, kernels.pack(gw), b, A, B, inv, group_x, *geometry)
+
+    x1 = x.permute(0, 2, 3, 1).float() * (inv if smooth else 1)
+    x_hat = quant.dequantize_activation(*quant.quantize_activation_per_sample(x1, group_x), I).double()
+
+    def conv(x_NHWC, w_OK):
+        w = quant.unflatten_conv(w_OK.double(), kernel_size)
+        return F.conv2d(x_NHWC.double().permute(0, 3, 1, 2), w, None, stride, padding).permute(0, 2, 3, 1)
+
+    w_hat, b = quant.dequantize(gw), b.double()
+    main, spread = conv(x_hat, w_hat), conv(x_hat.abs(), w_hat.abs()) * 4 * 2.0**-24
+    branch, size = (conv(f(x1), f(A)) @ f(B).double().t() if lora else torch.zeros(()) for f in (torch.clone, torch.abs))
+    tol = tolerance(main.abs() + b.abs(), size, I * taps + 4, dtype) + spread
+    assert y.dtype == dtype and y.permute(0, 2, 3, 1).shape == main.shape
+    assert ((y.permute(0, 2, 3, 1).double() - (main + b + branch)).abs() <= tol).all()
+
+
+def test_conv_samples_do_not_depend_on_their_batch_or_memory_format():
+    """Catches a scale over the batch; the training batch and the deployed one must give the same picture."""
+    x = torch.randn(4, 40, 6, 6, generator=gen(0))
+    pw, b = kernels.pack(grid_weight(24, 40, 16, 9)), torch.randn(24, generator=gen(1))
+    whole = kernels.w4a4_conv2d(x, pw, b)
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(whole, kernels.w4a4_conv2d(x.contiguous(memory_format=torch.channels_last), pw, b))
+    assert torch.equal(whole[2:3], kernels.w4a4_conv2d(x[2:3], pw, b))
+
+
+# ------------------------------------------------------------------------------------------------ torch.compile
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_linear_equals_eager_bit_for_bit_with_one_graph_for_all_sizes():
+    """Catches a function whose bits depend on fusion (x / c by reciprocal, fused multiply-add), recompilation per layer."""
+    fast, before = kernels.compiled(kernels.w4a4_linear), graphs()
+    assert fast is kernels.compiled(kernels.w4a4_linear)
+    for seed, (T, O, I) in enumerate(
+        ((64, 128, 256), (100, 96, 256), (33, 64, 192), (256, 320, 1024), (7, 48, 320), (64, 64, 512))
+    ):
+        pw, ops = kernels.pack(grid_weight(O, I, seed=seed)), operands(O, I, rank=4 + seed, seed=seed)
+        x = torch.randn(T, I, generator=gen(seed)) * 3
+        x[0], x[1] = 0, torch.nan
+        assert torch.equal(fast(x, pw, *ops).nan_to_num(7), kernels.w4a4_linear(x, pw, *ops).nan_to_num(7))
+    assert graphs() - before == 1
+
+
+@pytest.mark.parametrize("dtype,lora", [(torch.bfloat16, True), pytest.param(torch.bfloat16, False, marks=pytest.mark.slow)])
+def test_compiled_linear_equals_eager_in_bfloat16(dtype, lora):
+    """Catches casts that a compiler removes (bf16 and back), an epilogue in bf16."""
+    fast = kernels.compiled(kernels.w4a4_linear)
+    for T in (64, 50):
+        pw, ops = kernels.pack(grid_weight(96, 256, seed=T)), operands(96, 256, seed=T)[: 3 if lora else 1]
+        x = (torch.randn(2, T, 256, generator=gen(T)) * 3).to(dtype)
+        assert torch.equal(fast(x, pw, *ops), kernels.w4a4_linear(x, pw, *ops))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_compiled_conv_equals_eager_bit_for_bit_with_one_graph_for_batches(dtype):
+    """Catches the same for convolutions; another batch size must not compile again."""
+    fast, before = kernels.compiled(kernels.w4a4_conv2d), graphs()
+    pw, ops = kernels.pack(grid_weight(32, 64, 64, 9)), operands(32, 64, 9)
+    for N in (2, 5, 3):
+        x = torch.randn(N, 64, 8, 8, generator=gen(N)).to(dtype).contiguous(memory_format=torch.channels_last)
+        assert torch.equal(fast(x, pw, *ops), kernels.w4a4_conv2d(x, pw, *ops))
+    assert graphs() - before == 1
+
+
+def test_without_a_cpp_compiler_the_eager_function_runs_after_one_warning(monkeypatch):
+    """Catches a crash on machines without g++, a warning for every call, errors of other kinds that are swallowed."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    error = InvalidCxxCompiler()
+
+    def compile_that_fails(fn, dynamic):
+        def call(*args):
+            raise error
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_that_fails)
+    fast = kernels.compiled.__wrapped__(kernels.w4a4_linear)
+    x, pw = torch.randn(3, 40), kernels.pack(grid_weight(8, 40, 16))
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as seen:
+        assert all(torch.equal(fast(x, pw), kernels.w4a4_linear(x, pw)) for _ in range(2))
+    assert len(seen) == 1
+    error, fast = RuntimeError("other"), kernels.compiled.__wrapped__(kernels.w4a4_linear)
+    with pytest.raises(RuntimeError, match="other"):
+        fast(x, pw)
+
+
+@pytest.mark.gpu
+def test_cuda_sums_equal_the_cpu_sums():
+    """Catches the padding that CUDA's _int_mm needs for few rows and odd widths."""
+    for T, O in ((1, 8), (16, 12), (17, 12), (100, 64)):
+        X, W = (torch.randint(-128, 113, (n, 64), generator=gen(n), dtype=torch.int8) for n in (T, O))
+        assert torch.equal(kernels.int8_matmul(X.cuda(), W.cuda()).cpu(), kernels.int8_matmul(X, W))
