@@ -199,10 +199,16 @@ def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
     ratio = s["mb"] / s["mb_bf16"]
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
     print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
-    judge = Judge(config["eval_n"], 4321, reference=2048)
-    fp = judge.draw("fp", models.as_cm(network), network, 4)
-    rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
-    print(table(rows))
+    if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
+        captions = data.source(config["data"]).captions(config["eval_n"], data.step_generator(4321, 0))
+        drawn = [sample.draw(m, d, captions, 4, 4321) for m, d in ((models.as_cm(network), network), (student, student))]
+        rows = {"w4a4": {"psnr_to_fp": psnr(*drawn)}}
+        print(f"4 steps, {len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model")
+    else:
+        judge = Judge(config["eval_n"], 4321, reference=2048)
+        fp = judge.draw("fp", models.as_cm(network), network, 4)
+        rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
+        print(f"4 steps, {config['eval_n']} pictures\n{table(rows)}")
     (out / "report.json").write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
     print(f"pictures: {out / 'samples'}")
 

@@ -24,7 +24,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("T' belongs to the late stage", "tdpt.py", "early_B = t >= split_time", "early_B = t > split_time", "tdpt"),
     ("guidance convention", "tdpt.py", "return u + w * (c - u)", "return c + w * (c - u)", "tdpt"),
     ("resume forgets the moments", "checkpoint.py", "tensors[f\"{key}.{k}\"].clone()", "torch.zeros_like(p)", "train"),
-    ("same share for every rank", "train.py", "mine, null = network.path, slice(rank()", "mine, null = network.path, slice(0", "train"),
+    ("one share for all ranks", "train.py", "null = network.path, slice(rank()", "null = network.path, slice(0", "train"),
 ]  # fmt: skip
 
 

@@ -31,19 +31,22 @@ QUICK = (
 )
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory) -> str:
+def random_weights(folder: Path, model: str) -> str:
     """Flags that name a random teacher and a random consistency LoRA."""
-    folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    teacher = models.build("tiny")
+    teacher = models.build(model)
     checkpoint.write(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
     models.add_lora(teacher, 4)
     lora = {k: v.half() for k, v in teacher.net.state_dict().items() if "lora_" in k}
     checkpoint.write(
         folder / "cm.safetensors", {k: torch.randn_like(v) * 0.05 if k.endswith("B") else v for k, v in lora.items()}, {}
     )
-    return f"--teacher {folder}/teacher.safetensors --cm {folder}/cm.safetensors"
+    return f"--model {model} --teacher {folder}/teacher.safetensors --cm {folder}/cm.safetensors"
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> str:
+    return random_weights(tmp_path_factory.mktemp("weights"), "tiny")
 
 
 def run(weights: str, out: Path, flags: str = "") -> None:
@@ -117,6 +120,27 @@ def test_lora_moved_and_nothing_else(finished):
             assert torch.equal(tensor, same), key
     moved = [not torch.equal(state[f"p.{k}"], start[k]) for k in end if "lora_B" in k]
     assert sum(moved) > 0.9 * len(moved)
+
+
+def test_tiny_flux_goes_the_whole_way(tmp_path):
+    """Catches a trainer for UNets only: flow path, W4A16 modulations, HGS, smoothing, packed checkpoint, pictures."""
+    run(random_weights(tmp_path, "tiny-flux"), tmp_path / "r", "--init hgs --ranks qra --smooth 0.25 --steps 2")
+    student, about = checkpoint.load_checkpoint(tmp_path / "r")
+    kinds = [row["kind"] for row in about["layers"].values()]
+    assert kinds.count("w4a16") == 2 * 2 + 4 + 1 and kinds.count("w4a4") == len(kinds) - 9
+    assert sample.draw(student, student, list(PAIR), 1).std() > 0
+
+
+def test_a_folder_of_pictures_trains_a_student(weights, tmp_path, capsys):
+    """Catches a trainer that knows only its own scenes, and scores that mean nothing on other pictures."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("RGB", (48, 48), (80 * i, 10, 200)).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"my picture number {i}")
+    run(weights, tmp_path / "r", f"--data {tmp_path}/pictures --steps 2 --eval-n 8")
+    printed = capsys.readouterr().out
+    assert "8 of the folder's captions" in printed and "accuracy" not in printed
+    assert len(losses(tmp_path / "r")) == 2
 
 
 @pytest.mark.slow
