@@ -10,7 +10,7 @@ A scene is one or two objects on a textured background, 32x32 pixels:
       size  pattern colour shape     place                                     texture background
 
 Words for the defaults (plain pattern, smooth texture) are left out of captions. What a caption does not say, the picture draws
-at random: exact place, radius, angle, hue, lighting, direction and phase of stripes, dots and waves. A few-step solver blurs it.
+at random: exact place, radius, angle, hue, lighting, phases of stripes, dots and waves. A few-step solver blurs it.
 """
 
 import json
@@ -122,9 +122,9 @@ def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor
         dx, dy, turn = x - center[:, 0, None, None], y - center[:, 1, None, None], rand(-0.3, 0.3, 1, 1)
         u = (dx * turn.cos() + dy * turn.sin()) / radius[:, None, None]
         v = (dy * turn.cos() - dx * turn.sin()) / radius[:, None, None]
-        # patterns, period 4 pixels, random phase: dark stripes along x or y, or a lattice of dark dots
-        p, q, along = x / 4 + rand(0, 1, 1, 1), y / 4 + rand(0, 1, 1, 1), rand(0, 1, 1, 1) < 0.5
-        stripes = ((torch.where(along, p, q) % 1) < 0.45).float()
+        # patterns, period 4 pixels, random phase: level dark stripes (upright ones too would be taken for dots), a lattice of dots
+        p, q = x / 4 + rand(0, 1, 1, 1), y / 4 + rand(0, 1, 1, 1)
+        stripes = ((q % 1) < 0.45).float()
         dots = (((p % 1) - 0.5) ** 2 + ((q % 1) - 0.5) ** 2 < 0.36**2).float()
         kind = scene["pattern"][:, s, None, None]
         ink = torch.where(kind == 1, stripes, torch.where(kind == 2, dots, torch.zeros(())))
