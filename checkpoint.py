@@ -199,11 +199,9 @@ def save_start(out: Path, student: models.Denoiser, table: dict) -> None:
     write(out / "start.safetensors", student.state_dict() | anchors, {"layers": table})
 
 
-def load_start(out: Path, name: str) -> tuple[models.Denoiser, dict] | None:
-    """Inverse of save_start; None where there is nothing."""
+def load_start(out: Path, name: str) -> tuple[models.Denoiser, dict]:
+    """Inverse of save_start. UserError for a missing or damaged file."""
     path = out / "start.safetensors"
-    if not path.exists():
-        return None
     tensors, info = read_tensors(path, "delete it to calibrate again")
     student = _packed_model(name, info["layers"], tensors, path)
     hgs_lora.load_anchor_state(student, {k.removeprefix("anchor/"): v for k, v in tensors.items() if k.startswith("anchor/")})

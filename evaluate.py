@@ -15,7 +15,6 @@ Key: B pictures, P = 5 places, 4 attributes of an object.
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -248,8 +247,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    models.run_script("evaluate.py", main)

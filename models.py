@@ -17,6 +17,7 @@ Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 
 import json
 import re
+import sys
 import zlib
 from pathlib import Path
 
@@ -280,6 +281,15 @@ def fuse(denoiser: Denoiser) -> Denoiser:
 
 class UserError(ValueError):
     """Something the user can mend; the message is one sentence that says how."""
+
+
+def run_script(name: str, main) -> None:
+    """main(command line); a UserError becomes its sentence on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:

@@ -7,7 +7,6 @@ Picture i of a call starts from the noise of seed + i, whatever the number of pr
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -102,8 +101,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    models.run_script("sample.py", main)

@@ -214,7 +214,7 @@ def quantized_student(cfg: Config, base: models.Denoiser, pictures) -> tuple[mod
     # 2. QRA: ranks from the whitened spectrum of the rounding residual and the variation of activations and weights
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     spectra, energy, v_x, v_w = {}, {}, {}, {}
-    for name, w_OK in weights.items():
+    for name, w_OK in weights.items() if cfg.ranks != "uniform" else ():
         L, taps = whiteners[name].L_KK, layers[name].weight[0, 0].numel()
         residual = w_OK - quant.dequantize(quant.quantize_weight(w_OK, cfg.group_w, taps))
         spectra[name], energy[name] = hgs_lora.whitened_spectrum(residual, L), float((w_OK.double() @ L).square().sum())
@@ -340,8 +340,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    models.run_script("train.py", main)
