@@ -241,7 +241,7 @@ def size(student: models.Denoiser) -> dict[str, float]:
     """Bits per weight of the quantized layers without LoRA, megabytes of the packed network and of its bf16 twin."""
     packed = [layer for _, layer in hgs_lora.packed_layers(student.net)]
     values = sum(layer.out * layer.taps * layer.channels for layer in packed)
-    code_bytes = sum(layer.codes_OP.nbytes + layer.mult_OP.nbytes + layer.scale_O.numel() for layer in packed)
+    code_bytes = sum(layer.codes_OP.nbytes + layer.mult_P.nbytes + layer.scale_O.numel() for layer in packed)
     lora = sum(p.numel() for layer in packed for p in (layer.lora_A, layer.lora_B) if p is not None)
     inside = {id(t) for layer in packed for t in layer.state_dict(keep_vars=True).values()}
     rest = sum(t.numel() for t in student.net.state_dict(keep_vars=True).values() if id(t) not in inside)

@@ -229,7 +229,7 @@ class _StraightThrough(torch.autograd.Function):
 
 class PackedLayer(nn.Module):
     """What the three layers share. Everything but A and B is a buffer, so state_dict() is what safetensors saves:
-    codes_OP, mult_OP uint8; scale_O, inv_smooth (if smoothed) float32; bias (if any); Parameters lora_A, lora_B float32
+    codes_OP, mult_P uint8; scale_O, inv_smooth (if smoothed) float32; bias (if any); Parameters lora_A, lora_B float32
     (if rank > 0). anchor_A, anchor_B are not part of it, a deployed checkpoint has no use for them: see anchor_state.
 
     The layer follows the dtype of its input. .to(dtype), .half() .. move it but cast nothing: bfloat16 scales would
@@ -249,7 +249,7 @@ class PackedLayer(nn.Module):
         self.use_anchor, self.compiled = False, False
         device = layer.weight.device
         self.register_buffer("codes_OP", torch.empty(O, Kp // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("mult_OP", torch.empty(O, -(-Kp // group // 2), dtype=torch.uint8, device=device))
+        self.register_buffer("mult_P", torch.empty(-(-O * Kp // group // 2), dtype=torch.uint8, device=device))
         self.register_buffer("scale_O", torch.empty(O, device=device))
         self.register_buffer("inv_smooth", torch.empty(I, device=device) if smooth else None)
         self.register_buffer("bias", None if layer.bias is None else torch.empty_like(layer.bias, requires_grad=False))
@@ -266,7 +266,7 @@ class PackedLayer(nn.Module):
             raise ValueError(f"a grid weight with {gw.channels} channels and {gw.taps} taps is not one of {layer}")
         pw = kernels.pack(gw)
         with torch.no_grad():
-            for name in ("codes_OP", "mult_OP", "scale_O"):
+            for name in ("codes_OP", "mult_P", "scale_O"):
                 getattr(new, name).copy_(getattr(pw, name))
             if smooth_I is not None:
                 new.inv_smooth.copy_(1.0 / smooth_I)
@@ -285,7 +285,7 @@ class PackedLayer(nn.Module):
 
     @property
     def packed(self) -> kernels.PackedWeight:
-        return kernels.PackedWeight(self.codes_OP, self.mult_OP, self.scale_O, self.channels, self.taps, self.group)
+        return kernels.PackedWeight(self.codes_OP, self.mult_P, self.scale_O, self.channels, self.taps, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else (self.lora_A, self.lora_B)

@@ -12,7 +12,7 @@ Storage of a weight (O, Kp), 4 + 4/group bits a value and one byte per row:
 
     codes_OP  uint8 (O, Kp/2)   byte j = u[j] | u[j + Kp/2] << 4,  u = q + 8 in 0..15: low nibbles are the first half of the
                                 row, high nibbles the second, so both unpack to contiguous runs
-    mult_OP   uint8 (O, ceil(G/2))   byte j = n[2j] | n[2j+1] << 4,  n = m - 1 in 0..15; an odd G is padded with m = 1
+    mult_P    uint8 (ceil(O G / 2),)   byte j = n[2j] | n[2j+1] << 4,  n = m - 1 in 0..15, row after row without gaps
     scale_O   float32 in memory, where every call multiplies by it; it has 8 significant bits (quant.round_scale), and
               pack_scales makes them the one byte that a checkpoint stores: 5 bits of exponent, 3 of mantissa
 
@@ -62,15 +62,15 @@ def unpack_codes(codes_OP: Tensor) -> Tensor:
 
 
 def pack_multipliers(mult_OG: Tensor) -> Tensor:
-    """uint8 in 1..16, (O, G) -> uint8 (O, ceil(G/2))."""
-    n = F.pad(mult_OG - 1, (0, mult_OG.shape[1] % 2))
-    return n[:, 0::2] | n[:, 1::2] << 4
+    """uint8 in 1..16, (O, G) -> uint8 (ceil(O G / 2),)."""
+    n = F.pad(mult_OG.flatten() - 1, (0, mult_OG.numel() % 2))
+    return n[0::2] | n[1::2] << 4
 
 
-def unpack_multipliers(mult_OP: Tensor, groups: int) -> Tensor:
-    """Inverse of pack_multipliers."""
-    j = torch.arange(groups, device=mult_OP.device)
-    return (mult_OP[:, j >> 1] >> ((j & 1) << 2) & 0xF).to(torch.uint8) + 1
+def unpack_multipliers(mult_P: Tensor, rows: int, groups: int) -> Tensor:
+    """Inverse of pack_multipliers: (rows, groups)."""
+    n = torch.stack([mult_P & 0xF, mult_P >> 4], dim=1).flatten()
+    return n[: rows * groups].view(rows, groups) + 1
 
 
 def pack_scales(scale_O: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def unpack_scales(code_O: Tensor) -> Tensor:
 
 class PackedWeight(NamedTuple):
     codes_OP: Tensor
-    mult_OP: Tensor
+    mult_P: Tensor
     scale_O: Tensor
     channels: int
     taps: int
@@ -101,8 +101,7 @@ def pack(gw: GridWeight) -> PackedWeight:
 
 def unpack(pw: PackedWeight) -> GridWeight:
     """Inverse of pack, bit for bit."""
-    groups = 2 * pw.codes_OP.shape[1] // pw.group
-    mult_OG = unpack_multipliers(pw.mult_OP, groups)
+    mult_OG = unpack_multipliers(pw.mult_P, len(pw.scale_O), 2 * pw.codes_OP.shape[1] // pw.group)
     return GridWeight(unpack_codes(pw.codes_OP), mult_OG, pw.scale_O, pw.channels, pw.taps, pw.group)
 
 
@@ -115,7 +114,7 @@ def weight_int8(pw: PackedWeight) -> Tensor:
     """m*q int8 (O, Kp), equal to unpack(pw).int8(), four codes at a time."""
     u = pw.codes_OP.view(torch.int32)
     u = torch.cat([u & NIBBLES, u >> 4 & NIBBLES], dim=1)
-    m = unpack_multipliers(pw.mult_OP, u.shape[1] * 4 // pw.group).to(torch.int32)[..., None]
+    m = unpack_multipliers(pw.mult_P, len(u), u.shape[1] * 4 // pw.group).to(torch.int32)[..., None]
     lanes = u.unflatten(1, (-1, pw.group // 4)) * m + (128 - ZERO * m) * ONES ^ SIGNS
     return lanes.flatten(1).view(torch.int8)
 
@@ -275,7 +274,7 @@ def _demo() -> None:
         ref, full = x_hat @ w_hat.t() + branch, x.double() @ w.t().double() + branch
         W_OK, (X_TK, _) = weight_int8(pw), activation_int8(x)
         assert torch.equal(int8_matmul(X_TK, W_OK).double(), X_TK.double() @ W_OK.t().double()), "int32 sums are exact"
-        bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_OP, pack_scales(pw.scale_O))) / w.numel()
+        bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_P, pack_scales(pw.scale_O))) / w.numel()
         ms = [_milliseconds(f) for f in (lambda: F.linear(x, w, bias), lambda: w4a4_linear(x, pw, bias, A, B))]  # noqa: B023
         kernel_error, error = ((y - r).norm() / r.norm() for r in (ref, full))
         print(f"{name:28s}{bits:12.3f}{kernel_error:16.1e}{error:10.3f}{ms[0]:10.2f}{ms[1]:9.2f}")

@@ -396,8 +396,8 @@ def test_state_dict_through_safetensors_restores_the_layer_bit_for_bit(kind):
     """Catches: state outside of buffers (scale, smoothing), non-contiguous tensors, an anchor in the deployed checkpoint."""
     layer, packed, x = make_layer(kind)
     state = packed.state_dict()
-    assert set(state) == {"codes_OP", "mult_OP", "scale_O", "inv_smooth", "bias", "lora_A", "lora_B"}
-    assert state["codes_OP"].dtype == state["mult_OP"].dtype == torch.uint8
+    assert set(state) == {"codes_OP", "mult_P", "scale_O", "inv_smooth", "bias", "lora_A", "lora_B"}
+    assert state["codes_OP"].dtype == state["mult_P"].dtype == torch.uint8
     twin = type(packed)(layer, rank=3, group=16, group_x=8, smooth=True)
     twin.load_state_dict(load(save(state)))
     assert torch.equal(twin(x), packed(x))
@@ -468,7 +468,7 @@ def test_merged_layer_is_the_requantized_sum_without_a_branch(kind):
     expected = quant.quantize_weight(target, layer.group, layer.taps)
     assert torch.equal(kernels.dequantize(merged.packed), quant.dequantize(expected))
     assert merged.rank == 0 and merged.lora_A is None and not list(merged.parameters())
-    assert set(merged.state_dict()) == {"codes_OP", "mult_OP", "scale_O", "inv_smooth", "bias"}
+    assert set(merged.state_dict()) == {"codes_OP", "mult_P", "scale_O", "inv_smooth", "bias"}
     assert torch.equal(layer(x), before)
     x64 = x.double()
     exact = surrogate(kind, layer, x64, layer.lora_A.detach().double(), layer.lora_B.detach().double())

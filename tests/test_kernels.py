@@ -61,7 +61,7 @@ def test_bytes_hold_the_first_half_of_a_row_in_their_low_nibbles():
     """Catches swapped nibbles, neighbours in one byte, a zero point of the other sign: packing and unpacking alike."""
     codes = torch.tensor([[-8, -7, 0, 7, 1, 2, -1, -8]], dtype=torch.int8)
     assert kernels.pack_codes(codes).tolist() == [[0x90, 0xA1, 0x78, 0x0F]]
-    assert kernels.pack_multipliers(torch.tensor([[1, 2, 16]], dtype=torch.uint8)).tolist() == [[0x10, 0x0F]]
+    assert kernels.pack_multipliers(torch.tensor([[1, 2, 16], [3, 4, 5]], dtype=torch.uint8)).tolist() == [0x10, 0x2F, 0x43]
     assert kernels.pack_scales(torch.tensor([2.0**-26, 1.125, 60.0])).tolist() == [0, 26 * 8 + 1, 255]
 
 
@@ -78,7 +78,7 @@ def test_unpack_inverts_pack_for_every_shape(O, I, group, taps, seed):
     assert torch.equal(kernels.weight_int8(pw), gw.int8())
     assert torch.equal(kernels.dequantize(pw), quant.dequantize(gw))
     G = gw.mult_OG.shape[1]
-    assert pw.codes_OP.nbytes == O * G * group // 2 and pw.mult_OP.nbytes == O * -(-G // 2)
+    assert pw.codes_OP.nbytes == O * G * group // 2 and pw.mult_P.nbytes == -(-O * G // 2)
 
 
 def test_four_lane_unpacking_is_exact_for_every_code_and_multiplier():
@@ -104,8 +104,8 @@ def test_unpack_inverts_pack_for_every_scale():
 def test_packed_weights_take_at_most_4_1_bits_from_640_columns_on(K):
     """Catches float32 scales or byte multipliers in the checkpoint: 4 + 4/64 + 8/K bits."""
     pw = kernels.pack(grid_weight(16, K))
-    bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_OP, kernels.pack_scales(pw.scale_O))) / (16 * K)
-    assert bits == 4 + (8 if K == 64 else 4) / 64 + 8 / K
+    bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_P, kernels.pack_scales(pw.scale_O))) / (16 * K)
+    assert bits == 4 + 4 / 64 + 8 / K
 
 
 # ------------------------------------------------------------------------------------------------ linear
