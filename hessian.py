@@ -5,6 +5,14 @@ For a layer y = W x the Hessian of 1/2 ||y - y'||^2 with respect to a row of W i
     H = E[x x^T]                      (K x K)        [A] "Hessian-guided", [R] the activation-weighted H-norm
     ||E||_H^2 = E ||E x||^2 = tr(E H E^T) = ||E L||_F^2   with H = L L^T
 
+H knows the inputs only: it counts an error in the last layer of a network like one in the first. What an error in y does to the
+picture f is in the gradients, so the full Hessian of 1/2 ||f - f'||^2 with respect to W is taken as the Kronecker product
+
+    G (x) H,   G = E_v[sum over rows g g^T],  g = d(v . f)/dy,  v ~ N(0, 1)    (O x O)  [O] as in K-FAC (Martens & Grosse 2015)
+    ||E||_GH^2 = tr(G E H E^T) = ||R E L||_F^2   with G = R^T R
+
+(the sum over a sample's rows makes layers comparable; inputs and gradients are taken as independent, rows as uncorrelated).
+
 Expectation = mean over every row (token, output pixel) of every calibration call; the caller decides which points of the
 trajectory the student will visit and feeds them with equal weight. A convolution is the same product after im2col:
 a row x holds one window, tap-major, channel fastest, so it multiplies `w_OIhw.permute(0, 2, 3, 1).reshape(O, K)`.
@@ -36,6 +44,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import quant
 
 BLOCK_BYTES = 64 << 20  # rows that are unfolded at a time; changes memory, not results
 
@@ -73,7 +83,9 @@ class Stats:
     H_KK: Tensor  # mean of x x^T over rows; float32 (float64 while it is accumulated)
     absmax_BinI: Tensor  # float32, max |x| per timestep bin and input channel (also for convolutions)
     calls_Bin: Tensor  # int64, forward calls seen in each bin: 0 marks a row of absmax without data
+    noise_I: Tensor  # float32, E[(x_i - q(x)_i)^2] of the 4-bit grid per channel; zeros where collect was given no group_x
     count: int = 0  # rows
+    pixels: int = 0  # tokens or input pixels: not rows where a convolution has a stride
     layers: list[str] = field(default_factory=list)  # names that share this input
 
     @property
@@ -94,6 +106,7 @@ class Stats:
 
     def finish(self) -> None:
         self.H_KK = self.H_KK.div_(self.count).float()
+        self.noise_I = self.noise_I.div(self.pixels).float()
         if not torch.isfinite(self.H_KK).all():
             raise ValueError(f"layer {self.layers[0]!r}: the second moments of its input overflow float32")
 
@@ -152,7 +165,14 @@ class _Group:
         return self.source is not None and self.source[0]() is x and self.source[1] == x._version
 
 
-def _observe(group: _Group, x: Tensor, bin: int, bins: int) -> None:
+def _rounding_noise(x: Tensor, group_x: int, conv: bool) -> Tensor:
+    """Sum over tokens or pixels of (x - q(x))^2 per channel, float64, on the grid that the kernels use."""
+    x = (x.permute(0, 2, 3, 1) if conv else x.reshape(-1, x.shape[-1])).float().contiguous()
+    grid = (quant.quantize_activation_per_sample if conv else quant.quantize_activation)(x, group_x)
+    return (x - quant.dequantize_activation(*grid, x.shape[-1])).flatten(0, -2).square().sum(0).double()
+
+
+def _observe(group: _Group, x: Tensor, bin: int, bins: int, group_x: int) -> None:
     """Add one call's input to the group's Stats: absmax per channel (and the finiteness check), then rows in blocks."""
     x, K = x.detach(), group.K
     if group.stats is None:
@@ -160,6 +180,7 @@ def _observe(group: _Group, x: Tensor, bin: int, bins: int) -> None:
             H_KK=torch.zeros(K, K, dtype=torch.float64, device=x.device),
             absmax_BinI=torch.zeros(bins, group.channels, device=x.device),
             calls_Bin=torch.zeros(bins, dtype=torch.int64, device=x.device),
+            noise_I=torch.zeros(group.channels, dtype=torch.float64, device=x.device),
             layers=group.layers,
         )
     x_TI = x.reshape(-1, x.shape[-1]) if group.window is None else x.permute(0, 2, 3, 1).flatten(0, 2)
@@ -170,6 +191,9 @@ def _observe(group: _Group, x: Tensor, bin: int, bins: int) -> None:
         raise ValueError(f"layer {group.layers[0]!r}: its calibration input contains inf or nan")
     group.stats.absmax_BinI[bin] = torch.maximum(group.stats.absmax_BinI[bin], absmax_I)
     group.stats.calls_Bin[bin] += 1
+    group.stats.pixels += len(x_TI)
+    if group_x:
+        group.stats.noise_I += _rounding_noise(x, group_x, group.window is not None)
     if group.window is None:
         for rows in x_TI.split(max(1, BLOCK_BYTES // (4 * K))):
             group.stats.update(rows)
@@ -185,11 +209,13 @@ def collect_passes(
     run: Callable[[Callable[[int], None]], None],
     budget_bytes: int = 2 << 30,
     bins: int = 4,
+    group_x: int = 0,
 ) -> Iterator[dict[str, Stats]]:
     """Yield {name: Stats} once per pass over the calibration set until every layer of `layer_names` is done.
 
     run(set_bin) drives the whole calibration set through `model` once and calls set_bin(i), 0 <= i < bins, before each
     forward to say which timestep bin it belongs to (bin 0 until told otherwise). It must repeat itself on each pass.
+    group_x > 0 also measures what rounding the inputs to 4 bits costs (`noise_I`), in groups of that size.
     Raises ValueError for unknown, unsupported, never called or over-budget layers and for inf or nan inputs.
     """
     modules = dict(model.named_modules())
@@ -236,7 +262,7 @@ def collect_passes(
             if group.layers[0] == name:
                 group.remember(x)
                 if group.due:
-                    _observe(group, x, current_bin, bins)
+                    _observe(group, x, current_bin, bins, group_x)
             elif not group.reads(x):
                 raise ValueError(f"layers {group.layers[0]!r} and {name!r} shared their input at first, later not")
 
@@ -278,11 +304,63 @@ def collect_passes(
         yield hand_out(ready)
 
 
-def collect(model, layer_names, run, budget_bytes: int = 2 << 30, bins: int = 4) -> dict[str, Stats]:
+def collect(model, layer_names, run, budget_bytes: int = 2 << 30, bins: int = 4, group_x: int = 0) -> dict[str, Stats]:
     """All passes of `collect_passes` in one dict, in the order of `layer_names`. Same arguments, same errors."""
     found = {}
-    for part in collect_passes(model, layer_names, run, budget_bytes, bins):
+    for part in collect_passes(model, layer_names, run, budget_bytes, bins, group_x):
         found.update(part)
+    return {name: found[name] for name in layer_names}
+
+
+def collect_outputs(
+    model: nn.Module, layer_names: list[str], run: Callable[[], int], budget_bytes: int = 2 << 30
+) -> dict[str, Tensor]:
+    """{name: G_OO}, float32: second moments of what flows back into each layer's output, summed over rows, mean over samples.
+
+    run() drives the calibration set through `model` once, calls backward on each v . f with v ~ N(0, 1), repeats itself on
+    each pass and returns the number of samples (captions times jumps). No gradient of a parameter is needed or computed.
+    Raises ValueError for layers that are unknown, over budget or that no gradient reaches, and for gradients of inf or nan.
+    """
+    modules, waiting, found, reached = dict(model.named_modules()), list(layer_names), {}, set()
+    if unknown := [name for name in waiting if name not in modules]:
+        raise ValueError(f"layer {unknown[0]!r} is not in the model")
+
+    def make_hook(name: str, total_OO: Tensor):
+        def backward(g):
+            g_TO = (g.permute(0, 2, 3, 1) if isinstance(modules[name], nn.Conv2d) else g).reshape(-1, len(total_OO)).float()
+            total_OO.add_((g_TO.mT @ g_TO).double())
+            reached.add(name)
+
+        def forward(module, args, y):
+            y = y if y.requires_grad else y.detach().requires_grad_()  # the first layer that a gradient reaches
+            y.register_hook(backward)
+            return y
+
+        return forward
+
+    while waiting:
+        totals, left = {}, budget_bytes
+        for name in waiting:
+            weight = modules[name].weight
+            if 8 * len(weight) ** 2 > budget_bytes:
+                raise ValueError(f"layer {name!r} alone needs {8 * len(weight) ** 2} bytes for its G, the budget is {budget_bytes}")
+            if 8 * len(weight) ** 2 <= left:
+                totals[name] = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
+                left -= totals[name].nbytes
+        handles = [modules[name].register_forward_hook(make_hook(name, total)) for name, total in totals.items()]
+        try:
+            with torch.enable_grad():
+                samples = run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, total in totals.items():
+            found[name] = (total / samples).float()
+            if name not in reached:
+                raise ValueError(f"layer {name!r} was never called by the calibration run, or what it feeds is not measured")
+            if not torch.isfinite(found[name]).all():
+                raise ValueError(f"layer {name!r}: the gradients of its output contain inf or nan")
+        waiting = [name for name in waiting if name not in totals]
     return {name: found[name] for name in layer_names}
 
 

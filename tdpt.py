@@ -328,6 +328,39 @@ def sample(model, path, x_T, cond, steps=4, edges=None):
     return rollout_states(model, path, x_T, cond, path.grid(steps, x_T.device) if edges is None else edges)[-1]
 
 
+def calibration(model, path, x_T, cond, phases, bins=4, micro=16):
+    """The two runs that hessian.py collects in, over every jump that samplers with K in `phases` make from x_T (B, ...).
+
+    forward(set_bin) makes the jumps, in `bins` equal parts of the path's time. backward() sends v ~ N(0, 1) back from where
+    each jump arrives, `micro` samples at a time, and returns how many samples it sent.
+    """
+
+    def jumps(rows, set_bin):
+        cond_r = {k: v[rows] for k, v in cond.items()}
+        for K in phases:
+            x = _wide(x_T[rows])
+            for t, s in itertools.pairwise(path.grid(K, x_T.device)):
+                set_bin(min(bins - 1, int(bins * float(t) / path.start)))
+                t, s = t.expand(len(x)), s.expand(len(x))
+                y = path.jump(x, model(x, t, s, cond_r), t, s)
+                yield y
+                x = y.detach()
+
+    def forward(set_bin):
+        for _ in jumps(slice(None), set_bin):
+            pass
+
+    def backward():
+        generator, samples = torch.Generator().manual_seed(0), 0
+        for rows in torch.arange(len(x_T)).split(micro):
+            for y in jumps(rows, lambda bin: None):
+                (torch.randn(y.shape, generator=generator).to(y) * y).sum().backward()
+                samples += len(rows)
+        return samples
+
+    return forward, backward
+
+
 def teacher_trajectory(teacher_guided, path, x_T, cond, n=25, edges=None):
     """The guided teacher's own n-step solution read at `edges` (default: all) -> (len(edges), B, ...), to be cached.
 

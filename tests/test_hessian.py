@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hessian
+import quant
 
 
 def rows(kind: str, T: int, I: int, seed: int) -> torch.Tensor:
@@ -263,3 +264,94 @@ def test_low_precision_inputs_are_accumulated_in_float32_or_better():
     H = calibrate(layer, [x], [""])[""].H_KK
     assert H.dtype == torch.float32
     assert torch.allclose(H.double(), x.double().mT @ x.double() / 512, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the output side: gradients, and the noise of rounding
+
+
+class Chain(nn.Module):
+    """conv (stride 2) -> SiLU -> 1x1 conv -> linear over channels; and a layer that nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix, self.head = nn.Conv2d(3, 5, 3, 2, 1), nn.Conv2d(5, 4, 1), nn.Linear(4, 6)
+        self.unread = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.mix(torch.nn.functional.silu(self.conv(x))).permute(0, 2, 3, 1)
+        self.unread(h)
+        return self.head(h)
+
+
+def backward_run(model, x, draws):
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(draws):
+            y = model(x)
+            (torch.randn(y.shape, generator=generator) * y).sum().backward()
+        return draws * len(x)
+
+    return run
+
+
+def test_output_moments_are_those_of_the_jacobian():
+    """Catches: a mean over rows in place of their sum, channels mistaken for positions, parameters' gradients left behind."""
+    torch.manual_seed(0)
+    model, x = Chain().requires_grad_(False), torch.randn(2, 3, 6, 6)
+    names = ["conv", "mix", "head"]
+    found = hessian.collect_outputs(model, names, backward_run(model, x, 3000))
+    reached = {}
+    handles = [model.get_submodule(n).register_forward_hook(lambda m, a, y, n=n: reached.update({n: y})) for n in names]
+    f = model(x.requires_grad_()).flatten()
+    for handle in handles:
+        handle.remove()
+    for name in names:
+        total = 0
+        for i in range(len(f)):  # sum over outputs of the outer products of exact gradients
+            (g,) = torch.autograd.grad(f[i], reached[name], retain_graph=True)
+            g = (g.permute(0, 2, 3, 1) if name != "head" else g).reshape(-1, g.shape[-1 if name == "head" else 1]).double()
+            total = total + g.mT @ g
+        exact = total / len(x)
+        assert (found[name].double() - exact).norm() < 0.05 * exact.norm(), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_output_moments_do_not_depend_on_the_budget():
+    """Catches a layer lost between passes."""
+    torch.manual_seed(0)
+    model, x, names = Chain().requires_grad_(False), torch.randn(2, 3, 6, 6), ["conv", "mix", "head"]
+    at_once = hessian.collect_outputs(model, names, backward_run(model, x, 2))
+    in_turn = hessian.collect_outputs(model, names, backward_run(model, x, 2), budget_bytes=8 * 36)
+    assert list(in_turn) == names and all(torch.equal(at_once[n], in_turn[n]) for n in names)
+
+
+def test_bad_requests_for_output_moments_are_one_clear_sentence():
+    """Catches a silent zero for a layer whose output nobody reads, and inf that would reach the Cholesky factor."""
+    model, x = Chain().requires_grad_(False), torch.randn(2, 3, 6, 6)
+    with pytest.raises(ValueError, match=r"'unread' was never called .* not measured"):
+        hessian.collect_outputs(model, ["head", "unread"], backward_run(model, x, 1))
+    with pytest.raises(ValueError, match="'nowhere' is not in the model"):
+        hessian.collect_outputs(model, ["nowhere"], backward_run(model, x, 1))
+    with pytest.raises(ValueError, match="'head' alone needs 288 bytes for its G, the budget is 8"):
+        hessian.collect_outputs(model, ["head"], backward_run(model, x, 1), budget_bytes=8)
+    model.head.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"'conv'.*inf or nan"):
+        hessian.collect_outputs(model, ["conv"], backward_run(model, x, 1))
+
+
+@pytest.mark.parametrize("name", ["q", "conv", "down"])
+def test_rounding_noise_is_what_the_activation_grid_loses(name):
+    """Catches: rows of a strided or overlapping convolution counted for pixels, noise of another group size."""
+    torch.manual_seed(0)
+    model, batches = Block(), [torch.randn(16, 16), 3 * torch.randn(16, 16)]
+    stats = calibrate(model, batches, [name], group_x=8)[name]
+    total = 0
+    for x in batches:
+        if name == "q":
+            grid = quant.quantize_activation(x, 8)
+        else:
+            x = x.mT.reshape(1, 16, 4, -1).permute(0, 2, 3, 1).contiguous()
+            grid = quant.quantize_activation_per_sample(x, 8)
+        total = total + (x - quant.dequantize_activation(*grid, 16)).square().reshape(-1, 16).double().sum(0) / 32
+    assert torch.allclose(stats.noise_I.double(), total, rtol=1e-5) and stats.noise_I.min() > 0
+    assert not calibrate(model, batches, [name])[name].noise_I.any()

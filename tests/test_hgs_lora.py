@@ -82,6 +82,72 @@ def test_closed_form_equals_the_float64_reference_on_both_gram_sides(O, K, r, ki
     assert (spectrum.diff() <= 0).all()
 
 
+def gh_norm(E: torch.Tensor, G: torch.Tensor, H: torch.Tensor) -> float:
+    """tr(G E H E^T): the norm of G (x) H without any factor."""
+    return float((G.double() @ E.double() @ H * E.double()).sum())
+
+
+@given(st.integers(1, 16), st.integers(1, 16), H_KINDS, H_KINDS, st.floats(1e-8, 1e8), st.integers(0, 999))
+def test_closed_form_with_gradients_is_optimal_in_the_kronecker_norm(O, K, kind, g_kind, unit, seed):
+    """Catches: R on the wrong side or transposed, R for R^-1, factors whose balance depends on the unit of G."""
+    rank, E = (min(O, K) + 1) // 2, make_W(O, K, "normal", seed).double()
+    G = unit * make_H(O, g_kind, seed + 7)
+    white = hgs_lora.Whitener(make_H(K, kind, seed)).of_layer(G)
+    damped = white.R_OO.mT @ white.R_OO
+    assert not G.any() or torch.allclose(damped, hessian.damp(G, 0.01), rtol=1e-9, atol=1e-12 * unit)
+    A, B = hgs_lora.whitened_svd(E, white.L_KK, rank, white.R_OO)
+    error, spectrum = gh_norm(E - B @ A, damped, white.H_KK), hgs_lora.whitened_spectrum(E, white.L_KK, white.R_OO)
+    total = gh_norm(E, damped, white.H_KK)
+    assert abs(error - float(spectrum[rank:].square().sum())) <= 1e-7 * total + 1e-300
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(50):
+        dA, dB = (1e-2 * torch.randn(m.shape, generator=generator).double() * m.abs().mean() for m in (A, B))
+        assert gh_norm(E - (B + dB) @ (A + dA), damped, white.H_KK) >= error - 1e-9 * total
+    other = hgs_lora.whitened_svd(E, white.L_KK, rank, 1e3 * white.R_OO)
+    assert all(torch.isclose(new.norm(), old.norm(), rtol=1e-5) for new, old in zip(other, (A, B), strict=True))
+
+
+@given(st.integers(2, 12), st.integers(2, 20), H_KINDS, st.integers(0, 999))
+def test_kept_error_is_the_mean_squared_error_that_reaches_the_picture(O, K, kind, seed):
+    """Catches: noise through BA instead of through Q, R forgotten on one of the two parts."""
+    W, H, G = make_W(O, K, "normal", seed), make_H(K, kind, seed), make_H(O, "normal", seed + 3)
+    noise = torch.rand(K, generator=torch.Generator().manual_seed(seed)).double()
+    white = hgs_lora.Whitener(H).of_layer(G, noise)
+    gw, A, B = hgs_lora.decompose(W, white, 1, "pissa", group=8)
+    Q = quant.dequantize(gw).double()
+    damped = white.R_OO.mT @ white.R_OO
+    expected = gh_norm(W - Q - B.double() @ A.double(), damped, white.H_KK) + gh_norm(Q, damped, torch.diag(noise))
+    assert abs(hgs_lora.kept_error(W, white.L_KK, gw, A, B, white.R_OO, noise) - expected) <= 1e-9 * expected + 1e-12
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+@pytest.mark.parametrize("kind", ["normal", "outlier", "correlated"])
+def test_hgs_with_gradients_and_noise_beats_every_sibling_in_that_norm(kind, rounding):
+    """Catches a search that keeps the best by another error than the one it is asked for."""
+    O, K, rank = 24, 32, 4
+    W, G = make_W(O, K, "outlier", 1), make_H(O, "correlated", 5)
+    H = make_H(K, kind, 1)
+    white = hgs_lora.Whitener(H).of_layer(G, 0.01 * H.diagonal())
+    error = {
+        method: hgs_lora.kept_error(W, white.L_KK, *split, white.R_OO, white.noise_K)
+        for method in hgs_lora.METHODS
+        for split in [hgs_lora.decompose(W, white, rank, method, group=8, rounding=rounding)]
+    }
+    assert error["hgs"] == min(error.values()) and error["hgs"] < 0.9 * min(error[m] for m in SIBLINGS)
+
+
+def test_gradients_of_a_layer_without_influence_or_of_another_shape():
+    """Catches a Cholesky factor of zero, and a G that belongs to another layer."""
+    W, white = make_W(6, 8, "normal", 0), hgs_lora.Whitener(make_H(8, "normal", 0))
+    dead = white.of_layer(torch.zeros(6, 6))
+    assert hgs_lora.whitened_spectrum(W, dead.L_KK, dead.R_OO).max() < 1e-4 and white.R_OO is None
+    assert all(torch.isfinite(part).all() for part in hgs_lora.decompose(W, dead, 2, group=8)[1:])
+    with pytest.raises(ValueError, match="gradients must be 6 x 6"):
+        hgs_lora.decompose(W, white.of_layer(torch.eye(5)), 2, group=8)
+    with pytest.raises(ValueError, match="gradients contain inf"):
+        white.of_layer(torch.full((6, 6), torch.inf))
+
+
 @given(st.integers(2, 16), st.integers(2, 16), H_KINDS, st.integers(0, 999))
 def test_factors_are_balanced_in_the_h_norm(O, K, kind, seed):
     """Catches: S on one side only, S^1/2 forgotten, unsorted components, strengths of other components."""

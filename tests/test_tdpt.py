@@ -557,4 +557,31 @@ def test_distilled_gaussian_mixture_lands_on_the_end_points_of_the_integrated_od
     for make, K in ((lambda m: phased(m, "fp", "fp"), 0), (lambda m: phased(m, "anchor", "fp"), 2), (rollout, 0)):
         student = copy.deepcopy(anchor)
         fit(student, make(student), 100, 1e-3)
-        assert bool((distance(student)[K:] < 0.9 * low[K:]).all()), (low, distance(student))
+        assert bool((distance(student)[K:] < 0.95 * low[K:]).all()), (low, distance(student))
+
+
+def test_calibration_runs_make_the_samplers_jumps():
+    """Catches: a bin set after the call, a jump that starts from elsewhere, gradients that flow from one jump into the last."""
+    path = VPPath.from_betas(zero_terminal_snr=True)
+    x_T, cond, seen = torch.randn(5, 2, 4, 4), {"c": torch.arange(5.0)[:, None, None, None]}, []
+    scale = torch.ones((), requires_grad=True)
+
+    def model(x, t, s, cond):
+        seen.append((x.detach(), float(t[0]), float(s[0])))
+        return scale * (x.tanh() + 0.1 * cond["c"])
+
+    forward, backward = tdpt.calibration(model, path, x_T, cond, [1, 4], bins=4, micro=2)
+    bins = []
+    with torch.no_grad():
+        forward(lambda b: bins.append((b, len(seen))))
+    times = [float(t) for K in (1, 4) for t in path.grid(K)[:-1]]
+    assert [t for _, t, _ in seen] == times and [s for *_, s in seen] == [0.0, *[float(s) for s in path.grid(4)[1:]]]
+    assert bins == [(min(3, int(4 * t / path.start)), i) for i, t in enumerate(times)]
+    states = tdpt.rollout_states(model, path, x_T, cond, path.grid(4))
+    assert all(torch.equal(x, z) for (x, _, _), z in zip(seen[1:5], states, strict=False))
+    seen.clear()
+    assert backward() == 5 * 5 and len(seen) == 3 * 5 and [len(x) for x, _, _ in seen[::5]] == [2, 2, 1]
+    first = scale.grad.clone()
+    scale.grad = None
+    backward()
+    assert torch.equal(scale.grad, first), "every pass sends the same directions"
