@@ -32,7 +32,7 @@ import models
 import tdpt
 from models import UserError, read_tensors
 
-FORMAT = 1
+FORMAT = 2
 KINDS = {"w4a16": hgs_lora.W4A16Linear, "w4a4": hgs_lora.W4A4Linear, "w4a4conv": hgs_lora.W4A4Conv2d}
 
 

@@ -8,14 +8,15 @@ One more rank of layer l costs O_l + K_l parameters (A is r x K, B is O x r; K =
     budget      sum_l r_l (O_l + K_l) <= rank * sum_l (O_l + K_l)    never exceeded;  r_min <= r_l <= r_max, in granules
     gain        gain_l,i = g_l sigma_l,i^2 / E_l                     of the i-th rank, i = 1, 2, ..
                 g_l      = (v_x v_w)^beta                            variation of activations and of weights
-                sigma_l  = singular values of the whitened residual (W - Q) L or of W L, H = L L^T = E[x x^T]
-                E_l      = ||W_l L_l||_F^2                           the layer's output energy
+                sigma_l  = singular values of R W C^1/2, what the grid costs the picture (hgs_lora.grid_cost), and E_l = 1;
+                           or of the residual (W - Q) L alone, H = L L^T = E[x x^T], and E_l = ||W_l L_l||_F^2, the
+                           layer's output energy
     allocation  start at r_min, then take the granule of the largest gain per parameter that still fits, until none does
 
-sigma^2 / E is the share of the layer's output that a rank wins back. Without E a layer with large outputs takes all:
-worse than uniform. Spectra descend, so greedy is optimal when all costs are equal, and otherwise loses at most the gain
-of the first granule that did not fit. v_x is the coefficient of variation of the per-channel absolute maximum over
-channels and timesteps, v_w the same for weights (hessian.py measures them).
+With gradients (R) all layers are in the picture's units. Without, sigma^2 / E is the share of the layer's output that a rank
+wins back; without E a layer with large outputs takes all: worse than uniform. Spectra descend, so greedy is optimal when
+all costs are equal, and otherwise loses at most the gain of the first granule that did not fit. v_x is the coefficient of
+variation of the per-channel absolute maximum over channels and timesteps, v_w the same for weights (hessian.py measures them).
 
 Ties (equal gain per parameter) go to the layer of lower rank, then to the name that sorts first; the order of the
 dicts never matters, so permuting layers permutes ranks. Everything is float64 and runs on the CPU.

@@ -57,6 +57,7 @@ class Config:
     lr: float = 2e-4  # AdamW on A, B (LCM-LoRA: 1e-4); cosine to zero
     warmup: int = 10  # updates
     clip: float = 1.0  # gradient norm
+    dtype: str = "bfloat16"  # what the networks compute in; float32 is the faster one on CPUs without bfloat16 units
     # number format
     group_w: int = 64  # weights that share a multiplier
     group_x: int = 16  # activations that share a multiplier
@@ -64,6 +65,7 @@ class Config:
     rounding: str = "gptq"  # gptq or rtn
     # start
     init: str = "hgs"  # zero, pissa, principal, loftq, svdquant, qera, hgs
+    hessian: str = "kron"  # of hgs and the ranks; kron: inputs and gradients at the outputs, input: inputs alone (QERA, CLoQ)
     iters: int = 8  # alternations of hgs and loftq
     ranks: str = "qra"  # uniform, variation, spectrum, qra, shuffled
     rank: int = 16  # average rank at equal parameters
@@ -92,14 +94,15 @@ class Config:
 
 RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
 STAGES = {
-    "teacher": {"steps": 6500, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 500},
+    "teacher": {"steps": 6000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200},
     "cm": {"steps": 400, "rank": 32, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "jitter": 0.3, "cached": 1024},
     "student": {},
-}
+}  # fmt: skip
 CHOICES = {
     "model": models.MODELS, "stage": ("student", "teacher"), "bits": (4, 16), "recipe": tuple(RECIPES),
     "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS),
     "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
+    "dtype": ("bfloat16", "float32"), "hessian": ("kron", "input"),
 }  # fmt: skip
 
 
@@ -130,8 +133,11 @@ def check(cfg: Config) -> None:
     unknown = set(cfg.targets.split(",")) - {"anchor", "fp", "self", "teacher"}
     if unknown or len(cfg.targets.split(",")) != 2:
         raise UserError(f"--targets {cfg.targets} must be EARLY,LATE, each of anchor, fp, self, teacher")
-    if not all(k.isdigit() and 1 <= int(k) <= cfg.grid for k in cfg.phases.split(",")):
-        raise UserError(f"--phases {cfg.phases} must be numbers from 1 to --grid, such as 1,2,4")
+    points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
+    if not all(k.isdigit() and 1 <= int(k) <= points for k in cfg.phases.split(",")):
+        raise UserError(f"--phases {cfg.phases} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)")
+    if cfg.edges > cfg.grid:
+        raise UserError(f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ def check(cfg: Config) -> None:
 
 
 def train_teacher(cfg: Config, out: Path, pictures) -> None:
-    """Plain diffusion training: squared error at uniform times, 10% of captions dropped, EMA 0.999 -> MODEL.safetensors."""
+    """Plain diffusion training: squared error at stratified times, 10% of captions dropped, EMA 0.999 -> MODEL.safetensors."""
     torch.manual_seed(cfg.seed)
     model = models.load_teacher(cfg.model, cfg.teacher).requires_grad_() if cfg.teacher else models.build(cfg.model)
     params = dict(model.named_parameters())
@@ -153,9 +159,10 @@ def train_teacher(cfg: Config, out: Path, pictures) -> None:
             x, captions = pictures.batch(cfg.batch, gen)
             drop = torch.rand(cfg.batch, generator=gen) < 0.1
             cond = model.encode([data.UNCONDITIONAL if d else c for d, c in zip(drop, captions, strict=True)][mine])
-            x0, t = models.to_latents(x)[mine], times[torch.randint(0, 1000, (cfg.batch,), generator=gen)][mine]
+            strata = (torch.arange(cfg.batch) + torch.rand(cfg.batch, generator=gen)) / cfg.batch  # one t in every B-th of [0, 1)
+            x0, t = models.to_latents(x)[mine], times[(1000 * strata).long()][mine]
             eps = torch.randn(cfg.batch, *model.latent, generator=gen)[mine]
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
                 pred = model(model.path.add_noise(x0, eps, t), t, t, cond)
             loss = (pred.float() - model.path.prediction_of(x0, eps, t)).square().mean()
             loss.backward()
@@ -174,23 +181,6 @@ def train_teacher(cfg: Config, out: Path, pictures) -> None:
 # Stage "student", 16 or 4 bits
 
 
-def calibration_run(cfg: Config, base: models.Denoiser, pictures):
-    """Drives captions through the consistency model: every jump that the student will make, all phases equally often."""
-    gen = data.step_generator(cfg.seed, 0, stream=1)
-    cond = base.encode(pictures.captions(cfg.calibration, gen))
-    x_T = torch.randn(cfg.calibration, *base.latent, generator=gen)
-
-    def run(set_bin):
-        def observed(x, t, s, cond):
-            set_bin(min(3, int(4 * float(t[0]) / base.path.start)))
-            return base(x, t, s, cond)
-
-        for k in map(int, cfg.phases.split(",")):
-            tdpt.sample(observed, base.path, x_T, cond, k)
-
-    return run
-
-
 @torch.no_grad()
 def quantized_student(cfg: Config, base: models.Denoiser, pictures) -> tuple[models.Denoiser, dict[str, dict]]:
     """The fused consistency model (float32) -> its W4A4 twin with HGS-LoRA, in place, and the table of layers."""
@@ -199,8 +189,13 @@ def quantized_student(cfg: Config, base: models.Denoiser, pictures) -> tuple[mod
     for name, layer in layers.items():
         if cfg.rank > min(layer.weight.flatten(1).shape):
             raise UserError(f"--rank {cfg.rank} is larger than layer {name} {tuple(layer.weight.shape)}: choose a smaller one")
-    # 1. statistics of what each layer reads: H = E[x x^T], absmax per channel and timestep
-    stats = hessian.collect(base.net, list(layers), calibration_run(cfg, base, pictures), cfg.hessian_mb << 20)
+    # 1. statistics: H = E[x x^T] and absmax of what each layer reads, G = E[g g^T] of the gradients that reach its output
+    gen = data.step_generator(cfg.seed, 0, stream=1)
+    cond, x_T = base.encode(pictures.captions(cfg.calibration, gen)), torch.randn(cfg.calibration, *base.latent, generator=gen)
+    forward, backward = tdpt.calibration(base, base.path, x_T, cond, [int(K) for K in cfg.phases.split(",")])
+    stats, G = hessian.collect(base.net, list(layers), forward, cfg.hessian_mb << 20, group_x=cfg.group_x), {}
+    if cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform"):
+        G = hessian.collect_outputs(base.net, list(layers), backward, cfg.hessian_mb << 20)
     weights, whiteners, smoothings, cache = {}, {}, {}, {}
     for name, layer in layers.items():
         w_OK, lam = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight), None
@@ -209,15 +204,21 @@ def quantized_student(cfg: Config, base: models.Denoiser, pictures) -> tuple[mod
         if cfg.smooth and kinds[name] == "w4a4":
             lam = quant.smoothing_factors(stats[name].xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
             w_OK, key, H_KK = w_OK * lam.repeat(taps), name, hessian.smooth(H_KK, lam)
-        cache[key] = whiteners[name] = cache.get(key) or hgs_lora.Whitener(H_KK)  # q, k, v share theirs
+        cache[key] = white = cache.get(key) or hgs_lora.Whitener(H_KK)  # q, k, v share theirs
+        noise_K = (stats[name].noise_I / (1 if lam is None else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
+        whiteners[name] = white.of_layer(G[name], noise_K) if G else white
         weights[name], smoothings[name] = w_OK, lam
-    # 2. QRA: ranks from the whitened spectrum of the rounding residual and the variation of activations and weights
+    # 2. QRA: ranks from the whitened spectrum of what the grid costs and the variation of activations and weights
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     spectra, energy, v_x, v_w = {}, {}, {}, {}
     for name, w_OK in weights.items() if cfg.ranks != "uniform" else ():
-        L, taps = whiteners[name].L_KK, layers[name].weight[0, 0].numel()
-        residual = w_OK - quant.dequantize(quant.quantize_weight(w_OK, cfg.group_w, taps))
-        spectra[name], energy[name] = hgs_lora.whitened_spectrum(residual, L), float((w_OK.double() @ L).square().sum())
+        white, gw = whiteners[name], quant.quantize_weight(w_OK, cfg.group_w, layers[name].weight[0, 0].numel())
+        if G:  # all layers in the picture's units
+            spectra[name] = hgs_lora.whitened_spectrum(w_OK, hgs_lora.grid_cost(w_OK, white, gw).sqrt().diag(), white.R_OO)
+            energy[name] = 1.0
+        else:
+            spectra[name] = hgs_lora.whitened_spectrum(w_OK - quant.dequantize(gw), white.L_KK)
+            energy[name] = float((w_OK.double() @ white.L_KK).square().sum())
         v_x[name], v_w[name] = hessian.variation(stats[name], layers[name].weight)
     args = (shapes, spectra, energy, v_x, v_w, cfg.ranks, cfg.rank)
     ranks = qra.allocate(*args, r_min=min(4, cfg.rank), r_max=4 * cfg.rank, seed=cfg.seed)
@@ -289,13 +290,13 @@ def distil(cfg: Config, out: Path, student, params: dict[str, torch.Tensor], net
 
 
 def train_student(cfg: Config, out: Path, pictures) -> None:
-    network = models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(torch.bfloat16)
+    network = models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(getattr(torch, cfg.dtype))
     if rank() == 0 and not (out / "start.safetensors").exists():
         checkpoint.save_start(out, *quantized_student(cfg, models.fuse(models.load_cm(cfg.model, cfg.teacher, cfg.cm)), pictures))
     if world() > 1:
         dist.barrier()
     student, table = checkpoint.load_start(out, cfg.model)
-    student.to(torch.bfloat16)
+    student.to(getattr(torch, cfg.dtype))
     hgs_lora.set_compiled(student, cfg.compile)
     params = {k: p.requires_grad_() for k, p in student.named_parameters() if "lora_" in k}
 
@@ -306,12 +307,12 @@ def train_student(cfg: Config, out: Path, pictures) -> None:
     distil(cfg, out, student, params, network, pictures, anchor)
     if rank() == 0:  # 5. pack, reload, draw, measure
         checkpoint.save_checkpoint(out, student, table, merged=cfg.deploy == "merged")
-        evaluate.closing_report(out, network, dataclasses.asdict(cfg))
+        evaluate.closing_report(out, network.to(torch.bfloat16), dataclasses.asdict(cfg))
 
 
 def train_cm(cfg: Config, out: Path, pictures) -> None:
     """The same objective at 16 bits: the LoRA of the full-precision consistency model, MODEL-cm.safetensors."""
-    student = models.load_teacher(cfg.model, cfg.teacher).to(torch.bfloat16)
+    student = models.load_teacher(cfg.model, cfg.teacher).to(getattr(torch, cfg.dtype))
     models.add_lora(student, cfg.rank, cfg.seed)
     params = {k: p.requires_grad_() for k, p in student.named_parameters() if "lora_" in k}
     distil(cfg, out, models.as_cm(student), params, student, pictures)
