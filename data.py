@@ -109,10 +109,10 @@ def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor
     axis = (torch.arange(2 * SIDE) + 0.5) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
 
-    # background: a lighting gradient, and waves along x or y of random length and phase where the caption says so
-    lighting, along = rand(0, 2 * torch.pi, 1, 1), rand(0, 1, 1, 1) < 0.5
+    # background: a lighting gradient, and upright waves of random length and phase where the caption says so
+    lighting = rand(0, 2 * torch.pi, 1, 1)
     ramp = ((x - 16) * lighting.cos() + (y - 16) * lighting.sin()) / 16
-    wave = torch.sin(2 * torch.pi * (torch.where(along, x, y) / rand(5, 8, 1, 1) + rand(0, 1, 1, 1)))
+    wave = torch.sin(2 * torch.pi * (x / rand(5, 8, 1, 1) + rand(0, 1, 1, 1)))
     shade = 0.06 * ramp + 0.09 * wave * (scene["texture"] == 1)[:, None, None]
     image = BACKGROUND_RGB[scene["background"]][:, :, None, None] + rand(-0.03, 0.03, 3, 1, 1) + shade[:, None]
 
@@ -122,14 +122,13 @@ def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor
         dx, dy, turn = x - center[:, 0, None, None], y - center[:, 1, None, None], rand(-0.3, 0.3, 1, 1)
         u = (dx * turn.cos() + dy * turn.sin()) / radius[:, None, None]
         v = (dy * turn.cos() - dx * turn.sin()) / radius[:, None, None]
-        # patterns, period 4 pixels, random phase: level dark stripes (upright ones too would be taken for dots), a lattice of dots
+        # patterns, period 4 pixels, random phase: level stripes in a darker shade, a lattice of dots in the complementary colour
         p, q = x / 4 + rand(0, 1, 1, 1), y / 4 + rand(0, 1, 1, 1)
-        stripes = ((q % 1) < 0.45).float()
-        dots = (((p % 1) - 0.5) ** 2 + ((q % 1) - 0.5) ** 2 < 0.36**2).float()
+        stripes, dots = (q % 1) < 0.45, ((p % 1) - 0.5) ** 2 + ((q % 1) - 0.5) ** 2 < 0.32**2
         kind = scene["pattern"][:, s, None, None]
-        ink = torch.where(kind == 1, stripes, torch.where(kind == 2, dots, torch.zeros(())))
-        color = RGB[scene["color"][:, s]][:, :, None, None] + rand(-0.04, 0.04, 3, 1, 1)
-        surface = color * (1 - 0.6 * ink[:, None]) * (1 + 0.1 * (dx + dy) / 16)[:, None]
+        color = (RGB[scene["color"][:, s]][:, :, None, None] + rand(-0.04, 0.04, 3, 1, 1)).expand(n, 3, *x.shape)
+        surface = torch.where((stripes & (kind == 1))[:, None], 0.4 * color, color)
+        surface = torch.where((dots & (kind == 2))[:, None], 1 - color, surface) * (1 + 0.1 * (dx + dy) / 16)[:, None]
         mask = _inside(scene["shape"][:, s], u, v) * (s < scene["count"])[:, None, None]
         image = torch.where(mask[:, None] > 0, surface, image)
 

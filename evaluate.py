@@ -6,8 +6,10 @@
     Frechet    |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) in 128 features of a small classifier, torchmetrics' implementation,
                against 4,096 rendered scenes of other seeds. No relation to Inception FID: compare rows of one table only.
     accuracy   share of pictures whose every attribute (shape, colour, size, pattern of every object, at its place, and the
-               background) is read back by that classifier as the prompt has it. On real pictures: the ceiling.
+               background) is read back by that classifier as the prompt has it.
     psnr       mean over pictures of 10 log10(4 / MSE) dB, values in [-1, 1], to the fp CM's picture from the same noise.
+
+The row "real" scores newly rendered scenes of the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet.
 
 Key: B pictures, P = 5 places, 4 attributes of an object.
 """
@@ -164,7 +166,11 @@ class Judge:
         self.reader, self.seed = load_reader(), seed
         self.scene = data.random_scenes(n, data.step_generator(seed, 0))
         self.captions = [data.caption_of(self.scene, i) for i in range(n)]
-        self.real_accuracy, self.real = real_pictures(self.reader, reference)
+        _, self.real = real_pictures(self.reader, reference)
+
+    def rendered(self) -> dict[str, float]:
+        """Scores of the renderer itself on the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet."""
+        return self.score(data.render(self.scene, data.step_generator(self.seed, 1)))
 
     def draw(self, name: str, model, denoiser: models.Denoiser, steps: int) -> torch.Tensor:
         parts, size = [], 64
@@ -180,11 +186,24 @@ class Judge:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    lines = [f"{'':24}{'frechet':>10}{'accuracy':>10}{'psnr to fp':>12}"]
+    lines = [f"{'':26}{'frechet':>10}{'accuracy':>10}{'psnr to fp':>12}"]
     for name, row in rows.items():
         last = f"{row['psnr_to_fp']:>9.2f} dB" if "psnr_to_fp" in row else f"{'-':>12}"
-        lines.append(f"{name:24}{row['frechet']:>10.2f}{row['prompt_accuracy']:>10.3f}{last}")
+        lines.append(f"{name:26}{row['frechet']:>10.2f}{row['prompt_accuracy']:>10.3f}{last}")
     return "\n".join(lines)
+
+
+def network_report(network: models.Denoiser, config: dict, cm: bool) -> dict[str, dict[str, float]]:
+    """Scores of 16-bit weights at the end of their training, printed: the guided teacher and, if `cm`, the consistency model."""
+    if config["data"]:
+        return {}  # the classifier knows nothing of the user's pictures
+    judge = Judge(config["eval_n"], 4321)
+    teacher = ("teacher, guided", sample.guided_teacher(network, config["guidance"]))
+    runs = [(*teacher, 25), (*teacher, 4)] + [("fp", models.as_cm(network), steps) for steps in (4, 2, 1) if cm]
+    rows = {"real": judge.rendered()}
+    rows |= {f"{name}, {steps} steps": judge.score(judge.draw(name, model, network, steps)) for name, model, steps in runs}
+    print(f"{config['eval_n']} pictures\n{table(rows)}")
+    return rows
 
 
 def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
@@ -232,7 +251,8 @@ def main(argv: list[str]) -> None:
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
     network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(torch.bfloat16)
-    judge, rows = Judge(args.n, args.seed), {}
+    judge = Judge(args.n, args.seed)
+    rows = {"real": judge.rendered()}
     if not args.skip_teacher:
         teacher = sample.guided_teacher(network, config["guidance"])
         rows["teacher"] = judge.score(judge.draw("teacher", teacher, network, 25)) | {"steps": 25}
@@ -240,7 +260,7 @@ def main(argv: list[str]) -> None:
     fp = judge.draw("fp", models.as_cm(network), network, args.steps)
     rows["fp"] = judge.score(fp) | {"steps": args.steps}
     rows["w4a4"] = judge.score(judge.draw("w4a4", student, student, args.steps), fp) | {"steps": args.steps}
-    print(f"{args.n} pictures, seed {args.seed}; real pictures: accuracy {judge.real_accuracy:.3f}")
+    print(f"{args.n} pictures, seed {args.seed}")
     print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))

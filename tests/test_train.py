@@ -132,13 +132,52 @@ def test_tiny_flux_goes_the_whole_way(tmp_path):
     assert sample.draw(student, student, list(PAIR), 1).std() > 0
 
 
-def test_a_folder_of_pictures_trains_a_student(weights, tmp_path, capsys):
-    """Catches a trainer that knows only its own scenes, and scores that mean nothing on other pictures."""
+@pytest.fixture
+def pictures(tmp_path) -> Path:
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         Image.new("RGB", (48, 48), (80 * i, 10, 200)).save(tmp_path / "pictures" / f"{i}.png")
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"my picture number {i}")
-    run(weights, tmp_path / "r", f"--data {tmp_path}/pictures --steps 2 --eval-n 8")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("model", models.MODELS)
+def test_teacher_then_consistency_lora_are_files_that_the_next_stage_loads(pictures, tmp_path, model):
+    """Catches a stage whose output no other stage can read, and a LoRA that is rounded with the network it was scored in."""
+    flags = f"--model {model} --data {pictures} --batch 4"
+    train.main(f"{flags} --stage teacher --steps 2 --out {tmp_path}/t".split())
+    teacher = f"--teacher {tmp_path}/t/{model}.safetensors"
+    train.main(f"{flags} {teacher} --bits 16 --steps 2 --cached 4 --grid 8 --out {tmp_path}/c".split())
+    network = models.load_cm(model, f"{tmp_path}/t/{model}.safetensors", f"{tmp_path}/c/{model}-cm.safetensors")
+    state, _ = models.read_tensors(tmp_path / "c" / "state.safetensors", "")
+    for name, layer in models.loras(network).items():
+        assert torch.equal(layer.lora_A, state[f"p.net.{name}.lora_A"].half().float())
+    _, info = models.read_tensors(tmp_path / "c" / f"{model}-cm.safetensors", "")
+    assert (info["steps"], info["batch"], info["seed"]) == (2, 4, 0)
+
+
+def test_scores_of_16_bit_weights_are_those_of_what_they_draw(monkeypatch):
+    """Catches rows that score something else: pictures of the very prompts are read as right, others are not."""
+
+    def real(judge, name, model, denoiser, steps):
+        return data.render(data.random_scenes(512, data.step_generator(4321, 0 if name == "fp" else 1)), data.step_generator(5, 0))
+
+    monkeypatch.setattr(evaluate.Judge, "draw", real)
+    rows = evaluate.network_report(models.build("tiny"), {"data": "", "eval_n": 512, "guidance": 3.0}, cm=True)
+    assert list(rows) == [
+        "real",
+        "teacher, guided, 25 steps",
+        "teacher, guided, 4 steps",
+        "fp, 4 steps",
+        "fp, 2 steps",
+        "fp, 1 steps",
+    ]
+    assert rows["fp, 4 steps"]["prompt_accuracy"] > 0.95 and rows["teacher, guided, 4 steps"]["prompt_accuracy"] < 0.05
+
+
+def test_a_folder_of_pictures_trains_a_student(weights, pictures, tmp_path, capsys):
+    """Catches a trainer that knows only its own scenes, and scores that mean nothing on other pictures."""
+    run(weights, tmp_path / "r", f"--data {pictures} --steps 2 --eval-n 8")
     printed = capsys.readouterr().out
     assert "8 of the folder's captions" in printed and "accuracy" not in printed
     assert len(losses(tmp_path / "r")) == 2
