@@ -82,7 +82,7 @@ class Config:
     grid: int = 48  # N, solver points (LCM: 50)
     split: float = 0.5  # T' as a share of the grid: at and above it targets[0]
     targets: str = "anchor,fp"  # early,late: each of anchor, fp, self, teacher
-    guidance: float = 3.0  # w of the teacher: u + w (c - u)
+    guidance: float = 2.0  # w of the teacher: u + w (c - u)
     huber: float = 1e-3  # c
     # deployment
     deploy: str = "branch"  # branch: LoRA beside the packed weight; merged: Q(Q + BA), strict W4A4
@@ -95,7 +95,7 @@ class Config:
 RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
 STAGES = {
     "teacher": {"steps": 6000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024},
-    "cm": {"steps": 1200, "rank": 32, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "jitter": 0.3, "cached": 4096,
+    "cm": {"steps": 1000, "rank": 32, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "jitter": 0.3, "cached": 2048,
            "eval_n": 1024},
 }  # fmt: skip
 CHOICES = {

@@ -1,20 +1,14 @@
 """The start before any training, per method: PSNR of 4-step W4A4 pictures to the 16-bit consistency model's.
 
-    python benchmarks/initialisation.py [--out runs/initialisation] [--n 256]        about a minute a row on two cores
+    python benchmarks/initialisation.py [--out runs/initialisation] [--n 256] [--jobs 2]        about a minute a row on two cores
 
 Each row is one run of `train.py --steps 0`; finished rows are not run again. Writes benchmarks/initialisation.md.
 """
 
-import argparse
 import json
-import platform
-import subprocess
-import sys
-from pathlib import Path
 
-import torch
+from jobs import MACHINE, each, name_of, parser, write_table
 
-ROOT = Path(__file__).parent.parent
 PLAIN = "--ranks uniform --rounding rtn"
 ROWS = [  # name, flags
     ("zero (QLoRA)", f"--init zero {PLAIN}"),
@@ -36,23 +30,23 @@ ROWS = [  # name, flags
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out", default="runs/initialisation")
-    parser.add_argument("--n", type=int, default=256)
-    args = parser.parse_args()
-    lines = ["| start | flags of `train.py --steps 0` | PSNR to fp, dB | Frechet | LoRA, MB |", "|---|---|---|---|---|"]
-    for name, flags in ROWS:
-        out = Path(args.out) / ("-".join(flags.replace("--", "").split()) or "default")
+    args = parser(__doc__, "runs/initialisation", 256).parse_args()
+
+    def measure(row, call) -> dict:
+        name, flags = row
+        out = args.out / name_of(flags)
         if not (out / "report.json").exists():
-            job = [sys.executable, "train.py", "--steps", "0", "--eval-n", str(args.n), "--out", str(out.resolve()), *flags.split()]
-            subprocess.run(job, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        r = json.loads((out / "report.json").read_text())
+            call("train.py", "--steps", "0", "--eval-n", str(args.n), "--out", str(out), *flags.split())
+        report = json.loads((out / "report.json").read_text())
+        print(name, report["w4a4"], flush=True)
+        return report
+
+    lines = ["| start | flags of `train.py --steps 0` | PSNR to fp, dB | Frechet | LoRA, MB |", "|---|---|---|---|---|"]
+    for (name, flags), r in zip(ROWS, each(measure, ROWS, args.jobs), strict=True):
         w = r["w4a4"]
         lines.append(f"| {name} | `{flags or '(none)'}` | {w['psnr_to_fp']:.2f} | {w['frechet']:.1f} | {r['mb_lora']:.2f} |")
-        print(lines[-1], flush=True)
-    machine = f"{platform.machine()} CPU, torch {torch.__version__}"
-    lines.append(f"\n{args.n} pictures, 4 steps, seed 0; fp Frechet {r['fp']['frechet']:.1f}; {machine}")
-    (ROOT / "benchmarks" / "initialisation.md").write_text("\n".join(lines) + "\n")
+    lines.append(f"\n{args.n} pictures, 4 steps, seed 0; fp Frechet {r['fp']['frechet']:.1f}; {MACHINE}")
+    write_table("initialisation.md", lines)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,11 @@ Finished parts are not run again. Writes benchmarks/quality.md: mean +- sd over 
 Teacher and fp rows have one set of weights and no spread.
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import torch
+from jobs import MACHINE, each, name_of, parser, write_table
 
-ROOT = Path(__file__).parent.parent
 ZERO = "--init zero --ranks uniform --rounding rtn"
 RECIPES = {
     "zero init, self targets (QLoRA style)": f"{ZERO} --rollout 0 --targets self,self",
@@ -32,47 +24,34 @@ ONCE = {"real": "real pictures", "teacher": "teacher, guided, 25 steps"}  # what
 OTHERS = ONCE | {"teacher_same_steps": "teacher, guided", "fp": "fp CM"}
 
 
-def measure(base: Path, n: int, threads: int, seed: int, flags: str) -> dict[int, dict]:
-    """Train one student, score it in 1, 2 and 4 steps; what is finished already is only read."""
-
-    def call(script: str, *argv: str) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([sys.executable, script, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{script} {' '.join(argv)} failed:\n{done.stderr[-2000:]}")
-
-    out, rows = base / f"{'-'.join(flags.replace('--', '').replace(',', '-').split()) or 'default'}-{seed}", {}
-    if not (out / "report.json").exists():
-        call("train.py", "--seed", str(seed), "--out", str(out), "--eval-n", "256", *flags.split())
-    for steps in (1, 2, 4):
-        file = out / f"n{n}-{steps}.json"
-        if not file.exists():
-            skip = [] if seed == 0 and flags == "" else ["--skip-teacher"]  # the teacher once
-            call("evaluate.py", "--checkpoint", str(out), "--steps", str(steps), "--n", str(n), "--json", str(file), *skip)
-        rows[steps] = json.loads(file.read_text())
-    print(flags or "(default)", "seed", seed, [round(rows[steps]["w4a4"]["frechet"], 2) for steps in (1, 2, 4)], flush=True)
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out", default="runs/quality")
-    parser.add_argument("--n", type=int, default=2048)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; each gets its share of the cores")
-    args = parser.parse_args()
-    threads, scores = max(1, (os.cpu_count() or 1) // args.jobs), {}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [
-            (name, pool.submit(measure, Path(args.out).resolve(), args.n, threads, seed, flags))
-            for seed in range(args.seeds)
-            for name, flags in RECIPES.items()
-        ]
-        for name, run in runs:
-            for steps, rows in run.result().items():
-                scores.setdefault((name, steps), []).append(rows["w4a4"])
-                for key in OTHERS.keys() & rows.keys():
-                    scores[OTHERS[key], steps] = [rows[key]]
+    cli = parser(__doc__, "runs/quality", 2048)
+    cli.add_argument("--seeds", type=int, default=3)
+    args = cli.parse_args()
+
+    def measure(run, call) -> dict[int, dict]:
+        """Train one student, score it in 1, 2 and 4 steps."""
+        seed, flags = run
+        out, rows = args.out / f"{name_of(flags)}-{seed}", {}
+        if not (out / "report.json").exists():
+            call("train.py", "--seed", str(seed), "--out", str(out), "--eval-n", "256", *flags.split())
+        for steps in (1, 2, 4):
+            file = out / f"n{args.n}-{steps}.json"
+            if not file.exists():
+                skip = [] if seed == 0 and flags == "" else ["--skip-teacher"]  # the teacher once
+                where = ("--checkpoint", str(out), "--steps", str(steps))
+                call("evaluate.py", *where, "--n", str(args.n), "--json", str(file), *skip)
+            rows[steps] = json.loads(file.read_text())
+        print(flags or "(default)", "seed", seed, [round(rows[steps]["w4a4"]["frechet"], 2) for steps in rows], flush=True)
+        return rows
+
+    runs, scores = [(seed, flags) for seed in range(args.seeds) for flags in RECIPES.values()], {}
+    label_of = {flags: label for label, flags in RECIPES.items()}
+    for (_, flags), by_steps in zip(runs, each(measure, runs, args.jobs), strict=True):
+        for steps, rows in by_steps.items():
+            scores.setdefault((label_of[flags], steps), []).append(rows["w4a4"])
+            for key in OTHERS.keys() & rows.keys():
+                scores[OTHERS[key], steps] = [rows[key]]
 
     def cell(rows: list[dict], key: str, digits: int) -> str:
         values = [row[key] for row in rows if key in row]
@@ -87,9 +66,7 @@ def main() -> None:
             rows = scores[label, steps]
             cells = (cell(rows, "frechet", 1), cell(rows, "prompt_accuracy", 3), cell(rows, "psnr_to_fp", 2))
             lines.append(f"| {label} | {rows[0].get('steps', '')} | {' | '.join(cells)} | {len(rows)} |")
-    lines.append(f"\n{args.n} pictures, evaluation seed 1234; {platform.machine()} CPU, torch {torch.__version__}")
-    (ROOT / "benchmarks" / "quality.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_table("quality.md", [*lines, f"\n{args.n} pictures, evaluation seed 1234; {MACHINE}"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Runs of the project's own commands for the tables of this folder: some at a time, finished ones not again."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+MACHINE = f"{platform.machine()} CPU, torch {torch.__version__}"
+
+
+def parser(doc: str, out: str, n: int) -> argparse.ArgumentParser:
+    """The flags that all tables have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", default=out, type=lambda path: Path(path).resolve(), help="folder of the runs")
+    parser.add_argument("--n", type=int, default=n, help="pictures of a score")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; each gets its share of the cores")
+    return parser
+
+
+def name_of(flags: str) -> str:
+    """A folder's name for the flags of a run."""
+    return "-".join(flags.replace("--", "").replace(",", "-").split()) or "default"
+
+
+def each(function: Callable, items: Iterable, jobs: int) -> Iterator:
+    """function(item, call) for all items, `jobs` at a time, results in order. call(script, *flags) runs one of our scripts."""
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+    def call(script: str, *flags: str) -> None:
+        done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{script} {' '.join(flags)} failed:\n{done.stderr[-2000:]}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda item: function(item, call), items)
+
+
+def write_table(name: str, lines: list[str]) -> None:
+    """benchmarks/NAME, and the same to the screen."""
+    (ROOT / "benchmarks" / name).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
