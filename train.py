@@ -54,7 +54,7 @@ class Config:
     seed: int = 0
     steps: int = 120  # updates; 0 packs and measures the initialisation
     batch: int = 32  # pictures in an update, over all ranks
-    lr: float = 2e-4  # AdamW on A, B (LCM-LoRA: 1e-4); cosine to zero
+    lr: float = 2e-5  # AdamW on A, B (LCM-LoRA: 1e-4, which a good start does not survive); cosine to zero
     warmup: int = 10  # updates
     clip: float = 1.0  # gradient norm
     dtype: str = "bfloat16"  # what the networks compute in; float32 is the faster one on CPUs without bfloat16 units
@@ -72,7 +72,7 @@ class Config:
     calibration: int = 64  # captions for Hessians and variation
     hessian_mb: int = 2048  # budget of the float64 sums of one calibration pass
     # objective
-    rollout: float = 0.5  # share of updates that are on-policy rollouts, the others are TDPT
+    rollout: float = 0.75  # share of updates that are on-policy rollouts, the others are TDPT
     trajectory: str = "fp"  # rollouts follow the fp consistency model or the cached guided teacher
     on_policy: bool = True  # rollouts start each phase from the student's own state, not from the reference's
     cached: int = 2048  # teacher trajectories in the cache (trajectory = teacher)

@@ -28,7 +28,8 @@ import train
 ROOT = Path(__file__).parent.parent
 PAIR = sample.PROMPTS[:2]
 QUICK = (
-    "--steps 4 --batch 4 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 8 --save-every 1 --grid 8 --eval-n 256"
+    "--steps 4 --batch 4 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4"
+    " --save-every 1 --grid 8 --eval-n 256"
 )
 
 
