@@ -10,7 +10,7 @@ A scene is one or two objects on a textured background, 32x32 pixels:
       size  pattern colour shape     place                                     texture background
 
 Words for the defaults (plain pattern, smooth texture) are left out of captions. What a caption does not say, the picture draws
-at random: exact place, radius, angle, hue, lighting, phases of stripes, dots and waves. A few-step solver blurs it.
+at random: exact place, radius, angle, hue, lighting, grain, phases of stripes, dots and waves. A few-step solver blurs it.
 """
 
 import json
@@ -29,7 +29,7 @@ SIZES = ("small", "large")
 PATTERNS = ("plain", "striped", "dotted")
 PLACES = ("left", "right", "top", "bottom", "center")
 BACKGROUNDS = ("gray", "black", "tan")
-TEXTURES = ("smooth", "wavy")
+TEXTURES = ("smooth", "wavy", "grainy")
 VOCABULARY = (*SHAPES, *COLORS, *SIZES, *PATTERNS, *PLACES, *BACKGROUNDS, *TEXTURES)
 UNCONDITIONAL = ""  # the caption of classifier-free guidance's unconditional branch
 
@@ -109,11 +109,14 @@ def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor
     axis = (torch.arange(2 * SIDE) + 0.5) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
 
-    # background: a lighting gradient, and upright waves of random length and phase where the caption says so
+    # background: a lighting gradient, and, where the caption says so, upright waves of random length and phase, or faint grain,
+    # which a solver loses in few steps: what is fainter than the noise of its last step comes out as its mean
     lighting = rand(0, 2 * torch.pi, 1, 1)
     ramp = ((x - 16) * lighting.cos() + (y - 16) * lighting.sin()) / 16
     wave = torch.sin(2 * torch.pi * (x / rand(5, 8, 1, 1) + rand(0, 1, 1, 1)))
-    shade = 0.06 * ramp + 0.09 * wave * (scene["texture"] == 1)[:, None, None]
+    grain = torch.randn(n, SIDE, SIDE, generator=gen).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    kind = scene["texture"][:, None, None]
+    shade = 0.06 * ramp + 0.09 * wave * (kind == 1) + 0.08 * grain * (kind == 2)
     image = BACKGROUND_RGB[scene["background"]][:, :, None, None] + rand(-0.03, 0.03, 3, 1, 1) + shade[:, None]
 
     for s in range(2):

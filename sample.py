@@ -23,8 +23,8 @@ PROMPTS = (
     "a small blue square on the left and a large striped yellow circle on the right, black background",
     "a large dotted green circle on the top and a small white triangle on the bottom, wavy tan background",
     "a large purple cross on the center, wavy gray background",
-    "a large striped red square on the right and a large blue triangle on the left, tan background",
-    "a small yellow ring on the top, wavy black background",
+    "a large striped red square on the right and a large blue triangle on the left, grainy gray background",
+    "a small yellow ring on the top, grainy tan background",
     "a large white circle on the bottom and a small red cross on the top, gray background",
     "a large striped green triangle on the center, black background",
 )

@@ -94,7 +94,7 @@ class Config:
 
 RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
 STAGES = {
-    "teacher": {"steps": 6000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024},
+    "teacher": {"steps": 5000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024},
     "cm": {"steps": 1000, "rank": 32, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "jitter": 0.3, "cached": 2048,
            "eval_n": 1024},
 }  # fmt: skip

@@ -43,7 +43,8 @@ def test_caption_has_the_words_of_its_scene():
         caption = data.caption_of(scene, i)
         for slot in range(int(scene["count"][i])):
             assert data.COLORS[scene["color"][i, slot]] in caption and data.PLACES[scene["place"][i, slot]] in caption
-        assert ("wavy" in caption) == bool(scene["texture"][i]) and "plain" not in caption and "smooth" not in caption
+        assert {t for t in data.TEXTURES[1:] if t in caption} == {data.TEXTURES[scene["texture"][i]]} - {"smooth"}
+        assert "plain" not in caption and "smooth" not in caption
 
 
 def test_the_color_of_a_large_plain_circle_is_on_the_picture():
