@@ -58,6 +58,18 @@ def test_the_color_of_a_large_plain_circle_is_on_the_picture():
         assert (pictures[i, :, y, x] - (2 * data.RGB[i] - 1)).abs().max() < 0.35
 
 
+def test_smooth_wavy_and_grainy_backgrounds_are_what_their_words_say():
+    """Catches swapped textures, waves that run level, and grain without grain: differences of neighbours in a corner."""
+    n = 90
+    scene = data.random_scenes(n, data.step_generator(0, 0))
+    scene |= {"count": torch.ones(n, dtype=torch.int64), "place": torch.full((n, 2), 4), "texture": torch.arange(n) % 3}
+    corner = data.render(scene, data.step_generator(0, 1))[:, :, :7, :7]
+    across, down = corner.diff(dim=3).square().mean((1, 2, 3)), corner.diff(dim=2).square().mean((1, 2, 3))
+    smooth, wavy, grainy = ((across[i::3].mean(), down[i::3].mean()) for i in range(3))
+    assert max(smooth) < 1e-3 < wavy[0] and wavy[1] < 1e-3
+    assert min(grainy) > 5e-3 and 0.5 < grainy[0] / grainy[1] < 2
+
+
 def write_folder(path, captions=True, broken=0):
     path.mkdir()
     rows = []
