@@ -82,7 +82,7 @@ class Config:
     grid: int = 48  # N, solver points (LCM: 50)
     split: float = 0.5  # T' as a share of the grid: at and above it targets[0]
     targets: str = "anchor,fp"  # early,late: each of anchor, fp, self, teacher
-    guidance: float = 2.0  # w of the teacher: u + w (c - u)
+    guidance: float = 1.5  # w of the teacher: u + w (c - u)
     huber: float = 1e-3  # c
     # deployment
     deploy: str = "branch"  # branch: LoRA beside the packed weight; merged: Q(Q + BA), strict W4A4
