@@ -36,11 +36,12 @@ FORMAT = 2
 KINDS = {"w4a16": hgs_lora.W4A16Linear, "w4a4": hgs_lora.W4A4Linear, "w4a4conv": hgs_lora.W4A4Conv2d}
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
-    """Atomic safetensors file; `info` (JSON) goes into its metadata. UserError if the disk is full."""
+@contextlib.contextmanager
+def atomic(path: Path):
+    """Inside, write the file that is handed out; afterwards it is synced and becomes `path`. UserError if the disk is full."""
     temporary = path.with_suffix(".tmp")
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, {"info": json.dumps(info)})
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -48,6 +49,12 @@ def write(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"cannot write {path} ({error}): free some space and run the same command again to resume") from None
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
+    """A safetensors file; `info` (JSON) goes into its metadata."""
+    with atomic(path) as file:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, {"info": json.dumps(info)})
 
 
 def open_run(out: Path, config: dict, leader: bool) -> None:
@@ -72,8 +79,8 @@ def open_run(out: Path, config: dict, leader: bool) -> None:
 
 
 def write_config(out: Path, about: dict) -> None:
-    (out / "config.tmp").write_text(json.dumps(about, indent=1))
-    os.replace(out / "config.tmp", out / "config.json")
+    with atomic(out / "config.json") as file:
+        file.write_text(json.dumps(about, indent=1))
 
 
 def read_config(folder: Path) -> dict:
