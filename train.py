@@ -54,7 +54,7 @@ class Config:
     seed: int = 0
     steps: int = 120  # updates; 0 packs and measures the initialisation
     batch: int = 32  # pictures in an update, over all ranks
-    lr: float = 2e-5  # AdamW on A, B (LCM-LoRA: 1e-4, which a good start does not survive); cosine to zero
+    lr: float = 2e-5  # AdamW on A, B (LCM-LoRA: 1e-4); cosine to zero
     warmup: int = 10  # updates
     clip: float = 1.0  # gradient norm
     dtype: str = "bfloat16"  # what the networks compute in; float32 is the faster one on CPUs without bfloat16 units
