@@ -107,11 +107,22 @@ def world() -> int:
 
 
 class State:
-    """Trainable parameters, their AdamW and its moments, by name. cfg: lr, warmup, steps, clip."""
+    """Trainable parameters, their optimizers and moments, by name. cfg: optimizer, lr, warmup, steps, clip.
+
+    muon: Muon (Jordan et al. 2024) on the matrices inside the network's blocks, AdamW on embeddings, convolutions, norms,
+    biases and the layers at both ends. Muon's step, scaled to AdamW's size (Liu et al. 2025), is taken 5 times as long:
+    after 200 updates of tiny-flux the validation loss is .441 so, .470 with equal steps, .533 with AdamW alone."""
+
+    MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
     def __init__(self, out: Path, params: dict[str, torch.Tensor], cfg):
         self.path, self.params, self.cfg = out / "state.safetensors", params, cfg
-        self.optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        inner = {k: p for k, p in params.items() if cfg.optimizer == "muon" and p.dim() == 2 and "block" in k}
+        rest = [p for k, p in params.items() if k not in inner]
+        self.optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)] if rest else []
+        if inner:
+            muon = torch.optim.Muon(inner.values(), lr=5 * cfg.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append(muon)
 
     def update(self, step: int, loss: float, log) -> None:
         """Average gradients and loss over ranks (one all-reduce), clip, AdamW with warm-up and cosine, one line in metrics.jsonl.
@@ -132,17 +143,19 @@ class State:
         if not math.isfinite(loss + norm):
             kept = f"{self.path} keeps an earlier step" if self.path.exists() else "nothing was saved yet"
             raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: look at the data or lower --lr ({kept})")
-        self.optimizer.param_groups[0]["lr"] = self.cfg.lr * warm * decay
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * warm * decay
+            optimizer.step()
+            optimizer.zero_grad()
         if rank() == 0:
             print(json.dumps({"step": step, "loss": loss, "norm": norm, "lr": self.cfg.lr * warm * decay}), file=log, flush=True)
 
     def save(self, step: int, extra: dict[str, torch.Tensor] | None = None) -> None:
         if rank() == 0:
-            moments = {
-                f"{key}.{k}": self.optimizer.state[p][key] for k, p in self.params.items() for key in ("exp_avg", "exp_avg_sq")
-            }
+            names, moments = {p: k for k, p in self.params.items()}, {}
+            for optimizer in self.optimizers:
+                for p, state in optimizer.state.items():
+                    moments |= {f"{key}.{names[p]}": value for key, value in state.items() if key in self.MOMENTS}
             write(self.path, {f"p.{k}": p for k, p in self.params.items()} | moments | (extra or {}), {"step": step})
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
@@ -150,10 +163,12 @@ class State:
         if not self.path.exists():
             return 0, {}
         tensors, info = read_tensors(self.path, "delete it to begin again")
-        for k, p in self.params.items():
-            p.data.copy_(tensors[f"p.{k}"])
-            moments = {key: tensors[f"{key}.{k}"].clone() for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {"step": torch.tensor(float(info["step"])), **moments}
+        names = {p: k for k, p in self.params.items()}
+        for optimizer in self.optimizers:
+            for p in optimizer.param_groups[0]["params"]:
+                p.data.copy_(tensors[f"p.{names[p]}"])
+                moments = {key: tensors[f"{key}.{names[p]}"].clone() for key in self.MOMENTS if f"{key}.{names[p]}" in tensors}
+                optimizer.state[p] = {"step": torch.tensor(float(info["step"])), **moments}
         return info["step"], tensors
 
 

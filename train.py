@@ -10,8 +10,7 @@
 Rerunning a command resumes it: everything random in step k is a function of (seed, k), so a killed run ends with the same numbers.
 `torchrun --nproc-per-node 2 train.py ..` splits the global batch; only LoRA gradients travel.
 
-A run folder holds config.json, metrics.jsonl, start.safetensors (the packed student before training), state.safetensors (to
-resume), and at the end model.safetensors, the deployed checkpoint, and samples/.
+A run folder holds what checkpoint.py lists; model.safetensors is the deployed checkpoint, samples/ has its pictures.
 """
 
 import argparse
@@ -54,7 +53,8 @@ class Config:
     seed: int = 0
     steps: int = 120  # updates; 0 packs and measures the initialisation
     batch: int = 32  # pictures in an update, over all ranks
-    lr: float = 2e-5  # AdamW on A, B (LCM-LoRA: 1e-4); cosine to zero
+    optimizer: str = "adamw"  # adamw; muon: for the matrices inside blocks, what is left by AdamW
+    lr: float = 2e-5  # on A, B (LCM-LoRA: 1e-4); cosine to zero
     warmup: int = 10  # updates
     clip: float = 1.0  # gradient norm
     dtype: str = "bfloat16"  # what the networks compute in; float32 is the faster one on CPUs without bfloat16 units
@@ -102,7 +102,7 @@ CHOICES = {
     "model": models.MODELS, "stage": ("student", "teacher"), "bits": (4, 16), "recipe": tuple(RECIPES),
     "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS),
     "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
-    "dtype": ("bfloat16", "float32"), "hessian": ("kron", "input"),
+    "dtype": ("bfloat16", "float32"), "hessian": ("kron", "input"), "optimizer": ("adamw", "muon"),
 }  # fmt: skip
 
 

@@ -111,6 +111,42 @@ def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, mo
     assert losses(tmp_path / "r") == losses(finished)
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-flux"])
+def test_muon_resumes_bit_for_bit_and_leaves_convolutions_to_adamw(tmp_path, model):
+    """Catches momentum that is not saved, a parameter that no optimizer has, and one that two have."""
+    flags = f"--model {model} --batch 4 --optimizer muon --stage teacher --seed 3".split()
+    config = train.parse([*flags, "--steps", "4", "--save-every", "2"])
+    pictures, network = data.source(""), models.build(model)
+    state = checkpoint.State(tmp_path, dict(network.named_parameters()), config)
+    held = [p for optimizer in state.optimizers for p in optimizer.param_groups[0]["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(network.parameters()))
+    matrices = state.optimizers[1].param_groups[0]["params"]
+    assert isinstance(state.optimizers[1], torch.optim.Muon) and len(matrices) > 30 and all(p.dim() == 2 for p in matrices)
+
+    class Killed(Exception):
+        pass
+
+    def run(out: Path, until: int = 4):
+        update = checkpoint.State.update
+
+        def stop(self, step, loss, log):
+            if step == until:
+                raise Killed
+            update(self, step, loss, log)
+
+        out.mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint.State, "update", stop)
+            patch.setattr(train, "ship", lambda *args, **more: None)
+            train.train_teacher(config, out, pictures)
+
+    run(tmp_path / "a")
+    with pytest.raises(Killed):
+        run(tmp_path / "b", until=3)
+    run(tmp_path / "b")
+    same_files(tmp_path / "a", tmp_path / "b", "state.safetensors")
+
+
 def test_lora_moved_and_nothing_else(finished):
     """Catches an optimizer that trains the base, and one that trains nothing."""
     start, _ = models.read_tensors(finished / "start.safetensors", "")
