@@ -76,7 +76,7 @@ class Config:
     trajectory: str = "fp"  # rollouts follow the fp consistency model or the cached guided teacher
     on_policy: bool = True  # rollouts start each phase from the student's own state, not from the reference's
     cached: int = 2048  # teacher trajectories in the cache (trajectory = teacher)
-    phases: str = "1,2,4"  # numbers of jumps that a rollout may have
+    phases: str = "1,2,4"  # numbers of jumps that a rollout may have; one that stands twice is drawn twice as often
     jitter: float = 0.0  # share of rollouts whose inner edges are random grid points
     edges: int = 4  # K, phases of TDPT
     grid: int = 48  # N, solver points (LCM: 50)
@@ -95,8 +95,8 @@ class Config:
 RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
 STAGES = {
     "teacher": {"steps": 5000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024},
-    "cm": {"steps": 1000, "rank": 32, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "jitter": 0.3, "cached": 2048,
-           "eval_n": 1024},
+    "cm": {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "phases": "1,2,2,4,4,4", "jitter": 0.1,
+           "cached": 4096, "eval_n": 1024},
 }  # fmt: skip
 CHOICES = {
     "model": models.MODELS, "stage": ("student", "teacher"), "bits": (4, 16), "recipe": tuple(RECIPES),
