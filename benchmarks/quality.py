@@ -31,7 +31,8 @@ def main() -> None:
 
     def measure(run, call) -> dict[int, dict]:
         """Train one student, score it in 1, 2 and 4 steps."""
-        seed, flags = run
+        label, seed = run
+        flags = RECIPES[label]
         out, rows = args.out / f"{name_of(flags)}-{seed}", {}
         if not (out / "report.json").exists():
             call("train.py", "--seed", str(seed), "--out", str(out), "--eval-n", "256", *flags.split())
@@ -42,14 +43,13 @@ def main() -> None:
                 where = ("--checkpoint", str(out), "--steps", str(steps))
                 call("evaluate.py", *where, "--n", str(args.n), "--json", str(file), *skip)
             rows[steps] = json.loads(file.read_text())
-        print(flags or "(default)", "seed", seed, [round(rows[steps]["w4a4"]["frechet"], 2) for steps in rows], flush=True)
+        print(label, "seed", seed, [round(rows[steps]["w4a4"]["frechet"], 2) for steps in rows], flush=True)
         return rows
 
-    runs, scores = [(seed, flags) for seed in range(args.seeds) for flags in RECIPES.values()], {}
-    label_of = {flags: label for label, flags in RECIPES.items()}
-    for (_, flags), by_steps in zip(runs, each(measure, runs, args.jobs), strict=True):
+    runs, scores = [(label, seed) for seed in range(args.seeds) for label in RECIPES], {}
+    for (label, _), by_steps in zip(runs, each(measure, runs, args.jobs), strict=True):
         for steps, rows in by_steps.items():
-            scores.setdefault((label_of[flags], steps), []).append(rows["w4a4"])
+            scores.setdefault((label, steps), []).append(rows["w4a4"])
             for key in OTHERS.keys() & rows.keys():
                 scores[OTHERS[key], steps] = [rows[key]]
 
