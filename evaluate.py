@@ -231,6 +231,21 @@ def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
     print(f"pictures: {out / 'samples'}")
 
 
+def fp_pictures(file: str, judge: Judge, network: models.Denoiser, steps: int, config: dict) -> torch.Tensor:
+    """The fp consistency model's pictures, from `file` ("": none) if an earlier call left them there."""
+    about = {k: config[k] for k in ("model", "teacher", "cm")} | {"n": len(judge.captions), "seed": judge.seed, "steps": steps}
+    about["sum of weights"] = sum(p.double().sum().item() for p in network.parameters())
+    if file and Path(file).exists():
+        tensors, info = models.read_tensors(Path(file), "delete it, it will be drawn again")
+        if info != about:
+            raise UserError(f"{file} holds pictures of {info}, not of {about}: name another --fp-pictures")
+        return tensors["pictures"]
+    pictures = judge.draw("fp", models.as_cm(network), network, steps)
+    if file:
+        checkpoint.write(Path(file), {"pictures": pictures}, about)
+    return pictures
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "evaluate.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
@@ -240,7 +255,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--n", type=int, default=2048, help="pictures, at least 256")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--json", default="", help="write the scores there")
-    parser.add_argument("--skip-teacher", action="store_true", help="score the consistency models only")
+    rows = "rows of the guided teacher: 25 steps and --steps, --steps alone, none"
+    parser.add_argument("--teacher", choices=("both", "same", "none"), default="both", help=rows)
+    parser.add_argument("--fp-pictures", default="", metavar="FILE", help="keep the fp model's pictures for the next checkpoint")
     parser.add_argument("--train-reader", default="", metavar="FILE", help="train the classifier and stop")
     args = parser.parse_args(argv)
     if args.train_reader:
@@ -253,11 +270,12 @@ def main(argv: list[str]) -> None:
     network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(torch.bfloat16)
     judge = Judge(args.n, args.seed)
     rows = {"real": judge.rendered()}
-    if not args.skip_teacher:
-        teacher = sample.guided_teacher(network, config["guidance"])
+    teacher = sample.guided_teacher(network, config["guidance"])
+    if args.teacher == "both":
         rows["teacher"] = judge.score(judge.draw("teacher", teacher, network, 25)) | {"steps": 25}
+    if args.teacher != "none":
         rows["teacher_same_steps"] = judge.score(judge.draw("teacher", teacher, network, args.steps)) | {"steps": args.steps}
-    fp = judge.draw("fp", models.as_cm(network), network, args.steps)
+    fp = fp_pictures(args.fp_pictures, judge, network, args.steps, config)
     rows["fp"] = judge.score(fp) | {"steps": args.steps}
     rows["w4a4"] = judge.score(judge.draw("w4a4", student, student, args.steps), fp) | {"steps": args.steps}
     print(f"{args.n} pictures, seed {args.seed}")

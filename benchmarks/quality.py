@@ -8,17 +8,18 @@ Teacher and fp rows have one set of weights and no spread.
 
 import json
 import statistics
+from pathlib import Path
 
 from jobs import MACHINE, each, name_of, parser, write_table
 
 ZERO = "--init zero --ranks uniform --rounding rtn --lr 2e-4"  # a start that is far off needs larger steps than ours
 RECIPES = {
+    "CMQuant (default)": "",
     "zero init, self targets (QLoRA style)": f"{ZERO} --rollout 0 --targets self,self",
     "zero init, default objective": ZERO,
     "`--recipe paper`": "--recipe paper",
-    "CMQuant start, rollouts alone": "--rollout 1",
-    "CMQuant (default)": "",
     "CMQuant start, no training": "--steps 0",
+    "CMQuant start, rollouts alone": "--rollout 1",
 }
 ONCE = {"real": "real pictures", "teacher": "teacher, guided, 25 steps"}  # whatever --steps is
 OTHERS = ONCE | {"teacher_same_steps": "teacher, guided", "fp": "fp CM"}
@@ -28,28 +29,36 @@ def main() -> None:
     cli = parser(__doc__, "runs/quality", 2048)
     cli.add_argument("--seeds", type=int, default=3)
     args = cli.parse_args()
+    runs = [(label, seed) for label in RECIPES for seed in range(args.seeds)]
+    first = runs[0]
 
-    def measure(run, call) -> dict[int, dict]:
-        """Train one student, score it in 1, 2 and 4 steps."""
-        label, seed = run
-        flags = RECIPES[label]
-        out, rows = args.out / f"{name_of(flags)}-{seed}", {}
-        if not (out / "report.json").exists():
-            call("train.py", "--seed", str(seed), "--out", str(out), "--eval-n", "256", *flags.split())
-        for steps in (1, 2, 4):
-            file = out / f"n{args.n}-{steps}.json"
-            if not file.exists():
-                skip = [] if seed == 0 and flags == "" else ["--skip-teacher"]  # the teacher once
-                where = ("--checkpoint", str(out), "--steps", str(steps))
-                call("evaluate.py", *where, "--n", str(args.n), "--json", str(file), *skip)
-            rows[steps] = json.loads(file.read_text())
-        print(label, "seed", seed, [round(rows[steps]["w4a4"]["frechet"], 2) for steps in rows], flush=True)
+    def folder(run) -> Path:
+        return args.out / f"{name_of(RECIPES[run[0]])}-{run[1]}"
+
+    def train(run, call) -> None:
+        if not (folder(run) / "report.json").exists():
+            flags = ("--seed", str(run[1]), "--out", str(folder(run)), "--eval-n", "256")
+            call("train.py", *flags, *RECIPES[run[0]].split())
+            print("trained", *run, flush=True)
+
+    def measure(what, call) -> dict:
+        """Scores of one checkpoint at one number of steps. The first one draws the teacher's and the fp model's pictures."""
+        run, steps = what
+        file = folder(run) / f"n{args.n}-{steps}.json"
+        if not file.exists():
+            flags = ("--checkpoint", str(folder(run)), "--steps", str(steps), "--n", str(args.n), "--json", str(file))
+            keep = ("--fp-pictures", str(args.out / f"fp-{args.n}-{steps}.safetensors"))
+            call("evaluate.py", *flags, *keep, "--teacher", "none" if run != first else "both" if steps == 4 else "same")
+        rows = json.loads(file.read_text())
+        print(*run, f"{steps} steps", round(rows["w4a4"]["frechet"], 2), flush=True)
         return rows
 
-    runs, scores = [(label, seed) for seed in range(args.seeds) for label in RECIPES], {}
-    for (label, _), by_steps in zip(runs, each(measure, runs, args.jobs), strict=True):
-        for steps, rows in by_steps.items():
-            scores.setdefault((label, steps), []).append(rows["w4a4"])
+    scores = {}
+    list(each(train, runs, args.jobs))
+    for some in ([first], runs[1:]):
+        todo = [(run, steps) for run in some for steps in (4, 2, 1)]
+        for (run, steps), rows in zip(todo, each(measure, todo, args.jobs), strict=True):
+            scores.setdefault((run[0], steps), []).append(rows["w4a4"])
             for key in OTHERS.keys() & rows.keys():
                 scores[OTHERS[key], steps] = [rows[key]]
 

@@ -300,11 +300,26 @@ def test_evaluate_writes_the_rows_it_prints(finished, tmp_path, monkeypatch, cap
     """Catches a JSON without the promised fields, and a PSNR of something else than the fp model's pictures."""
     monkeypatch.setattr(evaluate, "load_reader", lambda: evaluate.Reader().eval().requires_grad_(False))
     evaluate.main(
-        ["--checkpoint", str(finished), "--steps", "1", "--n", "256", "--skip-teacher", "--json", str(tmp_path / "q.json")]
+        ["--checkpoint", str(finished), "--steps", "1", "--n", "256", "--teacher", "none", "--json", str(tmp_path / "q.json")]
     )
     rows = json.loads((tmp_path / "q.json").read_text())
     assert set(rows["w4a4"]) == {"frechet", "prompt_accuracy", "psnr_to_fp", "steps"} and "psnr_to_fp" not in rows["fp"]
     assert f"{rows['w4a4']['frechet']:.2f}" in capsys.readouterr().out
+
+
+def test_kept_fp_pictures_are_of_the_same_model_prompts_and_steps(weights, tmp_path):
+    """Catches a PSNR to pictures of another noise, number of steps or consistency LoRA."""
+    path, config = str(tmp_path / "fp.safetensors"), {"model": "tiny", "teacher": "", "cm": ""}
+    judge, network = evaluate.Judge(2, 5, reference=2), models.load_cm("tiny", *weights.split()[3::2])
+    drawn = evaluate.fp_pictures(path, judge, network, 1, config)
+    assert torch.equal(drawn, judge.draw("fp", models.as_cm(network), network, 1))
+    judge.draw = None  # not called again
+    assert torch.equal(drawn, evaluate.fp_pictures(path, judge, network, 1, config))
+    with pytest.raises(models.UserError, match="--fp-pictures"):
+        evaluate.fp_pictures(path, judge, network, 2, config)
+    next(iter(models.loras(network).values())).lora_B.data.add_(0.01)
+    with pytest.raises(models.UserError, match="--fp-pictures"):
+        evaluate.fp_pictures(path, judge, network, 1, config)
 
 
 def test_psnr_is_ten_log_of_peak_over_error():
