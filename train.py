@@ -95,8 +95,8 @@ class Config:
 RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
 STAGES = {
     "teacher": {"steps": 5000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024},
-    "cm": {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "phases": "1,2,2,4,4,4", "jitter": 0.1,
-           "cached": 4096, "eval_n": 1024},
+    "cm": {"steps": 2000, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "phases": "1,2,2,4,4,4,4,4,4,4",
+           "jitter": 0.1, "cached": 4096, "eval_n": 1024},
 }  # fmt: skip
 CHOICES = {
     "model": models.MODELS, "stage": ("student", "teacher"), "bits": (4, 16), "recipe": tuple(RECIPES),
