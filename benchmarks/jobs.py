@@ -31,7 +31,7 @@ def name_of(flags: str) -> str:
 
 def each(function: Callable, items: Iterable, jobs: int) -> Iterator:
     """function(item, call) for all items, `jobs` at a time, results in order. call(script, *flags) runs one of our scripts."""
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
 
     def call(script: str, *flags: str) -> None:
         done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
