@@ -330,3 +330,14 @@ def load_cm(name: str, teacher: str = "", cm: str = "") -> Denoiser:
     except RuntimeError:
         raise UserError(f"{path} holds no consistency LoRA of {name}: choose another --cm or --model") from None
     return denoiser.eval().requires_grad_(False)
+
+
+def trainable_cm(name: str, teacher: str, cm: str, rank: int, seed: int, dtype: torch.dtype) -> Denoiser:
+    """Teacher in `dtype` with a float32 consistency LoRA to train: that of `cm`, or ("") a new one. UserError as above."""
+    if cm:
+        denoiser = load_cm(name, teacher, cm)
+    else:
+        add_lora(denoiser := load_teacher(name, teacher), rank, seed)
+    for key, p in denoiser.named_parameters():
+        p.data = p.data if "lora_" in key else p.data.to(dtype)
+    return denoiser

@@ -49,7 +49,7 @@ class Config:
     out: str = ""  # run folder; default runs/MODEL, runs/MODEL-cm or runs/MODEL-teacher
     data: str = ""  # folder of captioned pictures; default: procedural scenes
     teacher: str = ""  # teacher weights; default assets/MODEL.safetensors; for --stage teacher: where to start from
-    cm: str = ""  # consistency LoRA of the teacher; default assets/MODEL-cm.safetensors
+    cm: str = ""  # consistency LoRA of the teacher; default assets/MODEL-cm.safetensors; with --bits 16: where to start from
     seed: int = 0
     steps: int = 120  # updates; 0 packs and measures the initialisation
     batch: int = 32  # pictures in an update, over all ranks
@@ -95,7 +95,7 @@ class Config:
 RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
 STAGES = {
     "teacher": {"steps": 5000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024},
-    "cm": {"steps": 2000, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "phases": "1,2,2,4,4,4,4,4,4,4",
+    "cm": {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "phases": "1,2,2,4,4,4",
            "jitter": 0.1, "cached": 4096, "eval_n": 1024},
 }  # fmt: skip
 CHOICES = {
@@ -321,8 +321,7 @@ def train_student(cfg: Config, out: Path, pictures) -> None:
 
 def train_cm(cfg: Config, out: Path, pictures) -> None:
     """The same objective at 16 bits: the LoRA of the full-precision consistency model, MODEL-cm.safetensors."""
-    student = models.load_teacher(cfg.model, cfg.teacher).to(getattr(torch, cfg.dtype))
-    models.add_lora(student, cfg.rank, cfg.seed)
+    student = models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, getattr(torch, cfg.dtype))
     params = {k: p.requires_grad_() for k, p in student.named_parameters() if "lora_" in k}
     distil(cfg, out, models.as_cm(student), params, student, pictures)
     if rank() == 0:

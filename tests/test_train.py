@@ -191,6 +191,10 @@ def test_teacher_then_consistency_lora_are_files_that_the_next_stage_loads(pictu
         assert torch.equal(layer.lora_A, state[f"p.net.{name}.lora_A"].half().float())
     _, info = models.read_tensors(tmp_path / "c" / f"{model}-cm.safetensors", "")
     assert (info["steps"], info["batch"], info["seed"]) == (2, 4, 0)
+    goes_on = f"--bits 16 --cm {tmp_path}/c/{model}-cm.safetensors --lr 0 --steps 1 --cached 4 --grid 8"
+    train.main(f"{flags} {teacher} {goes_on} --out {tmp_path}/d".split())
+    begun, ended = (models.read_tensors(tmp_path / d / f"{model}-cm.safetensors", "")[0] for d in "cd")
+    assert all(torch.equal(begun[k], ended[k]) for k in begun) and len(begun) == len(ended)
 
 
 def test_scores_of_16_bit_weights_are_those_of_what_they_draw(monkeypatch):
