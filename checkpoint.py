@@ -110,8 +110,8 @@ class State:
     """Trainable parameters, their optimizers and moments, by name. cfg: optimizer, lr, warmup, steps, clip.
 
     muon: Muon (Jordan et al. 2024) on the matrices inside the network's blocks, AdamW on embeddings, convolutions, norms,
-    biases and the layers at both ends. Muon's step, scaled to AdamW's size (Liu et al. 2025), is taken 5 times as long:
-    after 200 updates of tiny-flux the validation loss is .441 so, .470 with equal steps, .533 with AdamW alone."""
+    biases and the layers at both ends. Muon's step, scaled to AdamW's size (Liu et al. 2025), is taken 5 times as long: after
+    200 updates of tiny-flux the validation loss was .441 with 10 times as long ones, .470 with equal ones, .533 with AdamW."""
 
     MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
