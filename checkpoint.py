@@ -123,6 +123,7 @@ class State:
         if inner:
             muon = torch.optim.Muon(inner.values(), lr=5 * cfg.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
             self.optimizers.append(muon)
+        self.optimizer_of = {k: self.optimizers[-1 if k in inner else 0] for k in params}
 
     def update(self, step: int, loss: float, log) -> None:
         """Average gradients and loss over ranks (one all-reduce), clip, AdamW with warm-up and cosine, one line in metrics.jsonl.
@@ -152,10 +153,12 @@ class State:
 
     def save(self, step: int, extra: dict[str, torch.Tensor] | None = None) -> None:
         if rank() == 0:
-            names, moments = {p: k for k, p in self.params.items()}, {}
-            for optimizer in self.optimizers:
-                for p, state in optimizer.state.items():
-                    moments |= {f"{key}.{names[p]}": value for key, value in state.items() if key in self.MOMENTS}
+            moments = {
+                f"{key}.{k}": value
+                for k, optimizer in self.optimizer_of.items()
+                for key, value in optimizer.state[self.params[k]].items()
+                if key in self.MOMENTS
+            }
             write(self.path, {f"p.{k}": p for k, p in self.params.items()} | moments | (extra or {}), {"step": step})
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
@@ -163,12 +166,10 @@ class State:
         if not self.path.exists():
             return 0, {}
         tensors, info = read_tensors(self.path, "delete it to begin again")
-        names = {p: k for k, p in self.params.items()}
-        for optimizer in self.optimizers:
-            for p in optimizer.param_groups[0]["params"]:
-                p.data.copy_(tensors[f"p.{names[p]}"])
-                moments = {key: tensors[f"{key}.{names[p]}"].clone() for key in self.MOMENTS if f"{key}.{names[p]}" in tensors}
-                optimizer.state[p] = {"step": torch.tensor(float(info["step"])), **moments}
+        for k, p in self.params.items():
+            p.data.copy_(tensors[f"p.{k}"])
+            moments = {key: tensors[f"{key}.{k}"].clone() for key in self.MOMENTS if f"{key}.{k}" in tensors}
+            self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
         return info["step"], tensors
 
 

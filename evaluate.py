@@ -255,8 +255,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--n", type=int, default=2048, help="pictures, at least 256")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--json", default="", help="write the scores there")
-    rows = "rows of the guided teacher: 25 steps and --steps, --steps alone, none"
-    parser.add_argument("--teacher", choices=("both", "same", "none"), default="both", help=rows)
+    which = "rows of the guided teacher: 25 steps and --steps, --steps alone, none"
+    parser.add_argument("--teacher", choices=("both", "same", "none"), default="both", help=which)
     parser.add_argument("--fp-pictures", default="", metavar="FILE", help="keep the fp model's pictures for the next checkpoint")
     parser.add_argument("--train-reader", default="", metavar="FILE", help="train the classifier and stop")
     args = parser.parse_args(argv)

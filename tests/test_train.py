@@ -93,17 +93,22 @@ def same_files(a: Path, b: Path, *names: str) -> None:
         assert all(torch.equal(left[k], right[k]) for k in left), name
 
 
-def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, monkeypatch):
-    """Catches randomness outside of (seed, step), a moment that is not saved, an anchor that is taken again from moved LoRA."""
+def kill_at(step: int, patch) -> None:
+    """From here on, training dies before update `step` is made."""
     update = checkpoint.State.update
 
-    def killed(self, step, loss, log):
-        if step == 2:
+    def killed(self, now, loss, log):
+        if now == step:
             raise KeyboardInterrupt
-        update(self, step, loss, log)
+        update(self, now, loss, log)
 
+    patch.setattr(checkpoint.State, "update", killed)
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, monkeypatch):
+    """Catches randomness outside of (seed, step), a moment that is not saved, an anchor that is taken again from moved LoRA."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint.State, "update", killed)
+        kill_at(2, patch)
         run(weights, tmp_path / "r")
     assert not (tmp_path / "r" / "model.safetensors").exists()
     run(weights, tmp_path / "r")
@@ -112,7 +117,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, mo
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-flux"])
-def test_muon_resumes_bit_for_bit_and_leaves_convolutions_to_adamw(tmp_path, model):
+def test_muon_resumes_bit_for_bit_and_leaves_convolutions_to_adamw(tmp_path, monkeypatch, model):
     """Catches momentum that is not saved, a parameter that no optimizer has, and one that two have."""
     flags = f"--model {model} --batch 4 --optimizer muon --stage teacher --seed 3".split()
     config = train.parse([*flags, "--steps", "4", "--save-every", "2"])
@@ -123,27 +128,14 @@ def test_muon_resumes_bit_for_bit_and_leaves_convolutions_to_adamw(tmp_path, mod
     matrices = state.optimizers[1].param_groups[0]["params"]
     assert isinstance(state.optimizers[1], torch.optim.Muon) and len(matrices) > 30 and all(p.dim() == 2 for p in matrices)
 
-    class Killed(Exception):
-        pass
-
-    def run(out: Path, until: int = 4):
-        update = checkpoint.State.update
-
-        def stop(self, step, loss, log):
-            if step == until:
-                raise Killed
-            update(self, step, loss, log)
-
-        out.mkdir(exist_ok=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint.State, "update", stop)
-            patch.setattr(train, "ship", lambda *args, **more: None)
-            train.train_teacher(config, out, pictures)
-
-    run(tmp_path / "a")
-    with pytest.raises(Killed):
-        run(tmp_path / "b", until=3)
-    run(tmp_path / "b")
+    monkeypatch.setattr(train, "ship", lambda *args, **more: None)
+    for out in (tmp_path / "a", tmp_path / "b"):
+        out.mkdir()
+    train.train_teacher(config, tmp_path / "a", pictures)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at(3, patch)
+        train.train_teacher(config, tmp_path / "b", pictures)
+    train.train_teacher(config, tmp_path / "b", pictures)
     same_files(tmp_path / "a", tmp_path / "b", "state.safetensors")
 
 
