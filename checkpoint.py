@@ -249,7 +249,7 @@ def save_checkpoint(out: Path, student: models.Denoiser, table: dict, merged: bo
 
 
 def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
-    """(the packed student in bfloat16, config.json). UserError for a missing, unfinished, truncated or foreign checkpoint."""
+    """(the packed student in models.FAST, config.json). UserError for a missing, unfinished, truncated or foreign checkpoint."""
     folder = Path(folder)
     about = read_config(folder)
     tensors, _ = read_tensors(folder / "model.safetensors", "the run is unfinished or damaged, run its train.py command again")
@@ -257,7 +257,7 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
     tensors = {k: kernels.unpack_scales(v) if k.endswith(".scale_O") else v for k, v in tensors.items()}
     student = _packed_model(about["config"]["model"], about["layers"], tensors, folder / "model.safetensors")
-    return student.to(torch.bfloat16), about
+    return student.to(models.FAST), about
 
 
 def size(student: models.Denoiser) -> dict[str, float]:

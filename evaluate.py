@@ -103,7 +103,7 @@ def train_reader(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e
         pictures += 0.03 * torch.randn(pictures.shape, generator=gen) * torch.rand(batch, 1, 1, 1, generator=gen)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=models.FAST == torch.bfloat16):
             loss = reader_loss(reader, pictures, scene)
         optimizer.zero_grad()
         loss.backward()
@@ -267,7 +267,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--n {args.n} is too few for the covariance of {Reader.num_features} features: use 256 or more")
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
-    network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(torch.bfloat16)
+    network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(models.FAST)
     judge = Judge(args.n, args.seed)
     rows = {"real": judge.rendered()}
     teacher = sample.guided_teacher(network, config["guidance"])

@@ -38,6 +38,8 @@ TOKENS, WIDTH, BUCKETS = 24, 128, 1024  # of the text encoder
 SIDE = 32  # pixels
 LATENT = (12, 16, 16)  # 32x32 pictures, pixel-unshuffled
 LATENT_SCALE = 2.0  # procedural pictures have a standard deviation near 0.5
+CPU = getattr(torch.cpu, "get_capabilities", dict)()
+FAST = torch.bfloat16 if CPU.get("avx512_bf16") or CPU.get("amx_bf16") else torch.float32  # elsewhere bfloat16 is emulated, slowly
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config, prompts = about["config"], args.prompt or PROMPTS
     if args.compare:
-        network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(torch.bfloat16)
+        network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(models.FAST)
         image = compare(student, network, prompts, args.steps, args.seed, config["guidance"])
     else:
         image = grid({"": draw(student, student, list(prompts), args.steps, args.seed)})

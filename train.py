@@ -57,7 +57,7 @@ class Config:
     lr: float = 2e-5  # on A, B (LCM-LoRA: 1e-4); cosine to zero
     warmup: int = 10  # updates
     clip: float = 1.0  # gradient norm
-    dtype: str = "bfloat16"  # what the networks compute in; float32 is the faster one on CPUs without bfloat16 units
+    dtype: str = str(models.FAST).removeprefix("torch.")  # what networks compute in; default: bfloat16 if the CPU has units for it
     # number format
     group_w: int = 64  # weights that share a multiplier
     group_x: int = 16  # activations that share a multiplier
@@ -180,7 +180,7 @@ def train_teacher(cfg: Config, out: Path, pictures) -> None:
 def ship(cfg: Config, path: Path, tensors: dict[str, torch.Tensor], network: models.Denoiser, cm: bool) -> None:
     """16-bit weights that other runs start from, as float16, with the command and the scores that go with them."""
     halves = {k: v.half() for k, v in tensors.items()}  # before the network that holds them is cast
-    scores = evaluate.network_report(network.eval().to(torch.bfloat16), dataclasses.asdict(cfg), cm)
+    scores = evaluate.network_report(network.eval().to(models.FAST), dataclasses.asdict(cfg), cm)
     command, what = " ".join(["python train.py", *sys.argv[1:]]), {"seed": cfg.seed, "steps": cfg.steps, "batch": cfg.batch}
     checkpoint.write(path, halves, {"command": command, "scores": scores} | what)
     print(f"weights: {path}")
@@ -316,7 +316,7 @@ def train_student(cfg: Config, out: Path, pictures) -> None:
     distil(cfg, out, student, params, network, pictures, anchor)
     if rank() == 0:  # 5. pack, reload, draw, measure
         checkpoint.save_checkpoint(out, student, table, merged=cfg.deploy == "merged")
-        evaluate.closing_report(out, network.to(torch.bfloat16), dataclasses.asdict(cfg))
+        evaluate.closing_report(out, network.to(models.FAST), dataclasses.asdict(cfg))
 
 
 def train_cm(cfg: Config, out: Path, pictures) -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py [--seeds 3] [--n 2048] [--jobs 2] [--out runs/quality]
 
-Finished parts are not run again. Writes benchmarks/quality.md: mean +- sd over training seeds.
-Teacher and fp rows have one set of weights and no spread.
+Finished parts are not run again. benchmarks/quality.md (mean +- sd over training seeds) is written anew after every
+checkpoint that was scored, so it is worth reading before the end. Teacher and fp rows have one set of weights and no spread.
 """
 
 import json
@@ -21,8 +21,38 @@ RECIPES = {
     "CMQuant start, no training": "--steps 0",
     "CMQuant start, rollouts alone": "--rollout 1",
 }
-ONCE = {"real": "real pictures", "teacher": "teacher, guided, 25 steps"}  # whatever --steps is
-OTHERS = ONCE | {"teacher_same_steps": "teacher, guided", "fp": "fp CM"}
+TEACHER = "teacher, guided"
+OTHERS = {"real": "real pictures", "teacher": TEACHER, "teacher_same_steps": TEACHER, "fp": "fp CM"}
+
+
+def rows_of(file: Path) -> dict[str, dict]:
+    """evaluate.py's scores; {} before they are there."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def table(out: Path, n: int, seeds: int) -> list[str]:
+    """Markdown of all that is scored in `out`. Rows that have no training seed come from the first checkpoint's files."""
+
+    def cell(rows: list[dict], key: str, digits: int) -> str:
+        values = [row[key] for row in rows if key in row]
+        spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
+
+    scored = {
+        (label, steps): [rows_of(out / f"{name_of(flags)}-{seed}" / f"n{n}-{steps}.json") for seed in range(seeds)]
+        for label, flags in RECIPES.items()
+        for steps in (1, 2, 4)
+    }
+    first = {steps: scored[next(iter(RECIPES)), steps][0] for steps in (1, 2, 4)}
+    lines = [("real pictures", [first[4].get("real")]), (TEACHER, [rows_of(out / f"teacher-{n}.json").get("teacher")])]
+    lines += [(OTHERS[key], [first[steps].get(key)]) for key in ("teacher_same_steps", "fp") for steps in (1, 2, 4)]
+    lines += [(label, [rows.get("w4a4") for rows in all_rows]) for (label, _), all_rows in scored.items()]
+    text = ["| | steps | Frechet | prompt accuracy | PSNR to fp, dB | seeds |", "|---|---|---|---|---|---|"]
+    for label, found in lines:
+        if rows := [row for row in found if row]:
+            cells = (cell(rows, "frechet", 1), cell(rows, "prompt_accuracy", 3), cell(rows, "psnr_to_fp", 2))
+            text.append(f"| {label} | {rows[0].get('steps', '')} | {' | '.join(cells)} | {len(rows)} |")
+    return text
 
 
 def main() -> None:
@@ -30,52 +60,40 @@ def main() -> None:
     cli.add_argument("--seeds", type=int, default=3)
     args = cli.parse_args()
     runs = [(label, seed) for label in RECIPES for seed in range(args.seeds)]
-    first = runs[0]
 
     def folder(run) -> Path:
         return args.out / f"{name_of(RECIPES[run[0]])}-{run[1]}"
 
     def train(run, call) -> None:
         if not (folder(run) / "report.json").exists():
-            flags = ("--seed", str(run[1]), "--out", str(folder(run)), "--eval-n", "256")
+            flags = ("--seed", str(run[1]), "--out", str(folder(run)), "--eval-n", "64")
             call("train.py", *flags, *RECIPES[run[0]].split())
-            print("trained", *run, flush=True)
 
-    def measure(what, call) -> dict:
-        """Scores of one checkpoint at one number of steps. The first one draws the teacher's and the fp model's pictures."""
-        run, steps = what
-        file = folder(run) / f"n{args.n}-{steps}.json"
+    def evaluate(run, steps: int, teacher: str, file: Path, call) -> None:
         if not file.exists():
             flags = ("--checkpoint", str(folder(run)), "--steps", str(steps), "--n", str(args.n), "--json", str(file))
-            keep = ("--fp-pictures", str(args.out / f"fp-{args.n}-{steps}.safetensors"))
-            call("evaluate.py", *flags, *keep, "--teacher", "none" if run != first else "both" if steps == 4 else "same")
-        rows = json.loads(file.read_text())
-        print(*run, f"{steps} steps", round(rows["w4a4"]["frechet"], 2), flush=True)
-        return rows
+            call("evaluate.py", *flags, "--fp-pictures", str(args.out / f"fp-{args.n}-{steps}.safetensors"), "--teacher", teacher)
 
-    scores = {}
-    list(each(train, runs, args.jobs))
-    for some in ([first], runs[1:]):
-        todo = [(run, steps) for run in some for steps in (4, 2, 1)]
-        for (run, steps), rows in zip(todo, each(measure, todo, args.jobs), strict=True):
-            scores.setdefault((run[0], steps), []).append(rows["w4a4"])
-            for key in OTHERS.keys() & rows.keys():
-                scores[OTHERS[key], steps] = [rows[key]]
+    def score(run, call) -> None:
+        for steps in (4, 2, 1):
+            evaluate(run, steps, "same" if run == runs[0] else "none", folder(run) / f"n{args.n}-{steps}.json", call)
 
-    def cell(rows: list[dict], key: str, digits: int) -> str:
-        values = [row[key] for row in rows if key in row]
-        if not values:
-            return "-"
-        spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
+    def teacher(run, call) -> None:
+        evaluate(run, 4, "both", args.out / f"teacher-{args.n}.json", call)
 
-    lines = ["| | steps | Frechet | prompt accuracy | PSNR to fp, dB | seeds |", "|---|---|---|---|---|---|"]
-    for label in (*OTHERS.values(), *RECIPES):
-        for steps in (4,) if label in ONCE.values() else (1, 2, 4):
-            rows = scores[label, steps]
-            cells = (cell(rows, "frechet", 1), cell(rows, "prompt_accuracy", 3), cell(rows, "psnr_to_fp", 2))
-            lines.append(f"| {label} | {rows[0].get('steps', '')} | {' | '.join(cells)} | {len(rows)} |")
-    write_table("quality.md", [*lines, f"\n{args.n} pictures, evaluation seed 1234; {MACHINE}"])
+    def work(task, call) -> str:
+        task[0](task[1], call)
+        return f"{task[0].__name__} {task[1]}"
+
+    # a checkpoint is scored after the next --jobs trainings have started: its own has ended by then
+    order = [(train, run) for run in runs]
+    for k, run in reversed(list(enumerate(runs))):
+        order.insert(min(len(runs), k + 1 + args.jobs), (score, run))
+    for done in each(work, [*order, (teacher, runs[0])], args.jobs):
+        print(done, flush=True)
+        dtype = rows_of(folder(runs[0]) / "config.json")["config"]["dtype"]
+        note = f"\n{args.n} pictures, evaluation seed 1234; networks in {dtype}; {MACHINE}"
+        write_table("quality.md", [*table(args.out, args.n, args.seeds), note])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file that must notice
     ("sign of the zero point", "kernels.py", ".to(torch.int8) - ZERO", ".to(torch.int8) + ZERO", "kernels"),
     ("nibble order", "kernels.py", "return low | high << 4", "return high | low << 4", "kernels"),
+    ("more columns than are exact", "kernels.py", "EXACT = 1024", "EXACT = 4096", "kernels"),
     ("tap order of im2col", "kernels.py", "windows.permute(0, 1, 2, 4, 5, 3)", "windows.permute(0, 1, 2, 5, 4, 3)", "kernels"),
     ("transposed GPTQ factor", "quant.py", "R = C.flip(0, 1)", "R = C.flip(0, 1).t()", "quant"),
     ("clip range one step short", "quant.py", "MMAX, ZERO = -8, 7, 16, 8", "MMAX, ZERO = -8, 6, 16, 8", "quant"),

@@ -111,20 +111,26 @@ def test_packed_weights_take_at_most_4_1_bits_from_640_columns_on(K):
 # ------------------------------------------------------------------------------------------------ linear
 
 
+products = pytest.mark.parametrize("product", [kernels.int8_matmul, kernels.int8_matmul_in_float])  # one machine runs both
+
+
+@products
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 80), seeds)
 @example(17, 8, 64, 0)
-def test_int32_sums_equal_the_float64_oracle_exactly(T, O, K8, seed):
+def test_int32_sums_equal_the_float64_oracle_exactly(product, T, O, K8, seed):
     """Catches a saturating or float32 accumulator, a transposed operand."""
     X, W = (torch.randint(-128, 113, (n, 8 * K8), generator=gen(seed + n), dtype=torch.int8) for n in (T, O))
-    Y = kernels.int8_matmul(X, W)
+    Y = product(X, W)
     assert Y.dtype == torch.int32 and torch.equal(Y.double(), X.double() @ W.double().t())
 
 
-def test_int32_sums_are_exact_at_the_extremes():
-    """Catches int16 or float32 partial sums: 15360 products of -128 * -128 are 2^27.9."""
-    X = torch.full((17, 15360), -128, dtype=torch.int8)
-    X[1] = 112
-    assert kernels.int8_matmul(X, X[:8])[:2, :2].tolist() == [[15360 * 16384, -15360 * 14336], [-15360 * 14336, 15360 * 12544]]
+@products
+@pytest.mark.parametrize("a,b", [(-128, 112), (-127, 111)])
+def test_int32_sums_are_exact_at_the_extremes(product, a, b):
+    """Catches int16 or float32 partial sums: 15360 products of -127 * -127 are 2^27.9 and odd numbers on the way."""
+    X = torch.full((17, 15361), a, dtype=torch.int8)
+    X[1] = b
+    assert product(X, X[:8])[:2, :2].tolist() == [[15361 * a * a, 15361 * a * b], [15361 * a * b, 15361 * b * b]]
 
 
 @given(
