@@ -33,11 +33,12 @@ The layers: W4A4Linear, W4A4Conv2d, W4A16Linear. Forward, training or not, is th
 
 Backward, with g = dL/dy: straight-through on q(x'), and gradients to x, A, B and nothing else,
 
-    dA = (g B)^T x'      dB = g^T (x' A^T)      dx = inv_smooth * (mask * (g W^) + (g B) A)
+    dA = (g B)^T x'      dB = g^T (x' A^T)      dx = inv_smooth * (mask * g (W^ + B A))
 
-W^ is dequantized again from the packed codes, in x.dtype (the wide product); the rank-r products run in float32. The mask
-is zero outside of the activation quantizer's clip range. The deployed quantizer's range reaches to the largest value, so
-the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial A0, B0: anchor(model).
+W^ is dequantized again from the packed codes; W^ + B A (float32) is rounded to the dtype of g; the rank-r products run in
+float32. The mask is zero outside of the activation quantizer's clip range. The deployed quantizer's range reaches to the
+largest value, so the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial A0, B0:
+anchor(model).
 
 Deployment: the branch as trained, or `merge(layer)`: Q(Q + BA) without a branch.
 Left out on purpose: correlation of x with its rounding error, randomized SVD, training of grid, bias or scales, higher derivatives.
@@ -282,7 +283,7 @@ class PackedLayer(nn.Module):
         if not 0 <= rank <= min(O, K):
             raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
         self.channels, self.out, self.taps, self.rank, self.group, self.group_x = I, O, taps, rank, group, group_x
-        self.use_anchor, self.compiled = False, False
+        self.use_anchor, self.backend = False, "eager"
         device = layer.weight.device
         self.register_buffer("codes_OP", torch.empty(O, Kp // 2, dtype=torch.uint8, device=device))
         self.register_buffer("mult_P", torch.empty(-(-O * Kp // group // 2), dtype=torch.uint8, device=device))
@@ -331,7 +332,12 @@ class PackedLayer(nn.Module):
             return self.run(x, A, B)
 
     def _kernel(self, kernel: Callable) -> Callable:
-        return kernels.compiled(kernel) if self.compiled else kernel
+        return kernels.BACKENDS[self.backend](kernel)
+
+    def _merged(self, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
+        """W^ + B A in float32: the gradient that goes on to x sees one wide product."""
+        w_OK = kernels.dequantize(self.packed)
+        return w_OK if A_rK is None else torch.addmm(w_OK, B_Or.float(), A_rK.float())
 
     def _smoothed(self, x: Tensor) -> Tensor:
         """x' in float32; channels are the last axis."""
@@ -362,9 +368,7 @@ class W4A4Linear(PackedLayer):
             dA = (low_Tr.mT @ x1_TI).to(A_rI.dtype) if needs[1] else None
             dB = (g_TO.float().mT @ (x1_TI @ A_rI.float().mT)).to(B_Or.dtype) if needs[2] else None
         if needs[0]:
-            dx = (g_TO @ kernels.dequantize(self.packed).to(g.dtype)).float()
-            dx = dx if A_rI is None else dx + low_Tr @ A_rI.float()
-            dx = self._smoothed(dx).to(x.dtype).reshape(x.shape)
+            dx = self._smoothed(g_TO @ self._merged(A_rI, B_Or).to(g.dtype)).to(x.dtype).reshape(x.shape)
         return dx, dA, dB
 
 
@@ -401,9 +405,8 @@ class W4A4Conv2d(PackedLayer):
             if needs[2]:
                 dB = torch.einsum("nohw,nrhw->or", g.float(), F.conv2d(x1, A_rIhw, **strides)).to(B_Or.dtype)
         if needs[0]:
-            w_OIhw = quant.unflatten_conv(kernels.dequantize(self.packed), self.kernel_size).to(g.dtype)
-            dx = nn.grad.conv2d_input(x.shape, w_OIhw, g, **strides).float()
-            dx = dx if A_rK is None else dx + nn.grad.conv2d_input(x.shape, A_rIhw, low, **strides)
+            w_OIhw = quant.unflatten_conv(self._merged(A_rK, B_Or), self.kernel_size).to(g.dtype)
+            dx = nn.grad.conv2d_input(x.shape, w_OIhw, g, **strides)
             dx = self._smoothed(dx.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(x.dtype)
         return dx, dA, dB
 
@@ -422,10 +425,10 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     model.set_submodule(name, layer)
 
 
-def set_compiled(model: nn.Module, on: bool = True) -> None:
-    """Run every layer through torch.compile of its kernel: the same numbers, bit for bit."""
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Run every layer through one of kernels.BACKENDS."""
     for _, layer in packed_layers(model):
-        layer.compiled = on
+        layer.backend = backend
 
 
 @contextmanager

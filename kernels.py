@@ -1,4 +1,4 @@
-"""Packed INT4 storage and the W4A4 linear and convolution: eager functions, and torch.compile of the same functions.
+"""Packed INT4 storage and the W4A4 linear and convolution: eager functions, torch.compile of the same functions, and C++.
 
     x'  = x * inv_smooth                                  (optional smoothing; inv_smooth = 1 / lambda is what is stored)
     X   = m_x q_x   int8,  s_x float32                    dynamic, groups of group_x      (quant.py: x' ~= s_x m_x q_x)
@@ -23,18 +23,29 @@ Unpacking works on four codes at once: bytes are viewed as int32 lanes; since m 
 Convolutions: pixels are quantized once (one float scale per sample, multipliers per pixel and group along channels), then
 im2col copies int8 codes; spatial padding is the code 0. K is tap-major, channel fastest, as in quant.py.
 
-The eager function is the documentation and the oracle; compiled(f) is torch.compile of the same function with dynamic
-sizes and equals it bit for bit on CPU. On CUDA, Inductor may contract the epilogue's multiply-add; the int32 sums are exact.
-Left out on purpose: a hand-written GEMM, fused int4 unpacking inside the GEMM, quantized outputs.
+The eager function is the documentation and the oracle. Two backends compute the same:
+
+    compiled(f)   torch.compile of that function with dynamic sizes: equal to it bit for bit on CPU. On CUDA, Inductor may
+                  contract the epilogue's multiply-add; the int32 sums are exact.
+    native(f)     kernels.cpp, for x86 CPUs (AVX512-VNNI or AVX2) with a C++ compiler: codes, sums and scaling bit for bit;
+                  the branch is summed in another order, always the same one, whatever the batch and the threads.
+
+Left out on purpose: quantized outputs.
 Dimension key: see quant.py; P packed bytes of a row.          W4A4 [A]; branch on unquantized input as in SVDQuant [R]; layout [O]
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import math
+import os
+import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -46,7 +57,8 @@ from quant import dequantize as dequantize_grid
 
 SCALE_BIAS = (127 - 26) << (23 - SCALE_SHIFT)  # code 0 is quant.SCALE_MIN = 2^-26
 EXACT = 1024  # columns whose products sum exactly in float32
-VNNI = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False)
+CPU = getattr(torch.cpu, "get_capabilities", dict)()
+VNNI = CPU.get("avx512_vnni", False)
 NIBBLES, ONES, SIGNS = 0x0F0F0F0F, 0x01010101, 0x80808080 - 2**32  # four byte lanes of an int32
 
 # ------------------------------------------------------------------------------------------------ layout
@@ -276,6 +288,74 @@ def compiled(fn: Callable) -> Callable:
 
     return call
 
+
+def native_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16) -> Tensor:
+    """w4a4_linear by kernels.cpp."""
+    pixels = x.reshape(math.prod(x.shape[:-1]), 1, 1, x.shape[-1])
+    y = _native(pixels, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, False, (1, 1), (1, 1), (0, 0))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def native_conv2d(
+    x_NCHW, pw, bias=None, lora_A_rK=None, lora_B_Or=None, inv_smooth_I=None, group_x=16,
+    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1),
+) -> Tensor:  # fmt: skip
+    """w4a4_conv2d by kernels.cpp."""
+    geometry = (kernel_size, stride, padding)
+    x_NHWC = x_NCHW.permute(0, 2, 3, 1)
+    return _native(x_NHWC, pw, bias, lora_A_rK, lora_B_Or, inv_smooth_I, group_x, True, *geometry).permute(0, 3, 1, 2)
+
+
+def _native(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, *geometry) -> Tensor:
+    bias, A, B, inv_smooth = (None if t is None else t.detach().float().contiguous() for t in (bias, A, B, inv_smooth))
+    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, A, B, inv_smooth)
+    return torch.ops.cmquant.w4a4(x_NHWC.contiguous(), *operands, pw.group, group_x, per_sample, *geometry)
+
+
+@functools.cache
+def load_native() -> bool:
+    """Build kernels.cpp for this CPU, once (20 seconds, kept in ~/.cache/cmquant), and load it. False, after one warning, where
+    that cannot be: the eager function does the same work."""
+    from torch.utils import cpp_extension
+
+    if not all(CPU.get(unit) for unit in ("avx2", "fma3", "f16c")):
+        return False
+    source = Path(__file__).with_name("kernels.cpp")
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-std=c++20", "-fPIC", "-shared"]
+    about = (source.read_bytes(), compiler, flags, torch.__version__, sorted(CPU.items()))
+    library = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cmquant")
+    library /= f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # several processes may build at once
+                paths = [f"-I{path}" for path in cpp_extension.include_paths()]
+                paths += [f"-L{path}" for path in cpp_extension.library_paths()]
+                command = [compiler, *flags, *paths, str(source), "-o", f"{folder}/kernels.so", "-lc10", "-ltorch_cpu"]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                os.replace(f"{folder}/kernels.so", library)
+        torch.ops.load_library(library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = error.stderr.strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else error
+        warnings.warn(f"kernels.cpp was not built, the slower eager kernels run ({why})", stacklevel=2)
+        return False
+
+    @torch.library.register_fake("cmquant::w4a4")
+    def _(x, codes, mult, scale, bias, A, B, inv_smooth, group, group_x, per_sample, kernel, stride, padding):
+        size = [(x.shape[i + 1] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
+        return x.new_empty(x.shape[0], *size, codes.shape[0])
+
+    return True
+
+
+def native(fn: Callable) -> Callable:
+    """The C++ twin of w4a4_linear or w4a4_conv2d for tensors on the CPU; fn itself for others and where there is none."""
+    twin = {w4a4_linear: native_linear, w4a4_conv2d: native_conv2d}.get(fn)
+    return (lambda x, *args: (fn if x.is_cuda else twin)(x, *args)) if twin and load_native() else fn
+
+
+BACKENDS = {"eager": lambda fn: fn, "compile": compiled, "native": native}
 
 # ------------------------------------------------------------------------------------------------ demo
 

@@ -30,6 +30,7 @@ import data
 import evaluate
 import hessian
 import hgs_lora
+import kernels
 import models
 import qra
 import quant
@@ -88,7 +89,7 @@ class Config:
     deploy: str = "branch"  # branch: LoRA beside the packed weight; merged: Q(Q + BA), strict W4A4
     eval_n: int = 512  # pictures of the closing quality line
     save_every: int = 20  # updates between two resumable states
-    compile: bool = False  # torch.compile the kernels
+    backend: str = "native"  # of the kernels; native: kernels.cpp, or eager where it cannot be built; compile: torch.compile
     dry_run: bool = False  # print the configuration and stop
 
 
@@ -99,10 +100,10 @@ STAGES = {
            "jitter": 0.1, "cached": 4096, "eval_n": 1024},
 }  # fmt: skip
 CHOICES = {
-    "model": models.MODELS, "stage": ("student", "teacher"), "bits": (4, 16), "recipe": tuple(RECIPES),
-    "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS),
+    "model": models.MODELS, "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
+    "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS), "bits": (4, 16),
     "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
-    "dtype": ("bfloat16", "float32"), "hessian": ("kron", "input"), "optimizer": ("adamw", "muon"),
+    "dtype": ("bfloat16", "float32"), "optimizer": ("adamw", "muon"), "backend": tuple(kernels.BACKENDS),
 }  # fmt: skip
 
 
@@ -306,7 +307,7 @@ def train_student(cfg: Config, out: Path, pictures) -> None:
         dist.barrier()
     student, table = checkpoint.load_start(out, cfg.model)
     student.to(getattr(torch, cfg.dtype))
-    hgs_lora.set_compiled(student, cfg.compile)
+    hgs_lora.set_backend(student, cfg.backend)
     params = {k: p.requires_grad_() for k, p in student.named_parameters() if "lora_" in k}
 
     def anchor(*args):

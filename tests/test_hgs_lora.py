@@ -566,26 +566,26 @@ def test_constructors_refuse_what_the_kernels_cannot_do():
         hgs_lora.W4A4Linear.from_float(nn.Linear(16, 4), quant.quantize_weight(torch.randn(4, 8), 8))
 
 
-def test_set_compiled_selects_the_compiled_kernel_in_training_and_inference(monkeypatch):
+def test_set_backend_selects_the_kernel_in_training_and_inference(monkeypatch):
     """Catches: a switch that reaches only one of the two paths, or not every layer."""
     used = []
 
-    def compiled(fn):
+    def other(fn):
         def call(*args):
             used.append(fn.__name__)
             return fn(*args)
 
         return call
 
-    monkeypatch.setattr(kernels, "compiled", compiled)
+    monkeypatch.setitem(kernels.BACKENDS, "other", other)
     for kind in KINDS:
         _, layer, x = make_layer(kind)
         eager = layer(x)
-        hgs_lora.set_compiled(nn.Sequential(layer))
+        hgs_lora.set_backend(nn.Sequential(layer), "other")
         assert torch.equal(layer(x), eager)
         with torch.no_grad():
             layer(x)
-        hgs_lora.set_compiled(layer, False)
+        hgs_lora.set_backend(layer, "eager")
         layer(x)
     assert used == ["w4a4_linear"] * 2 + ["w4a4_conv2d"] * 2 + ["w4a16_linear"] * 2
 
@@ -595,7 +595,7 @@ def test_compiled_layer_equals_eager_bit_for_bit():
     """Catches: a kernel call that torch.compile cannot trace through the layer, or evaluates differently."""
     _, layer, x = make_layer("linear")
     eager = layer(x)
-    hgs_lora.set_compiled(layer)
+    hgs_lora.set_backend(layer, "compile")
     assert torch.equal(layer(x), eager)
 
 

@@ -13,6 +13,8 @@ import quant
 seeds = st.integers(0, 2**16)
 groups = st.sampled_from([8, 16, 32, 64, 128])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+EAGER = (kernels.w4a4_linear, kernels.w4a4_conv2d)
+backends = pytest.mark.parametrize("backend", ["eager", "native"])
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -29,6 +31,13 @@ def grid_weight(O, I, group=64, taps=1, seed=0):
     mult = torch.randint(1, 17, (O, Kp // group), generator=g, dtype=torch.uint8)
     scale = quant.round_scale(torch.rand(O, generator=g) / Kp**0.5 / 40)
     return quant.GridWeight(codes, mult, scale, I, taps, group)
+
+
+def on(backend):
+    """(linear, conv2d) of a backend; the test is skipped where kernels.cpp cannot be built."""
+    if backend == "native" and not kernels.load_native():
+        pytest.skip("kernels.cpp needs an x86 CPU with AVX2 and a C++ compiler")
+    return [kernels.BACKENDS[backend](fn) for fn in EAGER]
 
 
 def operands(O, I, taps=1, rank=4, seed=0):
@@ -133,20 +142,22 @@ def test_int32_sums_are_exact_at_the_extremes(product, a, b):
     assert product(X, X[:8])[:2, :2].tolist() == [[15361 * a * a, 15361 * a * b], [15361 * a * b, 15361 * b * b]]
 
 
+@backends
 @given(
     st.integers(0, 20), st.integers(1, 40), st.integers(1, 150), groups, groups, dtypes,
     st.booleans(), st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
 @example(5, 8, 100, 64, 128, torch.float32, True, True, True, 0)
 @example(5, 8, 100, 128, 8, torch.float32, True, True, True, 0)
-def test_linear_equals_the_product_of_its_dequantized_operands(T, O, I, group, group_x, dtype, bias, lora, smooth, seed):
+def test_linear_equals_the_product_of_its_dequantized_operands(backend, T, O, I, group, group_x, dtype, bias, lora, smooth, seed):
     """Catches swapped scales, a branch on the quantized or unsmoothed input, bias added before scaling, smoothing by lambda
     in place of 1 / lambda, misaligned groups when the two group sizes differ."""
     gw = grid_weight(O, I, group, seed=seed)
     x = torch.randn(T, I, generator=gen(seed)).to(dtype)
     b, A, B, inv = operands(O, I, seed=seed)
     b, A, B, inv = b if bias else None, A if lora else None, B if lora else None, inv if smooth else None
-    y = kernels.w4a4_linear(x, kernels.pack(gw), b, A, B, inv, group_x)
+    linear, _ = on(backend)
+    y = linear(x, kernels.pack(gw), b, A, B, inv, group_x)
     assert y.dtype == dtype and y.shape == (T, O)
 
     x1 = x.float() * inv if smooth else x.float()
@@ -163,39 +174,44 @@ def test_linear_equals_the_product_of_its_dequantized_operands(T, O, I, group, g
     assert ((y.double() - (main + b + branch)).abs() <= tol).all()
 
 
+@backends
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 40), dtypes, seeds)
-def test_leading_dimensions_and_strides_do_not_matter(N, T, I, dtype, seed):
+def test_leading_dimensions_and_strides_do_not_matter(backend, N, T, I, dtype, seed):
     """Catches a view of non-contiguous memory, leading dimensions that get mixed, a crash on zero tokens."""
+    linear, _ = on(backend)
     pw, ops = kernels.pack(grid_weight(24, I, 8, seed=seed)), operands(24, I, seed=seed)
     x = torch.randn(I, T, N, generator=gen(seed)).to(dtype).permute(2, 1, 0)
-    y = kernels.w4a4_linear(x, pw, *ops)
+    y = linear(x, pw, *ops)
     assert y.shape == (N, T, 24)
-    flat = kernels.w4a4_linear(x.contiguous().view(N * T, I), pw, *ops)
+    flat = linear(x.contiguous().view(N * T, I), pw, *ops)
     assert torch.allclose(
         y.flatten(0, 1).float(), flat.float(), rtol=4 * UNIT[dtype], atol=1e-3 if dtype != torch.float32 else 1e-5
     )
-    main_only = [kernels.w4a4_linear(v, pw, ops[0]) for v in (x, x.contiguous())]
+    main_only = [linear(v, pw, ops[0]) for v in (x, x.contiguous())]
     assert torch.equal(*main_only)
     if T:
-        assert torch.equal(kernels.w4a4_linear(x[0, 0], pw, ops[0]), main_only[0][0, 0])
+        assert torch.equal(linear(x[0, 0], pw, ops[0]), main_only[0][0, 0])
 
 
+@backends
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_bad_inputs_make_their_row_or_sample_nan_and_no_other(bad):
+def test_bad_inputs_make_their_row_or_sample_nan_and_no_other(backend, bad):
     """Catches inf that turns into a large finite row, poison that spreads over the batch."""
+    linear, conv2d = on(backend)
     x = torch.randn(4, 40, 3, 3, generator=gen(0))
     x[2, 7, 1, 1] = bad
-    y = kernels.w4a4_conv2d(x, kernels.pack(grid_weight(8, 40, 16, 9)))
+    y = conv2d(x, kernels.pack(grid_weight(8, 40, 16, 9)))
     assert y.isnan().flatten(1).all(1).tolist() == [False, False, True, False] and y.isfinite().flatten(1).any(1).tolist()[3]
-    y = kernels.w4a4_linear(x[..., 1, 1], kernels.pack(grid_weight(8, 40, 16)))
+    y = linear(x[..., 1, 1], kernels.pack(grid_weight(8, 40, 16)))
     assert y.isnan().all(1).tolist() == [False, False, True, False] and not y[3].isnan().any()
 
 
-def test_zero_inputs_give_the_bias():
+@backends
+def test_zero_inputs_give_the_bias(backend):
     """Catches 0 * inf from a zero scale, a zero point left in the sums."""
     b = torch.randn(24, generator=gen(0))
     x = torch.zeros(5, 40)
-    assert torch.equal(kernels.w4a4_linear(x, kernels.pack(grid_weight(24, 40, 16)), b), b.expand(5, 24))
+    assert torch.equal(on(backend)[0](x, kernels.pack(grid_weight(24, 40, 16)), b), b.expand(5, 24))
 
 
 @given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 100), dtypes, st.booleans(), seeds)
@@ -224,6 +240,7 @@ geometries = st.tuples(
 )
 
 
+@backends
 @given(
     geometries,
     st.integers(0, 3),
@@ -240,7 +257,9 @@ geometries = st.tuples(
 @example(((3, 3), (2, 2), (1, 1)), 2, 8, 12, 64, 16, torch.bfloat16, True, False, 0)
 @example(((1, 1), (2, 2), (0, 0)), 2, 8, 64, 64, 16, torch.float32, True, True, 0)
 @example(((3, 1), (1, 2), (0, 2)), 1, 8, 65, 8, 128, torch.float16, True, True, 0)
-def test_conv_equals_the_convolution_of_its_dequantized_operands(geometry, N, O, I, group, group_x, dtype, lora, smooth, seed):
+def test_conv_equals_the_convolution_of_its_dequantized_operands(
+    backend, geometry, N, O, I, group, group_x, dtype, lora, smooth, seed
+):
     """Catches taps or kernel axes in another order than the weight's, padding by something else than zero, swapped strides,
     a scale of another sample, a branch on the quantized input."""
     kernel_size, stride, padding = geometry
@@ -249,7 +268,8 @@ def test_conv_equals_the_convolution_of_its_dequantized_operands(geometry, N, O,
     x = torch.randn(N, I, 5, 4, generator=gen(seed)).to(dtype)
     b, A, B, inv = operands(O, I, taps, seed=seed)
     A, B, inv = A if lora else None, B if lora else None, inv if smooth else None
-    y = kernels.w4a4_conv2d(x, kernels.pack(gw), b, A, B, inv, group_x, *geometry)
+    _, conv2d = on(backend)
+    y = conv2d(x, kernels.pack(gw), b, A, B, inv, group_x, *geometry)
 
     x1 = x.permute(0, 2, 3, 1).float() * (inv if smooth else 1)
     x_hat = quant.dequantize_activation(*quant.quantize_activation_per_sample(x1, group_x), I).double()
@@ -266,14 +286,81 @@ def test_conv_equals_the_convolution_of_its_dequantized_operands(geometry, N, O,
     assert ((y.permute(0, 2, 3, 1).double() - (main + b + branch)).abs() <= tol).all()
 
 
-def test_conv_samples_do_not_depend_on_their_batch_or_memory_format():
+@backends
+def test_conv_samples_do_not_depend_on_their_batch_or_memory_format(backend):
     """Catches a scale over the batch; the training batch and the deployed one must give the same picture."""
+    _, conv2d = on(backend)
     x = torch.randn(4, 40, 6, 6, generator=gen(0))
     pw, b = kernels.pack(grid_weight(24, 40, 16, 9)), torch.randn(24, generator=gen(1))
-    whole = kernels.w4a4_conv2d(x, pw, b)
+    whole = conv2d(x, pw, b)
     assert whole.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(whole, kernels.w4a4_conv2d(x.contiguous(memory_format=torch.channels_last), pw, b))
-    assert torch.equal(whole[2:3], kernels.w4a4_conv2d(x[2:3], pw, b))
+    assert torch.equal(whole, conv2d(x.contiguous(memory_format=torch.channels_last), pw, b))
+    assert torch.equal(whole[2:3], conv2d(x[2:3], pw, b))
+
+
+# ------------------------------------------------------------------------------------------------ kernels.cpp
+
+
+@given(
+    geometries, st.integers(1, 3), st.integers(1, 70), st.integers(1, 150), groups, groups, dtypes, st.booleans(),
+    st.sampled_from([1e-38, 1e-3, 1, 1e4]), seeds,
+)  # fmt: skip
+@example(((3, 3), (1, 1), (1, 1)), 1, 8, 120, 8, 8, torch.float32, False, 1, 0)
+def test_native_codes_sums_and_scaling_equal_eager_bit_for_bit(geometry, N, O, I, group, group_x, dtype, smooth, size, seed):
+    """Catches rounding half away from zero, a contracted multiply-add, a group across the middle of a packed row, a column
+    beyond the last full panel, sums without the offset of the codes."""
+    linear, conv2d = on("native")
+    b, _, _, inv = operands(O, I, seed=seed)
+    x = (torch.randn(N, I, 5, 4, generator=gen(seed)) * size).to(dtype)
+    ops = (b, None, None, inv if smooth else None, group_x)
+    pw = kernels.pack(grid_weight(O, I, group, seed=seed))
+    tokens = x.flatten(2).mT
+    assert torch.equal(linear(tokens, pw, *ops), kernels.w4a4_linear(tokens, pw, *ops))
+    pw = kernels.pack(grid_weight(O, I, group, geometry[0][0] * geometry[0][1], seed))
+    assert torch.equal(conv2d(x, pw, *ops, *geometry), kernels.w4a4_conv2d(x, pw, *ops, *geometry))
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+def test_native_results_do_not_depend_on_batch_or_threads(dtype):
+    """Catches a sum whose order follows the split of the work, tiles that read or write their neighbours' rows."""
+    linear, conv2d = on("native")
+    threads = torch.get_num_threads()
+    x, picture = torch.randn(61, 200, generator=gen(0)).to(dtype), torch.randn(5, 40, 7, 6, generator=gen(1)).to(dtype)
+    pw, ops = kernels.pack(grid_weight(150, 200)), operands(150, 200, rank=20)
+    conv_pw, conv_ops = kernels.pack(grid_weight(150, 40, 16, 9)), operands(150, 40, 9, rank=20)
+    whole, drawn = linear(x, pw, *ops), conv2d(picture, conv_pw, *conv_ops)
+    try:
+        for n in (1, 2, 3, 4):
+            torch.set_num_threads(n)
+            assert torch.equal(linear(x, pw, *ops), whole) and torch.equal(conv2d(picture, conv_pw, *conv_ops), drawn)
+            for rows in (slice(0, 1), slice(3, 30), slice(59, 61)):
+                assert torch.equal(linear(x[rows], pw, *ops), whole[rows])
+            assert torch.equal(conv2d(picture[2:4], conv_pw, *conv_ops), drawn[2:4])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_without_a_cpp_compiler_native_is_eager_after_one_warning(monkeypatch, tmp_path):
+    """Catches a crash on machines without a compiler, an unwritable cache, a warning for every layer."""
+    on("native")
+    kernels.load_native.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        patch.setenv("CXX", "no-such-compiler")
+        with pytest.warns(UserWarning, match="eager kernels run") as seen:
+            assert [kernels.native(fn) for fn in EAGER * 2] == [*EAGER * 2]
+    assert len(seen) == 1
+    kernels.load_native.cache_clear()
+    assert kernels.load_native() and not list(tmp_path.glob("cmquant/*.so"))
+
+
+def test_native_runs_inside_of_a_compiled_model_without_graph_breaks():
+    """Catches an operator that torch.compile cannot see through for lack of a shape rule."""
+    linear, _ = on("native")
+    pw, ops = kernels.pack(grid_weight(64, 64)), operands(64, 64)
+    fast = torch.compile(lambda x: linear(x.relu(), pw, *ops) + 1, fullgraph=True)
+    x = torch.randn(20, 64)
+    assert torch.equal(fast(x), linear(x.relu(), pw, *ops) + 1)
 
 
 # ------------------------------------------------------------------------------------------------ torch.compile
