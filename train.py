@@ -77,7 +77,7 @@ class Config:
     trajectory: str = "fp"  # rollouts follow the fp consistency model or the cached guided teacher
     on_policy: bool = True  # rollouts start each phase from the student's own state, not from the reference's
     cached: int = 2048  # teacher trajectories in the cache (trajectory = teacher)
-    phases: str = "1,2,4"  # numbers of jumps that a rollout may have; one that stands twice is drawn twice as often
+    phases: str = "1,2,4"  # numbers of jumps of a rollout; one that stands twice counts twice, in the calibration too
     jitter: float = 0.0  # share of rollouts whose inner edges are random grid points
     edges: int = 4  # K, phases of TDPT
     grid: int = 48  # N, solver points (LCM: 50)
@@ -131,9 +131,9 @@ def check(cfg: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
     if cfg.batch % world():
         raise UserError(f"--batch {cfg.batch} does not divide among {world()} ranks")
-    unknown = set(cfg.targets.split(",")) - {"anchor", "fp", "self", "teacher"}
+    unknown = set(cfg.targets.split(",")) - {"fp", "self", "teacher", "anchor" if cfg.bits == 4 or cfg.rollout == 1 else "fp"}
     if unknown or cfg.targets.count(",") != 1:
-        raise UserError(f"--targets {cfg.targets} must be EARLY,LATE, each of anchor, fp, self, teacher")
+        raise UserError(f"--targets {cfg.targets} must be EARLY,LATE, each of anchor (4 bits only), fp, self, teacher")
     points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
     if not all(k.isdigit() and 1 <= int(k) <= points for k in cfg.phases.split(",")):
         raise UserError(f"--phases {cfg.phases} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)")

@@ -218,9 +218,9 @@ def test_a_folder_of_pictures_trains_a_student(weights, pictures, tmp_path, caps
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_at_the_same_global_batch(weights, tmp_path):
-    """Catches ranks that see the same pictures, a missing average and a loss scaled by the number of ranks. Half a batch goes
-    through other float32 products than a whole one; where that flips a 4-bit code the loss moves by up to a percent."""
-    flags = f"{QUICK} {weights} --steps 2 --rollout 0.5".split()
+    """Catches ranks that see the same pictures, a missing average and a loss scaled by the number of ranks. At 16 bits: half a
+    batch goes through other float32 products than a whole one, and where that flips a 4-bit code there is no tolerance to state."""
+    flags = f"{QUICK} {weights} --bits 16 --dtype float32 --steps 2 --rollout 0.5 --targets self,fp --cached 8 --eval-n 4".split()
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for ranks in (1, 2):
         launch = [
@@ -237,11 +237,10 @@ def test_two_ranks_equal_one_at_the_same_global_batch(weights, tmp_path):
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     states = [models.read_tensors(tmp_path / str(r) / "state.safetensors", "")[0] for r in (1, 2)]
     assert [step for step, _ in one] == [step for step, _ in two] == [0, 1]
-    assert all(abs(a - b) <= 0.03 * a for (_, a), (_, b) in zip(one, two, strict=True)), (one, two)
+    assert all(abs(a - b) <= 1e-4 * a for (_, a), (_, b) in zip(one, two, strict=True)), (one, two)
     for key, tensor in states[0].items():
         if key.startswith("p."):
-            change = (tensor - states[1][key]).abs().max()
-            assert change <= 0.05 * 2e-4 * 2 + 1e-6 or (tensor - states[1][key]).norm() <= 0.02 * tensor.norm(), key
+            assert (tensor - states[1][key]).norm() <= 1e-4 * tensor.norm(), key
 
 
 # ------------------------------------------------------------------------------------------------ what was trained is drawn
@@ -353,6 +352,7 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--rank 100", "--rank 100 is larger than layer"),
         ("--batch 0", "--batch must be at least 1"),
         ("--targets anchor", "EARLY,LATE"),
+        ("--bits 16 --rollout 0.5", "anchor .4 bits only."),
         ("--phases 1,x", "--phases 1,x must be numbers"),
         ("--phases 1,40 --grid 48 --trajectory teacher", "--phases 1,40 must be numbers from 1 to 24"),
         ("--edges 9 --grid 8", "--edges 9 is more than the 8 points"),
