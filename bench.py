@@ -1,13 +1,13 @@
-"""Speed, memory and error of the kernels on SDXL's and FLUX's layer shapes, against what a user would run instead.
+"""Speed and error of the kernels on SDXL's and FLUX's layer shapes, against what a user would run instead.
 
     python bench.py kernels                          every shape, every implementation that is installed (minutes)
     python bench.py kernels --quick                  two shapes, under a minute
     python bench.py kernels --json rows.json --plot benchmarks/kernels.png
 
 One process, the same tensors for all: rounds in which every implementation runs once, in turn, after a warm-up that also pays
-for compilation (seconds in a column of their own). Median and quartiles over rounds. Ours includes quantizing the activations,
+for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
 unpacking the weight and a branch of rank 32; bf16 has no branch. Peers: pip install -r requirements-bench.txt; what is missing
-or refuses a shape is named, and the table goes on without it.
+or refuses a shape is named, and the table goes on without it. (gemlite, for CUDA, is not in that file: it is built from source.)
 
     GOPS      2 M K N / median, the branch not counted
     ceiling   the int8 product alone, int8 operands at hand and int32 output (`int8_ceiling`): its share is ours / ceiling
@@ -32,17 +32,21 @@ from torch import nn
 
 import hgs_lora
 import kernels
+import models
 import quant
+from models import UserError
 
-# kind, name, M rows (tokens or pixels), K = taps * I, N outputs, how often a step runs it
+# model, kind, M rows (tokens or pixels), K = taps * I, N outputs
 SDXL = [
-    ("linear", "SDXL", 1024, 1280, 10240, 60), ("linear", "SDXL", 1024, 1280, 1280, 372), ("linear", "SDXL", 1024, 5120, 1280, 60),
-    ("linear", "SDXL", 4096, 640, 5120, 10), ("linear", "SDXL", 4096, 640, 640, 70), ("conv", "SDXL", 1024, 11520, 1280, 10),
+    ("sdxl", "linear", 1024, 1280, 10240), ("sdxl", "linear", 1024, 1280, 1280), ("sdxl", "linear", 1024, 5120, 1280),
+    ("sdxl", "linear", 4096, 640, 5120), ("sdxl", "linear", 4096, 640, 640), ("sdxl", "conv", 1024, 11520, 1280),
 ]  # fmt: skip
 FLUX = [
-    ("linear", "FLUX", 4608, 15360, 3072, 38), ("linear", "FLUX", 4608, 3072, 12288, 38), ("linear", "FLUX", 4608, 3072, 3072, 114),
-    ("linear", "FLUX", 4096, 3072, 3072, 76), ("linear", "FLUX", 4096, 3072, 12288, 19), ("linear", "FLUX", 4096, 12288, 3072, 19),
+    ("flux", "linear", 4608, 15360, 3072), ("flux", "linear", 4608, 3072, 12288), ("flux", "linear", 4608, 3072, 3072),
+    ("flux", "linear", 4096, 3072, 3072), ("flux", "linear", 4096, 3072, 12288), ("flux", "linear", 4096, 12288, 3072),
 ]  # fmt: skip
+FLUX_CPU = list(dict.fromkeys((*shape[:2], 512, *shape[3:]) for shape in FLUX))  # 512 tokens
+QUICK = [("sdxl", "linear", 1024, 1280, 1280), ("sdxl", "conv", 256, 5760, 640)]
 RANK = 32
 
 
@@ -65,10 +69,8 @@ class Layer:
         U, S, V = torch.svd_lowrank(w_OK - quant.dequantize(gw), RANK, niter=1)
         packed = hgs_lora.W4A4Conv2d if kind == "conv" else hgs_lora.W4A4Linear
         self.packed = packed.from_float(self.float, gw, S.sqrt()[:, None] * V.T, U * S.sqrt()).requires_grad_(False)
-        self.W8, self.X8 = (
-            kernels.weight_int8(self.packed.packed),
-            torch.randint(-128, 113, (M, K), dtype=torch.int8, device=device),
-        )
+        self.W8 = kernels.weight_int8(self.packed.packed)
+        self.X8 = torch.randint(-128, 113, (M, K), dtype=torch.int8, device=device)
         self.float, self.x = self.float.to(dtype), self.x.to(dtype)
 
     def _double(self) -> torch.Tensor:
@@ -119,7 +121,8 @@ def ceiling(layer: Layer) -> Callable:
     return lambda: torch._int_mm(layer.X8, W, out=out)
 
 
-def torchao(layer: Layer, config: str, **kwargs) -> Callable:
+def torchao(layer: Layer, config: Callable) -> Callable:
+    """config: torchao.quantization -> what its quantize_ takes."""
     from torchao import quantization
 
     if layer.kind == "conv":
@@ -127,7 +130,7 @@ def torchao(layer: Layer, config: str, **kwargs) -> Callable:
     module = layer.module()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantization.quantize_(module, getattr(quantization, config)(**kwargs))
+        quantization.quantize_(module, config(quantization))
     fast = torch.compile(module)
     return lambda: fast(layer.x)
 
@@ -180,16 +183,14 @@ CPU = {
     "sdnq_uint4": lambda layer: sdnq(layer, "uint4"),
     "sdnq_uint4_openvino": lambda layer: sdnq(layer, "uint4", openvino=True),
     "sdnq_int8": lambda layer: sdnq(layer, "int8"),
-    "torchao_w8a8": lambda layer: torchao(layer, "Int8DynamicActivationInt8WeightConfig"),
-    "torchao_int4": lambda layer: torchao(layer, "Int4WeightOnlyConfig", int4_packing_format="plain_int32"),
+    "torchao_w8a8": lambda layer: torchao(layer, lambda q: q.Int8DynamicActivationInt8WeightConfig()),
+    "torchao_int4": lambda layer: torchao(layer, lambda q: q.Int4WeightOnlyConfig(int4_packing_format="plain_int32")),
     "bnb_nf4": bitsandbytes,
 }
 CUDA = {k: v for k, v in CPU.items() if k not in ("ours", "ours_compile", "sdnq_uint4_openvino", "torchao_int4")} | {
     "ours": lambda layer: ours(layer, "compile"),
-    "torchao_int4": lambda layer: torchao(layer, "Int4WeightOnlyConfig", int4_packing_format="tile_packed_to_4d"),
-    "torchao_fp8": lambda layer: torchao(
-        layer, "Float8DynamicActivationFloat8WeightConfig", granularity=sys.modules["torchao.quantization"].PerRow()
-    ),
+    "torchao_int4": lambda layer: torchao(layer, lambda q: q.Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d")),
+    "torchao_fp8": lambda layer: torchao(layer, lambda q: q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow())),
     "gemlite_a8w4": gemlite,
 }
 
@@ -224,13 +225,8 @@ def measure(layer: Layer, implementations: dict[str, Callable], rounds: int, cud
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}", file=sys.stderr)
             continue
         calls[name] = call
-        rows[name] = {
-            "kind": layer.kind,
-            "shape": layer.shape,
-            "impl": name,
-            "error": layer.error(y),
-            "compile_s": max(0, first - second),
-        }
+        rows[name] = {"kind": layer.kind, "shape": layer.shape, "impl": name, "error": layer.error(y)}
+        rows[name]["compile_s"] = max(0, first - second)
         del y
     times = {name: [] for name in calls}
     for _ in range(rounds):
@@ -250,11 +246,10 @@ def table(rows: list[dict]) -> list[str]:
         "| layer | M x K x N | implementation | ms | quartiles | GOPS | of the int8 ceiling | error |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    ceilings = {(row["kind"], row["shape"]): row["median_ms"] for row in rows if row["impl"] == "int8_ceiling"}
     for row in rows:
-        ceiling = [
-            r["median_ms"] for r in rows if r["impl"] == "int8_ceiling" and (r["kind"], r["shape"]) == (row["kind"], row["shape"])
-        ]
-        share = f"{100 * ceiling[0] / row['median_ms']:.0f}%" if ceiling else "-"
+        ceiling = ceilings.get((row["kind"], row["shape"]))
+        share = f"{100 * ceiling / row['median_ms']:.0f}%" if ceiling else "-"
         error = "-" if row["error"] is None else f"{row['error']:.4f}"
         times = f"{row['median_ms']:.2f} | {row['q1_ms']:.2f} .. {row['q3_ms']:.2f}"
         shape = " x ".join(map(str, row["shape"]))
@@ -276,9 +271,8 @@ def plot(rows: list[dict], file: Path) -> None:
         bars = [(s, at[*shape, "bf16"] / at[*shape, name]) for s, shape in enumerate(shapes) if (*shape, name) in at]
         axis.bar([s + 0.8 * k / len(names) for s, _ in bars], [v for _, v in bars], 0.8 / len(names), label=name)
     axis.axhline(1, color="black", linewidth=0.5)
-    axis.set_xticks(
-        [s + 0.4 for s in range(len(shapes))], [f"{kind}\n{'x'.join(map(str, shape))}" for kind, shape in shapes], fontsize=7
-    )
+    names_of_shapes = [f"{kind}\n{'x'.join(map(str, shape))}" for kind, shape in shapes]
+    axis.set_xticks([s + 0.4 for s in range(len(shapes))], names_of_shapes, fontsize=7)
     axis.set_ylabel("times as fast as bf16")
     axis.legend(fontsize=7, ncols=4)
     figure.tight_layout()
@@ -287,24 +281,22 @@ def plot(rows: list[dict], file: Path) -> None:
 
 def bench_kernels(args: argparse.Namespace) -> None:
     cuda = args.device == "cuda"
-    shapes = [s for s in SDXL + FLUX if args.only in s[1].lower()]
-    if args.quick:
-        shapes = [("linear", "SDXL", 1024, 1280, 1280, 372), ("conv", "SDXL", 256, 5760, 640, 10)]
-    elif not cuda:
-        shapes = [(kind, name, 512 if name == "FLUX" else M, K, N, count) for kind, name, M, K, N, count in shapes]
+    shapes = QUICK if args.quick else SDXL + (FLUX if cuda else FLUX_CPU)
     implementations, rows = CUDA if cuda else CPU, []
-    chosen = {k: v for k, v in implementations.items() if not args.impl or k in args.impl.split(",")}
-    for kind, name, M, K, N, _ in dict.fromkeys(shapes):
-        print(f"{name} {kind} {M} x {K} x {N}", file=sys.stderr)
+    names = args.impl.split(",") if args.impl else list(implementations)
+    if unknown := [name for name in names if name not in implementations]:
+        raise UserError(f"no implementation {', '.join(unknown)}: choose from {', '.join(implementations)}")
+    chosen = {name: implementations[name] for name in names}
+    for model, kind, M, K, N in shapes:
+        if args.only not in model:
+            continue
+        print(f"{model} {kind} {M} x {K} x {N}", file=sys.stderr)
         torch.compiler.reset()
         rows += measure(Layer(kind, M, K, N, args.device, torch.bfloat16), chosen, args.rounds, cuda)
         if args.json:
             Path(args.json).write_text(json.dumps(rows, indent=1))
-    device = (
-        torch.cuda.get_device_name()
-        if cuda
-        else f"{platform.machine()} CPU ({kernels.CPU.get('cpu_name')}), {torch.get_num_threads()} threads"
-    )
+    cpu = f"{platform.machine()} CPU ({kernels.CPU.get('cpu_name')}), {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if cuda else cpu
     print("\n".join(table(rows)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\n{device}; torch {torch.__version__}; median of {args.rounds} rounds; peak memory {peak:.1f} GB")
@@ -312,7 +304,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
         plot(rows, Path(args.plot))
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     cli = commands.add_parser("kernels", allow_abbrev=False, help="layer shapes of SDXL and FLUX, ours against peers")
@@ -323,8 +315,8 @@ def main() -> None:
     cli.add_argument("--quick", action="store_true")
     cli.add_argument("--json", default="")
     cli.add_argument("--plot", default="", metavar="PNG")
-    bench_kernels(parser.parse_args())
+    bench_kernels(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    models.run_script("bench.py", main)

@@ -257,7 +257,7 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
     tensors = {k: kernels.unpack_scales(v) if k.endswith(".scale_O") else v for k, v in tensors.items()}
     student = _packed_model(about["config"]["model"], about["layers"], tensors, folder / "model.safetensors")
-    hgs_lora.set_backend(student, about["config"]["backend"])
+    hgs_lora.set_backend(student, about["config"].get("backend", "native"))  # older folders name none
     return student.to(models.FAST), about
 
 

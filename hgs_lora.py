@@ -334,8 +334,8 @@ class PackedLayer(nn.Module):
     def _kernel(self, kernel: Callable) -> Callable:
         return kernels.BACKENDS[self.backend](kernel)
 
-    def _merged(self, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
-        """W^ + B A in float32: the gradient that goes on to x sees one wide product."""
+    def merged_weight(self, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
+        """W^ + B A (O, K) in float32, W^ alone where there is no branch."""
         w_OK = kernels.dequantize(self.packed)
         return w_OK if A_rK is None else torch.addmm(w_OK, B_Or.float(), A_rK.float())
 
@@ -368,7 +368,7 @@ class W4A4Linear(PackedLayer):
             dA = (low_Tr.mT @ x1_TI).to(A_rI.dtype) if needs[1] else None
             dB = (g_TO.float().mT @ (x1_TI @ A_rI.float().mT)).to(B_Or.dtype) if needs[2] else None
         if needs[0]:
-            dx = self._smoothed(g_TO @ self._merged(A_rI, B_Or).to(g.dtype)).to(x.dtype).reshape(x.shape)
+            dx = self._smoothed(g_TO @ self.merged_weight(A_rI, B_Or).to(g.dtype)).to(x.dtype).reshape(x.shape)
         return dx, dA, dB
 
 
@@ -405,7 +405,7 @@ class W4A4Conv2d(PackedLayer):
             if needs[2]:
                 dB = torch.einsum("nohw,nrhw->or", g.float(), F.conv2d(x1, A_rIhw, **strides)).to(B_Or.dtype)
         if needs[0]:
-            w_OIhw = quant.unflatten_conv(self._merged(A_rK, B_Or), self.kernel_size).to(g.dtype)
+            w_OIhw = quant.unflatten_conv(self.merged_weight(A_rK, B_Or), self.kernel_size).to(g.dtype)
             dx = nn.grad.conv2d_input(x.shape, w_OIhw, g, **strides)
             dx = self._smoothed(dx.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(x.dtype)
         return dx, dA, dB
@@ -467,9 +467,7 @@ def load_anchor_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def merge(layer: PackedLayer, rounding: str = "rtn", H_KK: Tensor | None = None) -> PackedLayer:
     """Strict W4A4: a new layer with Q(Q + BA) and no branch. H_KK: damped second moments of x', for gptq rounding."""
-    w_OK = kernels.dequantize(layer.packed)
-    if layer.rank:
-        w_OK = w_OK + layer.lora_B.detach().float() @ layer.lora_A.detach().float()
+    w_OK = layer.merged_weight(layer.lora_A, layer.lora_B).detach()
     gw = quant.quantize_weight(w_OK, layer.group, layer.taps, H_KK, rounding)
     merged = copy.deepcopy(layer)
     merged.rank, merged.lora_A, merged.lora_B, merged.anchor_A, merged.anchor_B = 0, None, None, None, None

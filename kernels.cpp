@@ -62,6 +62,11 @@ static inline void store(at::BFloat16* y, float x) {  // to nearest even
   y->x = (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 static inline void store(at::Half* y, float x) { y->x = _cvtss_sh(x, 0); }
+template <class T, class Low> static inline Low rounded(float x) {  // to T, which Low holds exactly
+  T v;
+  store(&v, x);
+  return Low(to_float(v));
+}
 
 // ---------------------------------------------------------------------------------------------------------- tile
 
@@ -209,46 +214,40 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   Tensor X = at::empty({pixels * C * (int64_t)sizeof(CodeX)}, x.options().dtype(at::kByte)), L, low;
   CodeX* pX = (CodeX*)X.mutable_data_ptr();
   if (border || C > s.I) std::fill(pX, pX + pixels * C, CodeX(OFFSET));
-  bool as_is = sizeof(Low) == sizeof(T) && std::is_same_v<T, std::conditional_t<sizeof(Low) == 4, float, at::BFloat16>> && !inv &&
-               !border && Cl == s.I;  // the branch can read x itself
+  bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
   Low* pL = nullptr;
   if (rank && !as_is) {
-    L = at::zeros({pixels * Cl * (int64_t)sizeof(Low)}, x.options().dtype(at::kByte));
+    L = at::empty({pixels * Cl * (int64_t)sizeof(Low)}, x.options().dtype(at::kByte));
     pL = (Low*)L.mutable_data_ptr();
+    if (border || Cl > s.I) std::fill(pL, pL + pixels * Cl, Low(0.f));
   }
   std::vector<float> scale_x(P);
-  at::parallel_for(0, P, 8, [&](int64_t p0, int64_t p1) {
-    std::vector<float> row(Ix), b(Gx);
-    for (int64_t p = p0; p < p1; p++) {
-      smoothed(px + p * s.I, inv, s.I, row.data());
-      scale_x[p] = bounds(row.data(), Gx, group_x, b.data());
-      if (!per_sample) {
-        scale_x[p] = scale_of(scale_x[p]);
-        quantize(row.data(), b.data(), scale_x[p], s.I, group_x, pX + s.padded(p) * C);
+  const auto each_pixel = [&](auto f) {  // f(pixel, x' (Ix), bounds of its groups, their largest)
+    at::parallel_for(0, P, 8, [&](int64_t p0, int64_t p1) {
+      std::vector<float> row(Ix), b(Gx);
+      for (int64_t p = p0; p < p1; p++) {
+        smoothed(px + p * s.I, inv, s.I, row.data());
+        const float bound = bounds(row.data(), Gx, group_x, b.data());
+        f(p, row.data(), b.data(), bound);
       }
-      if (pL)
-        for (int64_t k = 0; k < s.I; k++) {
-          T v;
-          store(&v, row[k]);
-          if constexpr (sizeof(Low) == 4) pL[s.padded(p) * Cl + k] = to_float(v);
-          else pL[s.padded(p) * Cl + k] = v;
-        }
-    }
+    });
+  };
+  const auto quantize_pixel = [&](int64_t p, const float* row, const float* b, float) {
+    quantize(row, b, scale_x[p], s.I, group_x, pX + s.padded(p) * C);
+  };
+  each_pixel([&](int64_t p, const float* row, const float* b, float bound) {
+    scale_x[p] = per_sample ? bound : scale_of(bound);
+    if (!per_sample) quantize_pixel(p, row, b, bound);
+    if (pL)
+      for (int64_t k = 0; k < s.I; k++) pL[s.padded(p) * Cl + k] = rounded<T, Low>(row[k]);
   });
-  if (per_sample) {
+  if (per_sample) {  // the scale is known only now: a second pass over x
     for (int64_t n = 0; n < s.N; n++) {
       uint32_t most = 0;
       for (int64_t p = n * s.H * s.W; p < (n + 1) * s.H * s.W; p++) most = std::max(most, bits<uint32_t>(scale_x[p]));
       std::fill_n(scale_x.begin() + n * s.H * s.W, s.H * s.W, scale_of(bits<float>(most)));
     }
-    at::parallel_for(0, P, 8, [&](int64_t p0, int64_t p1) {
-      std::vector<float> row(Ix), b(Gx);
-      for (int64_t p = p0; p < p1; p++) {
-        smoothed(px + p * s.I, inv, s.I, row.data());
-        bounds(row.data(), Gx, group_x, b.data());
-        quantize(row.data(), b.data(), scale_x[p], s.I, group_x, pX + s.padded(p) * C);
-      }
-    });
+    each_pixel(quantize_pixel);
   }
 
   // 2. low = x' A^T
@@ -260,11 +259,7 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
     std::vector<Low> row(taps * Cl, Low(0.f));
     const float* pA = A->const_data_ptr<float>();
     for (int64_t r = 0; r < rank; r++) {
-      for (int64_t k = 0; k < taps * s.I; k++) {
-        T v;
-        store(&v, pA[r * taps * s.I + k]);
-        row[k / s.I * Cl + k % s.I] = Low(to_float(v));
-      }
+      for (int64_t k = 0; k < taps * s.I; k++) row[k / s.I * Cl + k % s.I] = rounded<T, Low>(pA[r * taps * s.I + k]);
       interleave(row.data(), lanes, r % WIDTH, panel.data() + r / WIDTH * lanes * NR);
     }
     low = at::empty({tiles * MR * R * (int64_t)sizeof(Low)}, X.options());
@@ -277,11 +272,7 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
           V acc[MR][NR] = {};
           tile<Dot>(at, in, panel.data() + r / WIDTH * lanes * NR, acc);
           for (int64_t m = 0; m < MR; m++)
-            for (int64_t j = 0; j < WIDTH; j++) {
-              T v;
-              store(&v, ((const float*)acc[m])[j]);
-              plow[(i * MR + m) * R + r + j] = Low(to_float(v));
-            }
+            for (int64_t j = 0; j < WIDTH; j++) plow[(i * MR + m) * R + r + j] = rounded<T, Low>(((const float*)acc[m])[j]);
         }
       }
     });
@@ -317,11 +308,7 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
           else std::fill(row.begin(), row.end(), CodeW(0));
           interleave(row.data(), lanes, at % WIDTH, panel.data() + c * lanes * NR);
           if (!rank) continue;
-          for (int64_t r = 0; r < rank; r++) {
-            T v;
-            store(&v, o < O ? pB[o * rank + r] : 0.f);
-            row_low[r] = Low(to_float(v));
-          }
+          for (int64_t r = 0; r < rank; r++) row_low[r] = rounded<T, Low>(o < O ? pB[o * rank + r] : 0.f);
           interleave(row_low.data(), lanes_low, at % WIDTH, panel_low.data() + c * lanes_low * NR);
         }
         for (int64_t i = t0; i < t1; i++) {

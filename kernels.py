@@ -57,7 +57,7 @@ from quant import dequantize as dequantize_grid
 
 SCALE_BIAS = (127 - 26) << (23 - SCALE_SHIFT)  # code 0 is quant.SCALE_MIN = 2^-26
 EXACT = 1024  # columns whose products sum exactly in float32
-CPU = getattr(torch.cpu, "get_capabilities", dict)()
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # units of this machine by name; {} before torch has the list
 VNNI = CPU.get("avx512_vnni", False)
 NIBBLES, ONES, SIGNS = 0x0F0F0F0F, 0x01010101, 0x80808080 - 2**32  # four byte lanes of an int32
 

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from kernels import CPU
 from tdpt import FlowPath, VPPath
 
 ASSETS = Path(__file__).parent / "assets"
@@ -38,7 +39,6 @@ TOKENS, WIDTH, BUCKETS = 24, 128, 1024  # of the text encoder
 SIDE = 32  # pixels
 LATENT = (12, 16, 16)  # 32x32 pictures, pixel-unshuffled
 LATENT_SCALE = 2.0  # procedural pictures have a standard deviation near 0.5
-CPU = getattr(torch.cpu, "get_capabilities", dict)()
 FAST = torch.bfloat16 if CPU.get("avx512_bf16") or CPU.get("amx_bf16") else torch.float32  # elsewhere bfloat16 is emulated, slowly
 
 

@@ -3,7 +3,7 @@
     python benchmarks/quality.py [--seeds 3] [--n 2048] [--jobs 2] [--out runs/quality]
 
 Finished parts are not run again. benchmarks/quality.md (mean +- sd over training seeds) is written anew after every
-checkpoint that was scored, so it is worth reading before the end. Teacher and fp rows have one set of weights and no spread.
+part, so it is worth reading before the end. Teacher and fp rows have one set of weights and no spread.
 """
 
 import json
@@ -22,7 +22,6 @@ RECIPES = {
     "CMQuant start, rollouts alone": "--rollout 1",
 }
 TEACHER = "teacher, guided"
-OTHERS = {"real": "real pictures", "teacher": TEACHER, "teacher_same_steps": TEACHER, "fp": "fp CM"}
 
 
 def rows_of(file: Path) -> dict[str, dict]:
@@ -45,7 +44,8 @@ def table(out: Path, n: int, seeds: int) -> list[str]:
     }
     first = {steps: scored[next(iter(RECIPES)), steps][0] for steps in (1, 2, 4)}
     lines = [("real pictures", [first[4].get("real")]), (TEACHER, [rows_of(out / f"teacher-{n}.json").get("teacher")])]
-    lines += [(OTHERS[key], [first[steps].get(key)]) for key in ("teacher_same_steps", "fp") for steps in (1, 2, 4)]
+    for label, key in ((TEACHER, "teacher_same_steps"), ("fp CM", "fp")):
+        lines += [(label, [first[steps].get(key)]) for steps in (1, 2, 4)]
     lines += [(label, [rows.get("w4a4") for rows in all_rows]) for (label, _), all_rows in scored.items()]
     text = ["| | steps | Frechet | prompt accuracy | PSNR to fp, dB | seeds |", "|---|---|---|---|---|---|"]
     for label, found in lines:
