@@ -1,4 +1,4 @@
-"""Quality on tiny at 1, 2 and 4 steps per recipe and training seed, all W4A4 rows after the same number of updates.
+"""Quality on tiny at 1, 2 and 4 steps per recipe and training seed, all recipes after the same number of updates.
 
     python benchmarks/quality.py [--seeds 3] [--n 2048] [--jobs 2] [--out runs/quality]
 
@@ -13,13 +13,15 @@ from pathlib import Path
 from jobs import MACHINE, each, name_of, parser, write_table
 
 ZERO = "--init zero --ranks uniform --rounding rtn --lr 2e-4"  # a start that is far off needs larger steps than ours
+SAME = "--steps 120"
 RECIPES = {
-    "CMQuant (default)": "",
-    "zero init, self targets (QLoRA style)": f"{ZERO} --rollout 0 --targets self,self",
-    "zero init, default objective": ZERO,
-    "`--recipe paper`": "--recipe paper",
-    "CMQuant start, no training": "--steps 0",
-    "CMQuant start, rollouts alone": "--rollout 1",
+    "CMQuant": SAME,
+    "CMQuant, 40 updates (default)": "",
+    "CMQuant, no updates": "--steps 0",
+    "CMQuant, rollouts alone": f"--rollout 1 {SAME}",
+    "`--recipe paper`": f"--recipe paper {SAME}",
+    "zero init, default objective": f"{ZERO} {SAME}",
+    "zero init, self targets (QLoRA style)": f"{ZERO} --rollout 0 --targets self,self {SAME}",
 }
 TEACHER = "teacher, guided"
 

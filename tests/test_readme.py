@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("train.py", "sample.py", "evaluate.py", "benchmarks/quality.py", "benchmarks/initialisation.py")
+SCRIPTS = ("train.py", "sample.py", "evaluate.py", "benchmarks/quality.py", "benchmarks/initialisation.py", "bench.py kernels")
 
 
 def test_every_file_that_the_readme_names_exists():
@@ -25,7 +25,9 @@ def test_every_flag_that_the_readme_names_is_a_flag():
     env = {"COLUMNS": "200"}
     known = {"--nproc-per-node", "-m", "-q", "-r"}
     for script in SCRIPTS:
-        done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
+        done = subprocess.run(
+            [sys.executable, *script.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env=env
+        )
         known |= set(re.findall(r"--[\w-]+", done.stdout.split("options:")[1]))
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known
 
