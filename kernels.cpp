@@ -1,13 +1,17 @@
 // w4a4 of kernels.py as one C++ kernel: quantize once, unpack a panel of weights at a time, multiply, finish in registers' reach.
 //
-//     rows     codes (m q + OFFSET) of every pixel, padded: (N, H + 2p, W + 2p, C). A window of a convolution is kh runs of
+//     rows     codes of every pixel as bytes, padded: (N, H + 2p, W + 2p, C). A window of a convolution is kh runs of
 //              kw C codes, so windows are read where they lie (no im2col); a linear layer is the case N = T, H = W = 1.
-//     panel    WIDTH output channels, unpacked and interleaved: (K / PER, WIDTH, PER); a lane of 32 bits holds PER codes.
+//     panel    WIDTH output channels, unpacked (m q) and interleaved: (K / 4, WIDTH, 4); a lane of 32 bits holds 4 codes.
 //     tile     MR rows x WIDTH columns in registers: acc += lane(row) . lane(panel), for codes, bfloat16 or float32 alike.
 //     finish   y = s_x s_w acc + bias + low B^T, rounded once to the type of x; low = x' A^T is a tile product as well.
 //
-// Every output is summed in one order, whatever the batch and the threads. VNNI: u8 x s8, the offset 128 taken off again by
-// the sum of each weight row. Without it (AVX2): int16 x int16, no offset. Sums are exact int32 in both.
+// Every output is summed in one order, whatever the batch and the threads; sums of codes are exact int32. Both units multiply
+// unsigned by signed bytes:
+//
+//     VNNI     rows hold m q + 128; 128 times the sum of each weight row is taken off again.
+//     AVX2     rows hold q + 8 and, apart, m, because the unit's pairs of products saturate at int16: 15 x 128 twice fits. A chunk
+//              of at most 32 codes is summed in int16, beginning at -8 times the sum of its weights, and then multiplied by m.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <immintrin.h>
@@ -21,27 +25,20 @@ using std::optional;
 
 #ifdef __AVX512VNNI__
 using V = __m512i;
-using CodeX = uint8_t;
-using CodeW = int8_t;
-constexpr int OFFSET = 128, PER = 4, MR = 14;
+constexpr bool VNNI = true;
+constexpr int OFFSET = 128, MR = 14;
 static inline V broadcast(int32_t a) { return _mm512_set1_epi32(a); }
-static inline V dot_codes(V acc, V a, V b) { return _mm512_dpbusd_epi32(acc, a, b); }
 static inline V fma(V acc, V a, V b) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc); }
 #else
 using V = __m256i;
-using CodeX = int16_t;
-using CodeW = int16_t;
-constexpr int OFFSET = 0, PER = 2, MR = 6;
+constexpr bool VNNI = false;
+constexpr int OFFSET = 8, MR = 6;
 static inline V broadcast(int32_t a) { return _mm256_set1_epi32(a); }
-static inline V dot_codes(V acc, V a, V b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 static inline V fma(V acc, V a, V b) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc); }
 #endif
 constexpr int NR = 2, LANES = sizeof(V) / 4, WIDTH = NR * LANES;
 constexpr float HI = 1 / 7.5, LO = 1 / 8.5, TINY = 1e-30f, MAGIC = 12582912.f;  // 1.5 2^23: adding it rounds to an integer
 
-struct Codes {  // lane of PER codes
-  static V dot(V acc, V a, V b) { return dot_codes(acc, a, b); }
-};
 struct Float {  // lane of one float32
   static V dot(V acc, V a, V b) { return fma(acc, a, b); }
 };
@@ -98,6 +95,39 @@ static void tile(const char* const row[MR], const Rows& in, const V* panel, V ac
     for (int j = 0; j < NR; j++) acc[i][j] = sum[i][j];
 }
 
+// Codes: acc += x . w. `mult` (AVX2) has m of every chunk of STEPS lanes, in both halves of a lane, `minus` -8 times its weights.
+#ifdef __AVX512VNNI__
+struct Codes {  // lane of four codes
+  static V dot(V acc, V a, V b) { return _mm512_dpbusd_epi32(acc, a, b); }
+};
+template <int STEPS>
+static void tile_codes(const char* const row[MR], const Rows& in, const char* const*, const Rows&, const V* panel, const V*, V acc[MR][NR]) {
+  tile<Codes>(row, in, panel, acc);
+}
+#else
+template <int STEPS>
+static void tile_codes(const char* const row[MR], const Rows& in, const char* const mult[MR], const Rows& in_mult, const V* panel,
+                       const V* minus, V acc[MR][NR]) {
+  for (int64_t run = 0; run < in.runs; run++) {
+    const int32_t *a[MR], *m[MR];
+    for (int i = 0; i < MR; i++) a[i] = (const int32_t*)(row[i] + run * in.stride), m[i] = (const int32_t*)(mult[i] + run * in_mult.stride);
+    for (int64_t chunk = 0; chunk < in_mult.steps; chunk++, minus += NR, panel += STEPS * NR) {
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
+        V sum[NR], mi = broadcast(m[i][chunk]);
+        for (int j = 0; j < NR; j++) sum[j] = minus[j];
+#pragma GCC unroll 16
+        for (int k = 0; k < STEPS; k++) {
+          V ai = broadcast(a[i][chunk * STEPS + k]);
+          for (int j = 0; j < NR; j++) sum[j] = _mm256_add_epi16(sum[j], _mm256_maddubs_epi16(ai, panel[k * NR + j]));
+        }
+        for (int j = 0; j < NR; j++) acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(sum[j], mi));
+      }
+    }
+  }
+}
+#endif
+
 // ---------------------------------------------------------------------------------------------------- geometry
 
 struct Shape {
@@ -152,21 +182,23 @@ static float scale_of(float bound) {
   return s < INFINITY ? std::max(s, TINY) : NAN;
 }
 
-static void quantize(const float* x, const float* b, float s, int64_t I, int64_t group, CodeX* out) {
+static void quantize(const float* x, const float* b, float s, int64_t I, int64_t group, int64_t chunk, uint8_t* out, int32_t* mult) {
   for (int64_t k0 = 0, g = 0; k0 < I; k0 += group, g++) {
     float m = std::min(std::max(std::ceil(b[g] / s), 1.f), 16.f), inv = 1 / (s * m);
-    int32_t mi = (int32_t)m;
-    for (int64_t k = k0; k < std::min(k0 + group, I); k++) {
+    const int32_t mi = VNNI ? (int32_t)m : 1;
+    const int64_t k1 = std::min(k0 + group, I);
+    for (int64_t k = k0; k < k1; k++) {
       int32_t q = bits<int32_t>(x[k] * inv + MAGIC) - bits<int32_t>(MAGIC);
       out[k] = std::min(std::max(q, -8), 7) * mi + OFFSET;
     }
+    for (int64_t k = k0; k < k1 && !VNNI; k += chunk) mult[k / chunk] = (int32_t)m * 0x10001;
   }
 }
 
 // ------------------------------------------------------------------------------------------------------ panels
 
 // Weight row o -> its codes m q; returns their sum. Byte j of a row holds values j (low nibble) and j + K/2 (high).
-static int32_t unpack_row(const uint8_t* codes, const uint8_t* mult, int64_t o, int64_t K, int64_t group, CodeW* out) {
+static int32_t unpack_row(const uint8_t* codes, const uint8_t* mult, int64_t o, int64_t K, int64_t group, int8_t* out) {
   int32_t sum = 0;
   const uint8_t* p = codes + o * (K / 2);
   for (int64_t k0 = 0, at = o * (K / group); k0 < K; k0 += group, at++) {
@@ -183,6 +215,15 @@ static int32_t unpack_row(const uint8_t* codes, const uint8_t* mult, int64_t o, 
     sum += part * m;
   }
   return sum;
+}
+
+// -8 times the weights of every chunk of a row, those of even and of odd pairs apart: as maddubs adds them.
+static void minus_chunks(const int8_t* row, int64_t K, int64_t chunk, int16_t* out) {
+  for (int64_t k0 = 0; k0 < K; k0 += chunk, out += 2) {
+    int32_t pair[2] = {};
+    for (int64_t k = k0; k < k0 + chunk; k++) pair[k / 2 % 2] += row[k];
+    for (int i = 0; i < 2; i++) out[i] = -OFFSET * pair[i];
+  }
 }
 
 template <class T> static void interleave(const T* row, int64_t lanes, int column, V* panel) {
@@ -211,9 +252,11 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
 
   // 1. codes, scales, and x' for the branch
   bool border = s.ph || s.pw;
-  Tensor X = at::empty({pixels * C * (int64_t)sizeof(CodeX)}, x.options().dtype(at::kByte)), L, low;
-  CodeX* pX = (CodeX*)X.mutable_data_ptr();
-  if (border || C > s.I) std::fill(pX, pX + pixels * C, CodeX(OFFSET));
+  const int64_t chunk = (group_x | C | 32) & -(group_x | C | 32), chunks = VNNI ? 0 : C / chunk;  // the largest power of two in all three
+  Tensor X = at::empty({pixels * C}, x.options().dtype(at::kByte)), M = at::empty({pixels * chunks}, X.options().dtype(at::kInt)), L, low;
+  uint8_t* pX = X.mutable_data_ptr<uint8_t>();
+  int32_t* pM = M.mutable_data_ptr<int32_t>();
+  if (border || C > s.I) std::fill(pX, pX + pixels * C, OFFSET), std::fill(pM, pM + pixels * chunks, 0);
   bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
   Low* pL = nullptr;
   if (rank && !as_is) {
@@ -233,7 +276,7 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
     });
   };
   const auto quantize_pixel = [&](int64_t p, const float* row, const float* b, float) {
-    quantize(row, b, scale_x[p], s.I, group_x, pX + s.padded(p) * C);
+    quantize(row, b, scale_x[p], s.I, group_x, chunk, pX + s.padded(p) * C, pM + s.padded(p) * chunks);
   };
   each_pixel([&](int64_t p, const float* row, const float* b, float bound) {
     scale_x[p] = per_sample ? bound : scale_of(bound);
@@ -285,14 +328,16 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
     if (threads % r == 0)
       if (int64_t work = (up(tiles, r) / r) * (up(columns, threads / r) * r / threads); work < least) by_rows = r, least = work;
   const int64_t by_columns = threads / by_rows;
-  const int64_t lanes = K / PER, lanes_low = R / PACK, wide = std::max<int64_t>(2, (256 << 10) / (lanes * 4 * WIDTH));
-  const Rows in = s.rows(pX, C * sizeof(CodeX)), in_low{low.defined() ? (const char*)low.const_data_ptr() : nullptr, 1, lanes_low, 0};
+  const int64_t lanes = K / 4, lanes_chunk = taps * chunks, lanes_low = R / PACK, wide = std::max<int64_t>(2, (256 << 10) / (lanes * 4 * WIDTH));
+  const Rows in = s.rows(pX, C), in_mult = s.rows(pM, chunks * 4), in_low{low.defined() ? (const char*)low.const_data_ptr() : nullptr, 1, lanes_low, 0};
   const uint8_t *pc = codes.const_data_ptr<uint8_t>(), *pm = mult.const_data_ptr<uint8_t>();
   const float *ps = scale.const_data_ptr<float>(), *pb = bias ? bias->const_data_ptr<float>() : nullptr;
   const float* pB = rank ? B->const_data_ptr<float>() : nullptr;
+  const auto multiply = chunk == 32 ? tile_codes<8> : chunk == 16 ? tile_codes<4> : tile_codes<2>;
   at::parallel_for(0, threads, 1, [&](int64_t w0, int64_t w1) {
-    std::vector<V> panel(wide * lanes * NR), panel_low(wide * lanes_low * NR);
-    std::vector<CodeW> row(K);
+    std::vector<V> panel(wide * lanes * NR), panel_chunk(wide * lanes_chunk * NR), panel_low(wide * lanes_low * NR);
+    std::vector<int8_t> row(K);
+    std::vector<int16_t> row_chunk(2 * lanes_chunk);
     std::vector<Low> row_low(R, Low(0.f));
     std::vector<float> sw(wide * WIDTH), bw(wide * WIDTH);
     std::vector<int32_t> minus(wide * WIDTH);
@@ -303,23 +348,29 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
         const int64_t c1 = std::min(c0 + wide, end);
         for (int64_t o = c0 * WIDTH; o < c1 * WIDTH; o++) {  // unpack: columns beyond O are zero
           const int64_t at = o - c0 * WIDTH, c = at / WIDTH;
-          minus[at] = 0, sw[at] = o < O ? ps[o] : 0, bw[at] = o < O && pb ? pb[o] : 0;
-          if (o < O) minus[at] = -OFFSET * unpack_row(pc, pm, o, K, group, row.data());
-          else std::fill(row.begin(), row.end(), CodeW(0));
+          sw[at] = o < O ? ps[o] : 0, bw[at] = o < O && pb ? pb[o] : 0;
+          if (o >= O) std::fill(row.begin(), row.end(), 0);
+          const int32_t sum = o < O ? unpack_row(pc, pm, o, K, group, row.data()) : 0;
           interleave(row.data(), lanes, at % WIDTH, panel.data() + c * lanes * NR);
+          if (VNNI) minus[at] = -OFFSET * sum;
+          else {
+            minus_chunks(row.data(), K, chunk, row_chunk.data());
+            interleave(row_chunk.data(), lanes_chunk, at % WIDTH, panel_chunk.data() + c * lanes_chunk * NR);
+          }
           if (!rank) continue;
           for (int64_t r = 0; r < rank; r++) row_low[r] = rounded<T, Low>(o < O ? pB[o * rank + r] : 0.f);
           interleave(row_low.data(), lanes_low, at % WIDTH, panel_low.data() + c * lanes_low * NR);
         }
         for (int64_t i = t0; i < t1; i++) {
-          const char *at[MR], *at_low[MR];
+          const char *at[MR], *at_mult[MR], *at_low[MR];
           window_rows(s, in, i * MR, at);
+          window_rows(s, in_mult, i * MR, at_mult);
           for (int m = 0; m < MR; m++) at_low[m] = in_low.data + (i * MR + m) * R * sizeof(Low);
           for (int64_t c = c0; c < c1; c++) {
             const int64_t o0 = c * WIDTH, p0 = (c - c0) * WIDTH, width = std::min<int64_t>(WIDTH, O - o0);
             V acc[MR][NR], branch[MR][NR] = {};
             for (int m = 0; m < MR; m++) std::copy_n((const V*)(minus.data() + p0), NR, acc[m]);
-            tile<Codes>(at, in, panel.data() + (c - c0) * lanes * NR, acc);
+            multiply(at, in, at_mult, in_mult, panel.data() + (c - c0) * lanes * NR, panel_chunk.data() + (c - c0) * lanes_chunk * NR, acc);
             if (rank) tile<Dot>(at_low, in_low, panel_low.data() + (c - c0) * lanes_low * NR, branch);
             for (int64_t m = 0; m < std::min<int64_t>(MR, s.T() - i * MR); m++) {
               const int64_t t = i * MR + m, n = t / (s.Ho() * s.Wo());

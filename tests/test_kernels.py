@@ -320,6 +320,20 @@ def test_native_codes_sums_and_scaling_equal_eager_bit_for_bit(geometry, N, O, I
     assert torch.equal(conv2d(x, pw, *ops, *geometry), kernels.w4a4_conv2d(x, pw, *ops, *geometry))
 
 
+@pytest.mark.parametrize("group_x", [8, 32, 128])
+def test_native_sums_are_exact_at_the_extremes(group_x):
+    """Catches byte products that saturate at int16, a chunk whose sums do not fit it. Rows of x quantize to -8, 7 or both."""
+    linear, _ = on("native")
+    I = 1024
+    x = torch.stack([-torch.ones(I), torch.ones(I), torch.ones(I).where(torch.arange(I) % 2 == 0, torch.tensor(-1.0))])
+    codes = torch.tensor([-8, 7])[:, None].expand(2, I).to(torch.int8)
+    gw = quant.GridWeight(codes, torch.full((2, I // 64), 16, dtype=torch.uint8), torch.ones(2), I, 1, 64)
+    pw = kernels.pack(gw)
+    q, m, _ = quant.quantize_activation(x, group_x)
+    assert q[0].unique().tolist() == [-8] and q[1].unique().tolist() == [7] and (m == 16).all()
+    assert torch.equal(linear(x, pw, None, None, None, None, group_x), kernels.w4a4_linear(x, pw, None, None, None, None, group_x))
+
+
 @pytest.mark.parametrize("dtype", UNIT)
 def test_native_results_do_not_depend_on_batch_or_threads(dtype):
     """Catches a sum whose order follows the split of the work, tiles that read or write their neighbours' rows."""
