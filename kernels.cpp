@@ -101,7 +101,8 @@ struct Codes {  // lane of four codes
   static V dot(V acc, V a, V b) { return _mm512_dpbusd_epi32(acc, a, b); }
 };
 template <int STEPS>
-static void tile_codes(const char* const row[MR], const Rows& in, const char* const*, const Rows&, const V* panel, const V*, V acc[MR][NR]) {
+static void tile_codes(const char* const row[MR], const Rows& in, const char* const*, const Rows&, const V* panel, const V*,
+                       V acc[MR][NR]) {
   tile<Codes>(row, in, panel, acc);
 }
 #else
@@ -110,7 +111,10 @@ static void tile_codes(const char* const row[MR], const Rows& in, const char* co
                        const V* minus, V acc[MR][NR]) {
   for (int64_t run = 0; run < in.runs; run++) {
     const int32_t *a[MR], *m[MR];
-    for (int i = 0; i < MR; i++) a[i] = (const int32_t*)(row[i] + run * in.stride), m[i] = (const int32_t*)(mult[i] + run * in_mult.stride);
+    for (int i = 0; i < MR; i++) {
+      a[i] = (const int32_t*)(row[i] + run * in.stride);
+      m[i] = (const int32_t*)(mult[i] + run * in_mult.stride);
+    }
     for (int64_t chunk = 0; chunk < in_mult.steps; chunk++, minus += NR, panel += STEPS * NR) {
 #pragma GCC unroll 16
       for (int i = 0; i < MR; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
@@ -144,7 +148,9 @@ struct Shape {
   int64_t padded(int64_t p) const {  // input pixel p in the padded pictures
     return ((p / (H * W)) * Hp() + p / W % H + ph) * Wp() + p % W + pw;
   }
-  Rows rows(const void* data, int64_t pixel_bytes) const { return {(const char*)data, kh, kw * pixel_bytes / 4, Wp() * pixel_bytes}; }
+  Rows rows(const void* data, int64_t pixel_bytes) const {
+    return {(const char*)data, kh, kw * pixel_bytes / 4, Wp() * pixel_bytes};
+  }
 };
 
 static void window_rows(const Shape& s, const Rows& in, int64_t t, const char* row[MR]) {
@@ -182,7 +188,8 @@ static float scale_of(float bound) {
   return s < INFINITY ? std::max(s, TINY) : NAN;
 }
 
-static void quantize(const float* x, const float* b, float s, int64_t I, int64_t group, int64_t chunk, uint8_t* out, int32_t* mult) {
+static void quantize(const float* x, const float* b, float s, int64_t I, int64_t group, int64_t chunk, uint8_t* out,
+                     int32_t* mult) {
   for (int64_t k0 = 0, g = 0; k0 < I; k0 += group, g++) {
     float m = std::min(std::max(std::ceil(b[g] / s), 1.f), 16.f), inv = 1 / (s * m);
     const int32_t mi = VNNI ? (int32_t)m : 1;
@@ -241,7 +248,8 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
                   const optional<Tensor>& A, const optional<Tensor>& B, const optional<Tensor>& inv_smooth, int64_t group,
                   int64_t group_x, bool per_sample, const Shape& s) {
   constexpr int64_t PACK = 4 / sizeof(Low);
-  const int64_t taps = s.kh * s.kw, O = codes.size(0), K = codes.size(1) * 2, C = K / taps, Ix = up(s.I, group_x), Gx = Ix / group_x;
+  const int64_t taps = s.kh * s.kw, O = codes.size(0), K = codes.size(1) * 2, C = K / taps;
+  const int64_t Ix = up(s.I, group_x), Gx = Ix / group_x;
   const int64_t P = s.N * s.H * s.W, rank = A ? A->size(0) : 0, R = up(rank, WIDTH), Cl = up(s.I, PACK);
   const int64_t pixels = s.N * s.Hp() * s.Wp();
   Tensor y = at::empty({s.N, s.Ho(), s.Wo(), O}, x.options());
@@ -252,8 +260,10 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
 
   // 1. codes, scales, and x' for the branch
   bool border = s.ph || s.pw;
-  const int64_t chunk = (group_x | C | 32) & -(group_x | C | 32), chunks = VNNI ? 0 : C / chunk;  // the largest power of two in all three
-  Tensor X = at::empty({pixels * C}, x.options().dtype(at::kByte)), M = at::empty({pixels * chunks}, X.options().dtype(at::kInt)), L, low;
+  const int64_t chunk = (group_x | C | 32) & -(group_x | C | 32);  // the largest power of two in all three
+  const int64_t chunks = VNNI ? 0 : C / chunk;
+  Tensor X = at::empty({pixels * C}, x.options().dtype(at::kByte)), L, low;
+  Tensor M = at::empty({pixels * chunks}, x.options().dtype(at::kInt));
   uint8_t* pX = X.mutable_data_ptr<uint8_t>();
   int32_t* pM = M.mutable_data_ptr<int32_t>();
   if (border || C > s.I) std::fill(pX, pX + pixels * C, OFFSET), std::fill(pM, pM + pixels * chunks, 0);
@@ -328,8 +338,10 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
     if (threads % r == 0)
       if (int64_t work = (up(tiles, r) / r) * (up(columns, threads / r) * r / threads); work < least) by_rows = r, least = work;
   const int64_t by_columns = threads / by_rows;
-  const int64_t lanes = K / 4, lanes_chunk = taps * chunks, lanes_low = R / PACK, wide = std::max<int64_t>(2, (256 << 10) / (lanes * 4 * WIDTH));
-  const Rows in = s.rows(pX, C), in_mult = s.rows(pM, chunks * 4), in_low{low.defined() ? (const char*)low.const_data_ptr() : nullptr, 1, lanes_low, 0};
+  const int64_t lanes = K / 4, lanes_chunk = taps * chunks, lanes_low = R / PACK;
+  const int64_t wide = std::max<int64_t>(2, (256 << 10) / (lanes * 4 * WIDTH));
+  const Rows in = s.rows(pX, C), in_mult = s.rows(pM, chunks * 4);
+  const Rows in_low{low.defined() ? (const char*)low.const_data_ptr() : nullptr, 1, lanes_low, 0};
   const uint8_t *pc = codes.const_data_ptr<uint8_t>(), *pm = mult.const_data_ptr<uint8_t>();
   const float *ps = scale.const_data_ptr<float>(), *pb = bias ? bias->const_data_ptr<float>() : nullptr;
   const float* pB = rank ? B->const_data_ptr<float>() : nullptr;
@@ -370,7 +382,8 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
             const int64_t o0 = c * WIDTH, p0 = (c - c0) * WIDTH, width = std::min<int64_t>(WIDTH, O - o0);
             V acc[MR][NR], branch[MR][NR] = {};
             for (int m = 0; m < MR; m++) std::copy_n((const V*)(minus.data() + p0), NR, acc[m]);
-            multiply(at, in, at_mult, in_mult, panel.data() + (c - c0) * lanes * NR, panel_chunk.data() + (c - c0) * lanes_chunk * NR, acc);
+            const V *codes_c = panel.data() + (c - c0) * lanes * NR, *chunks_c = panel_chunk.data() + (c - c0) * lanes_chunk * NR;
+            multiply(at, in, at_mult, in_mult, codes_c, chunks_c, acc);
             if (rank) tile<Dot>(at_low, in_low, panel_low.data() + (c - c0) * lanes_low * NR, branch);
             for (int64_t m = 0; m < std::min<int64_t>(MR, s.T() - i * MR); m++) {
               const int64_t t = i * MR + m, n = t / (s.Ho() * s.Wo());
