@@ -258,15 +258,15 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   const float* inv = inv_smooth ? inv_smooth->const_data_ptr<float>() : nullptr;
   T* py = y.mutable_data_ptr<T>();
 
-  // 1. codes, scales, and x' for the branch
+  // 1. codes X, multipliers Xm of their chunks (AVX2), scales, and x' for the branch
   bool border = s.ph || s.pw;
   const int64_t chunk = (group_x | C | 32) & -(group_x | C | 32);  // the largest power of two in all three
   const int64_t chunks = VNNI ? 0 : C / chunk;
   Tensor X = at::empty({pixels * C}, x.options().dtype(at::kByte)), L, low;
-  Tensor M = at::empty({pixels * chunks}, x.options().dtype(at::kInt));
+  Tensor Xm = at::empty({pixels * chunks}, x.options().dtype(at::kInt));
   uint8_t* pX = X.mutable_data_ptr<uint8_t>();
-  int32_t* pM = M.mutable_data_ptr<int32_t>();
-  if (border || C > s.I) std::fill(pX, pX + pixels * C, OFFSET), std::fill(pM, pM + pixels * chunks, 0);
+  int32_t* pXm = Xm.mutable_data_ptr<int32_t>();
+  if (border || C > s.I) std::fill(pX, pX + pixels * C, OFFSET), std::fill(pXm, pXm + pixels * chunks, 0);
   bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
   Low* pL = nullptr;
   if (rank && !as_is) {
@@ -286,7 +286,7 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
     });
   };
   const auto quantize_pixel = [&](int64_t p, const float* row, const float* b, float) {
-    quantize(row, b, scale_x[p], s.I, group_x, chunk, pX + s.padded(p) * C, pM + s.padded(p) * chunks);
+    quantize(row, b, scale_x[p], s.I, group_x, chunk, pX + s.padded(p) * C, pXm + s.padded(p) * chunks);
   };
   each_pixel([&](int64_t p, const float* row, const float* b, float bound) {
     scale_x[p] = per_sample ? bound : scale_of(bound);
@@ -340,7 +340,7 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   const int64_t by_columns = threads / by_rows;
   const int64_t lanes = K / 4, lanes_chunk = taps * chunks, lanes_low = R / PACK;
   const int64_t wide = std::max<int64_t>(2, (256 << 10) / (lanes * 4 * WIDTH));
-  const Rows in = s.rows(pX, C), in_mult = s.rows(pM, chunks * 4);
+  const Rows in = s.rows(pX, C), in_mult = s.rows(pXm, chunks * 4);
   const Rows in_low{low.defined() ? (const char*)low.const_data_ptr() : nullptr, 1, lanes_low, 0};
   const uint8_t *pc = codes.const_data_ptr<uint8_t>(), *pm = mult.const_data_ptr<uint8_t>();
   const float *ps = scale.const_data_ptr<float>(), *pb = bias ? bias->const_data_ptr<float>() : nullptr;
@@ -361,8 +361,9 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
         for (int64_t o = c0 * WIDTH; o < c1 * WIDTH; o++) {  // unpack: columns beyond O are zero
           const int64_t at = o - c0 * WIDTH, c = at / WIDTH;
           sw[at] = o < O ? ps[o] : 0, bw[at] = o < O && pb ? pb[o] : 0;
-          if (o >= O) std::fill(row.begin(), row.end(), 0);
-          const int32_t sum = o < O ? unpack_row(pc, pm, o, K, group, row.data()) : 0;
+          int32_t sum = 0;
+          if (o < O) sum = unpack_row(pc, pm, o, K, group, row.data());
+          else std::fill(row.begin(), row.end(), 0);
           interleave(row.data(), lanes, at % WIDTH, panel.data() + c * lanes * NR);
           if (VNNI) minus[at] = -OFFSET * sum;
           else {

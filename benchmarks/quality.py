@@ -1,4 +1,4 @@
-"""Quality on tiny at 1, 2 and 4 steps per recipe and training seed, all recipes after the same number of updates.
+"""Quality on tiny at 1, 2 and 4 steps per recipe and training seed: recipes after 120 updates, but where a label says otherwise.
 
     python benchmarks/quality.py [--seeds 3] [--n 2048] [--jobs 2] [--out runs/quality]
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from jobs import MACHINE, each, name_of, parser, write_table
 
 ZERO = "--init zero --ranks uniform --rounding rtn --lr 2e-4"  # a start that is far off needs larger steps than ours
-SAME = "--steps 120"
+UPDATES = "--steps 120"  # the same for all that are compared
 RECIPES = {
-    "CMQuant": SAME,
+    "CMQuant": UPDATES,
     "CMQuant, 40 updates (default)": "",
     "CMQuant, no updates": "--steps 0",
-    "CMQuant, rollouts alone": f"--rollout 1 {SAME}",
-    "`--recipe paper`": f"--recipe paper {SAME}",
-    "zero init, default objective": f"{ZERO} {SAME}",
-    "zero init, self targets (QLoRA style)": f"{ZERO} --rollout 0 --targets self,self {SAME}",
+    "CMQuant, rollouts alone": f"--rollout 1 {UPDATES}",
+    "`--recipe paper`": f"--recipe paper {UPDATES}",
+    "zero init, default objective": f"{ZERO} {UPDATES}",
+    "zero init, self targets (QLoRA style)": f"{ZERO} --rollout 0 --targets self,self {UPDATES}",
 }
 TEACHER = "teacher, guided"
 
