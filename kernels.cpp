@@ -1,10 +1,10 @@
-// w4a4 of kernels.py as one C++ kernel: quantize once, unpack a panel of weights at a time, multiply, finish in registers' reach.
+// w4a4 of kernels.py as one C++ kernel: quantize once, unpack a panel of weights at a time, multiply, finish in registers.
 //
 //     rows     codes of every pixel as bytes, padded: (N, H + 2p, W + 2p, C). A window of a convolution is kh runs of
 //              kw C codes, so windows are read where they lie (no im2col); a linear layer is the case N = T, H = W = 1.
 //     panel    WIDTH output channels, unpacked (m q) and interleaved: (K / 4, WIDTH, 4); a lane of 32 bits holds 4 codes.
 //     tile     MR rows x WIDTH columns in registers: acc += lane(row) . lane(panel), for codes, bfloat16 or float32 alike.
-//     finish   y = s_x s_w acc + bias + low B^T, rounded once to the type of x; low = x' A^T is a tile product as well.
+//     finish   y = s_x s_w acc + bias, then += low B^T, rounded once to the type of x; low = x' A^T is a tile product as well.
 //
 // Every output is summed in one order, whatever the batch and the threads; sums of codes are exact int32. Both units multiply
 // unsigned by signed bytes:
@@ -15,40 +15,86 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <vector>
+
+#ifndef _OPENMP
+#error "without -fopenmp at::parallel_for runs on one thread"
+#endif
 
 using at::Tensor;
 using std::optional;
 
 #ifdef __AVX512VNNI__
-using V = __m512i;
 constexpr bool VNNI = true;
-constexpr int OFFSET = 128, MR = 14;
-static inline V broadcast(int32_t a) { return _mm512_set1_epi32(a); }
-static inline V fma(V acc, V a, V b) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc); }
+constexpr int OFFSET = 128, LANES = 16, NR = 4;  // 24 accumulators of 32 registers
 #else
-using V = __m256i;
 constexpr bool VNNI = false;
-constexpr int OFFSET = 8, MR = 6;
-static inline V broadcast(int32_t a) { return _mm256_set1_epi32(a); }
-static inline V fma(V acc, V a, V b) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc); }
+constexpr int OFFSET = 8, LANES = 8, NR = 2;  // 12 of 16
 #endif
-constexpr int NR = 2, LANES = sizeof(V) / 4, WIDTH = NR * LANES;
+constexpr int MR = 6, WIDTH = NR * LANES;
 constexpr float HI = 1 / 7.5, LO = 1 / 8.5, TINY = 1e-30f, MAGIC = 12582912.f;  // 1.5 2^23: adding it rounds to an integer
 
-struct Float {  // lane of one float32
-  static V dot(V acc, V a, V b) { return fma(acc, a, b); }
+template <int N> struct Vectors {
+  typedef int32_t Int __attribute__((vector_size(4 * N)));
+  typedef float Float __attribute__((vector_size(4 * N)));
+  typedef uint16_t Words __attribute__((vector_size(2 * N)));
+  typedef uint8_t Bytes __attribute__((vector_size(N)));
 };
+using V = Vectors<LANES>::Int;  // a register; casts between vectors keep the bits
+using F = Vectors<LANES>::Float;
+#define UNROLL _Pragma("GCC unroll 16")  // indices become constants, so that accumulators are registers
+
+template <class To, class From> static inline To bits(From x) { return __builtin_bit_cast(To, x); }
+template <class To> static inline To load(const void* p) {
+  To v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline V broadcast(int32_t a) { return V{} + a; }
+static inline int32_t largest(Vectors<8>::Int v) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0b01001110));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0b10110001)));
+}
+
+// dot: acc += a . b in every lane. zip: a0 b0 a1 b1 .. in two registers.
+#ifdef __AVX512VNNI__
+static inline int32_t largest(V v) { return _mm512_reduce_max_epi32((__m512i)v); }
+struct Float {  // lane of one float32
+  static V dot(V acc, V a, V b) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc); }
+};
+struct Codes {  // lane of four codes
+  static V dot(V acc, V a, V b) { return (V)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+  static V minus(V sums) { return -sums; }
+};
+static inline void zip(V a, V b, V* out) {
+  const V low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  out[0] = (V)_mm512_permutex2var_epi32((__m512i)a, (__m512i)low, (__m512i)b);
+  out[1] = (V)_mm512_permutex2var_epi32((__m512i)a, (__m512i)(low + 8), (__m512i)b);
+}
+#else
+struct Float {
+  static V dot(V acc, V a, V b) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc); }
+};
+struct Codes {  // sums of two products in int16
+  static V dot(V acc, V a, V b) { return (V)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)a, (__m256i)b)); }
+  static V minus(V sums) { return (V)_mm256_sub_epi16(__m256i{}, (__m256i)sums); }
+};
+static inline void zip(V a, V b, V* out) {
+  const __m256i low = _mm256_unpacklo_epi32((__m256i)a, (__m256i)b), high = _mm256_unpackhi_epi32((__m256i)a, (__m256i)b);
+  out[0] = (V)_mm256_permute2x128_si256(low, high, 0x20), out[1] = (V)_mm256_permute2x128_si256(low, high, 0x31);
+}
+#endif
 #ifdef __AVX512BF16__
 struct Bfloat {  // lane of two bfloat16
   static V dot(V acc, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 };
 #endif
-
-template <class To, class From> static inline To bits(From x) { return __builtin_bit_cast(To, x); }
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(at::BFloat16 x) { return bits<float>((uint32_t)x.x << 16); }
@@ -59,10 +105,33 @@ static inline void store(at::BFloat16* y, float x) {  // to nearest even
   y->x = (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 static inline void store(at::Half* y, float x) { y->x = _cvtss_sh(x, 0); }
+static inline void store(float* y, F x) { memcpy(y, &x, sizeof x); }
+static inline void store(at::BFloat16* y, F x) {
+  const V u = (V)x, even = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  const auto w = __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? broadcast(0x7fc0) : even, Vectors<LANES>::Words);
+  memcpy(y, &w, sizeof w);
+}
+static inline void store(at::Half* y, F x) {
+  for (int i = 0; i < LANES; i++) store(y + i, x[i]);
+}
+// Two registers; `stream`: past the caches, to a multiple of 64 bytes
+template <class T> static inline void store(T* y, F a, F b, bool) { store(y, a), store(y + LANES, b); }
+#ifdef __AVX512BF16__
+static inline void store(at::BFloat16* y, F a, F b, bool stream) {  // (the unit takes subnormal numbers for zero)
+  const __m512i v = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  stream ? _mm512_stream_si512((__m512i*)y, v) : _mm512_storeu_si512((__m512i*)y, v);
+}
+#endif
 template <class T, class Low> static inline Low rounded(float x) {  // to T, which Low holds exactly
   T v;
   store(&v, x);
   return Low(to_float(v));
+}
+
+template <class T, class Low> static void convert(const T* from, int64_t n, Low* to) {
+  if constexpr (std::is_same_v<T, Low>) std::copy_n(from, n, to);
+  else
+    for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------- tile
@@ -72,65 +141,85 @@ struct Rows {  // where windows lie: `runs` pieces of `steps` lanes, `stride` by
   int64_t runs, steps, stride;
 };
 
-template <class Dot>
-static void tile(const char* const row[MR], const Rows& in, const V* panel, V acc[MR][NR]) {
-  V sum[MR][NR];
-  for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NR; j++) sum[i][j] = acc[i][j];
+// acc += rows . panel of N registers of columns
+template <class Dot, int N>
+[[gnu::always_inline]] static inline void tile(const char* const row[MR], const Rows& in, const V* panel, V acc[MR][N]) {
   for (int64_t run = 0; run < in.runs; run++) {
     const int32_t* a[MR];
-    for (int i = 0; i < MR; i++) a[i] = (const int32_t*)(row[i] + run * in.stride);
-    for (int64_t k = 0; k < in.steps; k++, panel += NR) {
-      V b[NR];
-      for (int j = 0; j < NR; j++) b[j] = panel[j];
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; i++) {
-        V ai = broadcast(a[i][k]);
-#pragma GCC unroll 2
-        for (int j = 0; j < NR; j++) sum[i][j] = Dot::dot(sum[i][j], ai, b[j]);
+    UNROLL for (int i = 0; i < MR; i++) a[i] = (const int32_t*)(row[i] + run * in.stride);
+    for (int64_t k = 0; k < in.steps; k++, panel += N) {
+      V b[N];
+      UNROLL for (int j = 0; j < N; j++) b[j] = panel[j];
+      UNROLL for (int i = 0; i < MR; i++) {
+        const V ai = broadcast(a[i][k]);
+        UNROLL for (int j = 0; j < N; j++) acc[i][j] = Dot::dot(acc[i][j], ai, b[j]);
       }
     }
   }
-  for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NR; j++) acc[i][j] = sum[i][j];
 }
 
-// Codes: acc += x . w. `mult` (AVX2) has m of every chunk of STEPS lanes, in both halves of a lane, `minus` -8 times its weights.
-#ifdef __AVX512VNNI__
-struct Codes {  // lane of four codes
-  static V dot(V acc, V a, V b) { return _mm512_dpbusd_epi32(acc, a, b); }
+struct Windows {  // MR of them: codes, multipliers of their chunks (AVX2), low, scales
+  const char *codes[MR], *mult[MR], *low[MR];
+  float scale[MR];
+  int64_t count;  // windows that exist
 };
-template <int STEPS>
-static void tile_codes(const char* const row[MR], const Rows& in, const char* const*, const Rows&, const V* panel, const V*,
-                       V acc[MR][NR]) {
-  tile<Codes>(row, in, panel, acc);
-}
+struct Panel {  // WIDTH columns: codes, what takes the offset off (AVX2: from every chunk), B, scales, bias
+  const V *codes, *minus, *B;
+  const float *scale, *bias;
+  int64_t width;  // columns that exist
+  bool stream;
+};
+
+template <class T, class Dot, int STEPS>  // AVX2: STEPS lanes in a chunk
+static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows& in_mult, const Rows& in_low, T* y, int64_t O) {
+  V acc[MR][NR];
+#ifdef __AVX512VNNI__
+  UNROLL for (int i = 0; i < MR; i++) {
+    UNROLL for (int j = 0; j < NR; j++) acc[i][j] = p.minus[j];
+  }
+  tile<Codes, NR>(w.codes, in, p.codes, acc);
 #else
-template <int STEPS>
-static void tile_codes(const char* const row[MR], const Rows& in, const char* const mult[MR], const Rows& in_mult, const V* panel,
-                       const V* minus, V acc[MR][NR]) {
+  const V *codes = p.codes, *minus = p.minus;
+  memset(acc, 0, sizeof acc);
   for (int64_t run = 0; run < in.runs; run++) {
     const int32_t *a[MR], *m[MR];
     for (int i = 0; i < MR; i++) {
-      a[i] = (const int32_t*)(row[i] + run * in.stride);
-      m[i] = (const int32_t*)(mult[i] + run * in_mult.stride);
+      a[i] = (const int32_t*)(w.codes[i] + run * in.stride);
+      m[i] = (const int32_t*)(w.mult[i] + run * in_mult.stride);
     }
-    for (int64_t chunk = 0; chunk < in_mult.steps; chunk++, minus += NR, panel += STEPS * NR) {
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
-        V sum[NR], mi = broadcast(m[i][chunk]);
+    for (int64_t chunk = 0; chunk < in_mult.steps; chunk++, minus += NR, codes += STEPS * NR) {
+      UNROLL for (int i = 0; i < MR; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
+        V sum[NR];
         for (int j = 0; j < NR; j++) sum[j] = minus[j];
-#pragma GCC unroll 16
-        for (int k = 0; k < STEPS; k++) {
-          V ai = broadcast(a[i][chunk * STEPS + k]);
-          for (int j = 0; j < NR; j++) sum[j] = _mm256_add_epi16(sum[j], _mm256_maddubs_epi16(ai, panel[k * NR + j]));
+        UNROLL for (int k = 0; k < STEPS; k++) {
+          const V ai = broadcast(a[i][chunk * STEPS + k]);
+          for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], ai, codes[k * NR + j]);
         }
-        for (int j = 0; j < NR; j++) acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(sum[j], mi));
+        const __m256i mi = (__m256i)broadcast(m[i][chunk]);
+        for (int j = 0; j < NR; j++) acc[i][j] += (V)_mm256_madd_epi16((__m256i)sum[j], mi);
       }
     }
   }
-}
 #endif
+  UNROLL for (int i = 0; i < MR; i++) {
+    UNROLL for (int j = 0; j < NR; j++) {
+      const F sum = __builtin_convertvector(acc[i][j], F);
+      acc[i][j] = (V)(sum * w.scale[i] * load<F>(p.scale + j * LANES) + load<F>(p.bias + j * LANES));
+    }
+  }
+  if (in_low.steps) tile<Dot, NR>(w.low, in_low, p.B, acc);
+  UNROLL for (int i = 0; i < MR; i++) {
+    T* to = y + i * O;
+    if (i >= w.count) continue;
+    if (p.width == WIDTH) {
+      UNROLL for (int j = 0; j < NR; j += 2) store(to + j * LANES, (F)acc[i][j], (F)acc[i][j + 1], p.stream);
+    } else {
+      float row[WIDTH];  // a copy: an array that a variable indexes lies in memory
+      UNROLL for (int j = 0; j < NR; j++) store(row + j * LANES, (F)acc[i][j]);
+      for (int64_t j = 0; j < p.width; j++) store(to + j, row[j]);
+    }
+  }
+}
 
 // ---------------------------------------------------------------------------------------------------- geometry
 
@@ -141,22 +230,21 @@ struct Shape {
   int64_t Ho() const { return (Hp() - kh) / sh + 1; }
   int64_t Wo() const { return (Wp() - kw) / sw + 1; }
   int64_t T() const { return N * Ho() * Wo(); }
-  int64_t pixel(int64_t t) const {  // first pixel of output t's window, in the padded pictures
-    int64_t n = t / (Ho() * Wo()), y = t / Wo() % Ho(), x = t % Wo();
-    return (n * Hp() + y * sh) * Wp() + x * sw;
-  }
   int64_t padded(int64_t p) const {  // input pixel p in the padded pictures
-    return ((p / (H * W)) * Hp() + p / W % H + ph) * Wp() + p % W + pw;
+    return ph || pw ? ((p / (H * W)) * Hp() + p / W % H + ph) * Wp() + p % W + pw : p;
+  }
+  void windows(int64_t t, int64_t pixel[MR]) const {  // where those of outputs t.. begin, in the padded pictures
+    int64_t n = t / (Ho() * Wo()), y = t / Wo() % Ho(), x = t % Wo();
+    for (int i = 0; i < MR; i++) {
+      pixel[i] = (n * Hp() + y * sh) * Wp() + x * sw;
+      if (t + i + 1 >= T()) continue;  // the last one again and again: these outputs are not stored
+      if (++x == Wo()) x = 0, ++y == Ho() ? y = 0, n++ : 0;
+    }
   }
   Rows rows(const void* data, int64_t pixel_bytes) const {
     return {(const char*)data, kh, kw * pixel_bytes / 4, Wp() * pixel_bytes};
   }
 };
-
-static void window_rows(const Shape& s, const Rows& in, int64_t t, const char* row[MR]) {
-  int64_t pixel_bytes = in.stride / s.Wp();
-  for (int i = 0; i < MR; i++) row[i] = in.data + s.pixel(std::min(t + i, s.T() - 1)) * pixel_bytes;  // repeats are not stored
-}
 
 // -------------------------------------------------------------------------------------------------- quantize x
 
@@ -168,78 +256,151 @@ static void smoothed(const T* x, const float* inv, int64_t I, float* out) {
     for (int64_t k = 0; k < I; k++) out[k] = to_float(x[k]);
 }
 
-// quant.step_bound of every group; returns the largest. NaN wins every maximum, as bits of a positive number do.
-static float bounds(const float* x, int64_t G, int64_t group, float* b) {
-  uint32_t all = 0;
-  for (int64_t g = 0; g < G; g++) {
-    uint32_t most = 0;
-    for (int64_t k = 0; k < group; k++) {
-      float v = x[g * group + k];
-      most = std::max(most, bits<uint32_t>(v * (v < 0 ? LO : HI)) & 0x7fffffff);
-    }
-    b[g] = bits<float>(most);
-    all = std::max(all, most);
-  }
-  return bits<float>(all);
-}
-
 static float scale_of(float bound) {
   float s = bound * (1 / 16.f);
   return s < INFINITY ? std::max(s, TINY) : NAN;
 }
 
-static void quantize(const float* x, const float* b, float s, int64_t I, int64_t group, int64_t chunk, uint8_t* out,
-                     int32_t* mult) {
-  for (int64_t k0 = 0, g = 0; k0 < I; k0 += group, g++) {
-    float m = std::min(std::max(std::ceil(b[g] / s), 1.f), 16.f), inv = 1 / (s * m);
-    const int32_t mi = VNNI ? (int32_t)m : 1;
-    const int64_t k1 = std::min(k0 + group, I);
-    for (int64_t k = k0; k < k1; k++) {
-      int32_t q = bits<int32_t>(x[k] * inv + MAGIC) - bits<int32_t>(MAGIC);
-      out[k] = std::min(std::max(q, -8), 7) * mi + OFFSET;
+// quant.step_bound of every group, N values at a time; returns the largest. NaN wins every maximum, as bits of a positive number.
+template <int N> static float bounds(const float* x, int64_t G, int64_t group, float* b) {
+  using Int = Vectors<N>::Int;
+  using Float = Vectors<N>::Float;
+  Int all{};
+  for (int64_t g = 0; g < G; g++) {
+    Int most{};
+    for (int64_t k = 0; k < group; k += N) {
+      const Float v = load<Float>(x + g * group + k);
+      const Int bound = (Int)(v * (v < 0 ? Float{} + LO : Float{} + HI)) & 0x7fffffff;
+      most = bound > most ? bound : most;
     }
-    for (int64_t k = k0; k < k1 && !VNNI; k += chunk) mult[k / chunk] = (int32_t)m * 0x10001;
+    b[g] = bits<float>(largest(most));
+    all = most > all ? most : all;
+  }
+  return bits<float>(largest(all));
+}
+
+// Codes of x / s, n of them, as rows hold them. b (its length a multiple of 8): bounds of the groups, and then their m.
+template <int N> static void quantize(const float* x, float* b, float s, int64_t n, int64_t group, uint8_t* out) {
+  using Int = Vectors<N>::Int;
+  using Float = Vectors<N>::Float;
+  using Bytes = Vectors<N>::Bytes;
+  for (int64_t g = 0; g * group < n; g += 8) {
+    Vectors<8>::Float m = (Vectors<8>::Float)_mm256_ceil_ps((__m256)(load<Vectors<8>::Float>(b + g) / s));
+    m = m < 1 ? Vectors<8>::Float{} + 1 : m;
+    m = m > 16 ? Vectors<8>::Float{} + 16 : m;
+    const Vectors<8>::Float inv = 1 / (s * m);
+    memcpy(b + g, &m, sizeof m);
+    for (int64_t i = 0; i < 8; i++)
+      for (int64_t k = (g + i) * group; k < std::min((g + i + 1) * group, n); k += N) {
+        Int q = (Int)(load<Float>(x + k) * inv[i] + MAGIC) - bits<int32_t>(MAGIC);
+        q = q < -8 ? Int{} - 8 : q;
+        q = q > 7 ? Int{} + 7 : q;
+        const Bytes code = __builtin_convertvector(q * (VNNI ? (int32_t)m[i] : 1) + OFFSET, Bytes);
+        memcpy(out + k, &code, sizeof code);
+      }
   }
 }
 
 // ------------------------------------------------------------------------------------------------------ panels
 
-// Weight row o -> its codes m q; returns their sum. Byte j of a row holds values j (low nibble) and j + K/2 (high).
-static int32_t unpack_row(const uint8_t* codes, const uint8_t* mult, int64_t o, int64_t K, int64_t group, int8_t* out) {
-  int32_t sum = 0;
-  const uint8_t* p = codes + o * (K / 2);
-  for (int64_t k0 = 0, at = o * (K / group); k0 < K; k0 += group, at++) {
-    int32_t m = (mult[at / 2] >> 4 * (at % 2) & 15) + 1, part = 0;
-    int64_t k1 = k0 + group, middle = std::min(std::max(K / 2, k0), k1);
-    for (int64_t k = k0; k < middle; k++) {
-      int32_t q = (p[k] & 15) - 8;
-      out[k] = q * m, part += q;
-    }
-    for (int64_t k = middle; k < k1; k++) {
-      int32_t q = (p[k - K / 2] >> 4) - 8;
-      out[k] = q * m, part += q;
-    }
-    sum += part * m;
-  }
-  return sum;
-}
+static const auto PRODUCTS = [] {  // m q for n = m - 1, u = q + 8
+  std::array<std::array<int8_t, 16>, 16> table;
+  for (int n = 0; n < 16; n++)
+    for (int u = 0; u < 16; u++) table[n][u] = (n + 1) * (u - 8);
+  return table;
+}();
 
-// -8 times the weights of every chunk of a row, those of even and of odd pairs apart: as maddubs adds them.
-static void minus_chunks(const int8_t* row, int64_t K, int64_t chunk, int16_t* out) {
-  for (int64_t k0 = 0; k0 < K; k0 += chunk, out += 2) {
-    int32_t pair[2] = {};
-    for (int64_t k = k0; k < k0 + chunk; k++) pair[k / 2 % 2] += row[k];
-    for (int i = 0; i < 2; i++) out[i] = -OFFSET * pair[i];
+// Weight row o -> its codes m q. Byte j of a row holds values j (low nibble) and j + K/2 (high).
+static void unpack_row(const uint8_t* codes, const uint8_t* mult, int64_t o, int64_t K, int64_t group, int8_t* out) {
+  for (int64_t k = 0, at = o * (K / group); k < K; at++) {
+    const int8_t* table = PRODUCTS[mult[at / 2] >> 4 * (at % 2) & 15].data();
+    const __m128i table16 = load<__m128i>(table);
+    for (const int64_t end = k + group; k < end;) {
+      const bool high = k >= K / 2;
+      const uint8_t* p = codes + o * (K / 2) + k - high * (K / 2);
+      const int64_t stop = high ? end : std::min(end, K / 2);
+      for (; k + 16 <= stop; k += 16, p += 16) {
+        const __m128i u = _mm_and_si128(_mm_srli_epi16(load<__m128i>(p), high * 4), _mm_set1_epi8(15));
+        _mm_storeu_si128((__m128i*)(out + k), _mm_shuffle_epi8(table16, u));
+      }
+      for (; k < stop; k++) out[k] = table[*p++ >> 4 * high & 15];
+    }
   }
 }
 
-template <class T> static void interleave(const T* row, int64_t lanes, int column, V* panel) {
-  const int32_t* from = (const int32_t*)row;
-  int32_t* to = (int32_t*)panel + column;
-  for (int64_t k = 0; k < lanes; k++) to[k * WIDTH] = from[k];
+// LANES rows of `lanes` lanes -> to[k * step]: lane k of every row. Each round of zips rotates the bits of an element's index (row,
+// column) by one; after log2(LANES) rounds rows and columns have changed places.
+static void interleave(const void* rows, int64_t lanes, V* to, int64_t step) {
+  const int32_t* from = (const int32_t*)rows;
+  int64_t k = 0;
+  for (; k + LANES <= lanes; k += LANES) {
+    V a[LANES], b[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) a[i] = load<V>(from + i * lanes + k);
+    UNROLL for (int round = 1; round < LANES; round *= 2) {
+      UNROLL for (int i = 0; i < LANES / 2; i++) zip(a[i], a[i + LANES / 2], b + 2 * i);
+      UNROLL for (int i = 0; i < LANES; i++) a[i] = b[i];
+    }
+    UNROLL for (int i = 0; i < LANES; i++) to[(k + i) * step] = a[i];
+  }
+  for (; k < lanes; k++)
+    for (int i = 0; i < LANES; i++) to[k * step][i] = from[i * lanes + k];
 }
 
 static int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+// Memory for one use within a call, kept by the thread for its next call: fresh memory costs more than the arithmetic on it.
+enum Use { CODES, CHUNKS, BRANCH, LOW, SCALES, A_ROWS, A_PANEL, W_ROWS, W_PANEL, W_MINUS, W_SCALES, W_BIAS, B_ROWS, B_PANEL, USES };
+static V* kept(Use use, int64_t registers) {
+  static thread_local std::vector<V> memory[USES];
+  if ((int64_t)memory[use].size() < registers) memory[use] = std::vector<V>(registers);
+  return memory[use].data();
+}
+template <class Of> static Of* scratch(Use use, int64_t n) { return (Of*)kept(use, up(n * sizeof(Of), sizeof(V)) / sizeof(V)); }
+
+// Fresh memory of the operating system comes in pages of 4 KB, each a fault; large outputs ask for pages of 2 MB, and each is
+// touched by one thread, because two that fault on one page both clear it.
+static void huge_pages(const Tensor& y) {
+  const int64_t page = 2 << 20, begin = up((intptr_t)y.const_data_ptr(), page), end = (intptr_t)y.const_data_ptr() + y.nbytes();
+  const int64_t pages = (end - begin) / page;
+  if (pages < 2 || madvise((void*)begin, pages * page, MADV_HUGEPAGE)) return;
+  at::parallel_for(0, pages, 1, [&](int64_t p0, int64_t p1) {
+    for (int64_t p = p0; p < p1; p++) *(volatile char*)(begin + p * page) = 0;
+  });
+}
+
+// low = x' A^T, (T, R) of Low: N registers of columns at a time
+template <class T, class Low, class Dot, int N>
+static Low* project(const Shape& s, const Rows& in, int64_t Cl, const Tensor& A, int64_t R) {
+  constexpr int64_t PACK = 4 / sizeof(Low), COLUMNS = N * LANES;
+  const int64_t tiles = up(s.T(), MR) / MR, taps = s.kh * s.kw, lanes = taps * Cl / PACK, blocks = up(A.size(0), COLUMNS) / COLUMNS;
+  V* panel = scratch<V>(A_PANEL, blocks * lanes * N);
+  Low *rows = scratch<Low>(A_ROWS, LANES * taps * Cl), *low = scratch<Low>(LOW, tiles * MR * R);
+  const T* pA = A.const_data_ptr<T>();
+  for (int64_t r0 = 0; r0 < blocks * COLUMNS; r0 += LANES) {
+    std::fill_n(rows, LANES * taps * Cl, Low(0.f));
+    for (int64_t r = r0; r < std::min(r0 + LANES, A.size(0)); r++)
+      for (int64_t tap = 0; tap < taps; tap++) convert(pA + (r * taps + tap) * s.I, s.I, rows + ((r - r0) * taps + tap) * Cl);
+    interleave(rows, lanes, panel + r0 / COLUMNS * lanes * N + r0 / LANES % N, N);
+  }
+  at::parallel_for(0, tiles, 1, [&](int64_t i0, int64_t i1) {
+    for (int64_t i = i0; i < i1; i++) {
+      int64_t pixel[MR];
+      const char* at[MR];
+      s.windows(i * MR, pixel);
+      for (int m = 0; m < MR; m++) at[m] = in.data + pixel[m] * Cl * sizeof(Low);
+      for (int64_t block = 0; block < blocks; block++) {
+        V acc[MR][N] = {};
+        tile<Dot, N>(at, in, panel + block * lanes * N, acc);
+        for (int m = 0; m < MR; m++) {
+          T rounded[COLUMNS];
+          for (int j = 0; j < N; j++) store(rounded + j * LANES, (F)acc[m][j]);
+          convert(rounded, std::min(COLUMNS, R - block * COLUMNS), low + (i * MR + m) * R + block * COLUMNS);
+        }
+      }
+    }
+  });
+  return low;
+}
 
 // ------------------------------------------------------------------------------------------------------ the op
 
@@ -249,11 +410,12 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
                   int64_t group_x, bool per_sample, const Shape& s) {
   constexpr int64_t PACK = 4 / sizeof(Low);
   const int64_t taps = s.kh * s.kw, O = codes.size(0), K = codes.size(1) * 2, C = K / taps;
-  const int64_t Ix = up(s.I, group_x), Gx = Ix / group_x;
-  const int64_t P = s.N * s.H * s.W, rank = A ? A->size(0) : 0, R = up(rank, WIDTH), Cl = up(s.I, PACK);
+  const int64_t Ix = up(s.I, group_x), Gx = Ix / group_x, Cx = std::min(Ix, C);
+  const int64_t P = s.N * s.H * s.W, rank = A ? A->size(0) : 0, R = up(rank, PACK), Cl = up(s.I, PACK);
   const int64_t pixels = s.N * s.Hp() * s.Wp();
   Tensor y = at::empty({s.N, s.Ho(), s.Wo(), O}, x.options());
   if (y.numel() == 0) return y;
+  huge_pages(y);
   const T* px = x.const_data_ptr<T>();
   const float* inv = inv_smooth ? inv_smooth->const_data_ptr<float>() : nullptr;
   T* py = y.mutable_data_ptr<T>();
@@ -262,33 +424,29 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   bool border = s.ph || s.pw;
   const int64_t chunk = (group_x | C | 32) & -(group_x | C | 32);  // the largest power of two in all three
   const int64_t chunks = VNNI ? 0 : C / chunk;
-  Tensor X = at::empty({pixels * C}, x.options().dtype(at::kByte)), L, low;
-  Tensor Xm = at::empty({pixels * chunks}, x.options().dtype(at::kInt));
-  uint8_t* pX = X.mutable_data_ptr<uint8_t>();
-  int32_t* pXm = Xm.mutable_data_ptr<int32_t>();
-  if (border || C > s.I) std::fill(pX, pX + pixels * C, OFFSET), std::fill(pXm, pXm + pixels * chunks, 0);
+  uint8_t* pX = scratch<uint8_t>(CODES, pixels * C);
+  int32_t* pXm = scratch<int32_t>(CHUNKS, pixels * chunks);
+  if (border || C > Ix) std::fill_n(pX, pixels * C, OFFSET), std::fill_n(pXm, pixels * chunks, 0);
   bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
-  Low* pL = nullptr;
-  if (rank && !as_is) {
-    L = at::empty({pixels * Cl * (int64_t)sizeof(Low)}, x.options().dtype(at::kByte));
-    pL = (Low*)L.mutable_data_ptr();
-    if (border || Cl > s.I) std::fill(pL, pL + pixels * Cl, Low(0.f));
-  }
-  std::vector<float> scale_x(P);
+  Low *pL = rank && !as_is ? scratch<Low>(BRANCH, pixels * Cl) : nullptr, *low = nullptr;
+  if (pL && (border || Cl > s.I)) std::fill_n(pL, pixels * Cl, Low(0.f));
+  float* scale_x = scratch<float>(SCALES, P);
   const auto each_pixel = [&](auto f) {  // f(pixel, x' (Ix), bounds of its groups, their largest)
     at::parallel_for(0, P, 8, [&](int64_t p0, int64_t p1) {
-      std::vector<float> row(Ix), b(Gx);
+      std::vector<float> row(Ix), b(up(Gx, 8));
       for (int64_t p = p0; p < p1; p++) {
         smoothed(px + p * s.I, inv, s.I, row.data());
-        const float bound = bounds(row.data(), Gx, group_x, b.data());
-        f(p, row.data(), b.data(), bound);
+        const auto largest_bound = group_x % LANES ? bounds<8> : bounds<LANES>;
+        f(p, row.data(), b.data(), largest_bound(row.data(), Gx, group_x, b.data()));
       }
     });
   };
-  const auto quantize_pixel = [&](int64_t p, const float* row, const float* b, float) {
-    quantize(row, b, scale_x[p], s.I, group_x, chunk, pX + s.padded(p) * C, pXm + s.padded(p) * chunks);
+  const auto quantize_pixel = [&](int64_t p, const float* row, float* b, float) {
+    const int64_t at = s.padded(p);
+    (group_x % LANES || C % LANES ? quantize<8> : quantize<LANES>)(row, b, scale_x[p], Cx, group_x, pX + at * C);
+    for (int64_t k = 0; k < Cx && !VNNI; k += chunk) pXm[at * chunks + k / chunk] = (int32_t)b[k / group_x] * 0x10001;
   };
-  each_pixel([&](int64_t p, const float* row, const float* b, float bound) {
+  each_pixel([&](int64_t p, const float* row, float* b, float bound) {
     scale_x[p] = per_sample ? bound : scale_of(bound);
     if (!per_sample) quantize_pixel(p, row, b, bound);
     if (pL)
@@ -298,116 +456,91 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
     for (int64_t n = 0; n < s.N; n++) {
       uint32_t most = 0;
       for (int64_t p = n * s.H * s.W; p < (n + 1) * s.H * s.W; p++) most = std::max(most, bits<uint32_t>(scale_x[p]));
-      std::fill_n(scale_x.begin() + n * s.H * s.W, s.H * s.W, scale_of(bits<float>(most)));
+      std::fill_n(scale_x + n * s.H * s.W, s.H * s.W, scale_of(bits<float>(most)));
     }
     each_pixel(quantize_pixel);
   }
 
   // 2. low = x' A^T
-  const int64_t tiles = up(s.T(), MR) / MR;
   if (rank) {
     const Rows in = s.rows(as_is ? (const void*)px : pL, Cl * sizeof(Low));
-    const int64_t lanes = taps * Cl / PACK;
-    std::vector<V> panel(R / WIDTH * lanes * NR, V{});
-    std::vector<Low> row(taps * Cl, Low(0.f));
-    const float* pA = A->const_data_ptr<float>();
-    for (int64_t r = 0; r < rank; r++) {
-      for (int64_t k = 0; k < taps * s.I; k++) row[k / s.I * Cl + k % s.I] = rounded<T, Low>(pA[r * taps * s.I + k]);
-      interleave(row.data(), lanes, r % WIDTH, panel.data() + r / WIDTH * lanes * NR);
-    }
-    low = at::empty({tiles * MR * R * (int64_t)sizeof(Low)}, X.options());
-    Low* plow = (Low*)low.mutable_data_ptr();
-    at::parallel_for(0, tiles, 1, [&](int64_t i0, int64_t i1) {
-      for (int64_t i = i0; i < i1; i++) {
-        const char* at[MR];
-        window_rows(s, in, i * MR, at);
-        for (int64_t r = 0; r < R; r += WIDTH) {
-          V acc[MR][NR] = {};
-          tile<Dot>(at, in, panel.data() + r / WIDTH * lanes * NR, acc);
-          for (int64_t m = 0; m < MR; m++)
-            for (int64_t j = 0; j < WIDTH; j++) plow[(i * MR + m) * R + r + j] = rounded<T, Low>(((const float*)acc[m])[j]);
-        }
-      }
-    });
+    low = rank > LANES ? project<T, Low, Dot, 2>(s, in, Cl, *A, R) : project<T, Low, Dot, 1>(s, in, Cl, *A, R);
   }
 
   // 3. threads share a grid of row ranges x column ranges; the best split leaves the least to the busiest thread
-  const int64_t columns = up(O, WIDTH) / WIDTH, threads = at::get_num_threads();
+  const int64_t tiles = up(s.T(), MR) / MR, columns = up(O, WIDTH) / WIDTH, threads = at::get_num_threads();
   int64_t by_rows = 1, least = INT64_MAX;
   for (int64_t r = 1; r <= threads; r++)
     if (threads % r == 0)
       if (int64_t work = (up(tiles, r) / r) * (up(columns, threads / r) * r / threads); work < least) by_rows = r, least = work;
   const int64_t by_columns = threads / by_rows;
-  const int64_t lanes = K / 4, lanes_chunk = taps * chunks, lanes_low = R / PACK;
-  const int64_t wide = std::max<int64_t>(2, (256 << 10) / (lanes * 4 * WIDTH));
+  const int64_t lanes = K / 4, lanes_low = R / PACK, lanes_chunk = VNNI ? lanes : chunk / 4, all_chunks = lanes / lanes_chunk;
+  const int64_t wide = std::max<int64_t>(1, (256 << 10) / (lanes * 4 * WIDTH));
   const Rows in = s.rows(pX, C), in_mult = s.rows(pXm, chunks * 4);
-  const Rows in_low{low.defined() ? (const char*)low.const_data_ptr() : nullptr, 1, lanes_low, 0};
+  const Rows in_low{(const char*)low, 1, lanes_low, 0};
   const uint8_t *pc = codes.const_data_ptr<uint8_t>(), *pm = mult.const_data_ptr<uint8_t>();
   const float *ps = scale.const_data_ptr<float>(), *pb = bias ? bias->const_data_ptr<float>() : nullptr;
-  const float* pB = rank ? B->const_data_ptr<float>() : nullptr;
-  const auto multiply = chunk == 32 ? tile_codes<8> : chunk == 16 ? tile_codes<4> : tile_codes<2>;
+  const T* pB = rank ? B->const_data_ptr<T>() : nullptr;
+  const bool stream = y.nbytes() > (16 << 20) && O * sizeof(T) % 64 == 0;  // no cache keeps y for its reader
+  const auto finish = chunk == 32 ? outputs<T, Dot, 8> : chunk == 16 ? outputs<T, Dot, 4> : outputs<T, Dot, 2>;
   at::parallel_for(0, threads, 1, [&](int64_t w0, int64_t w1) {
-    std::vector<V> panel(wide * lanes * NR), panel_chunk(wide * lanes_chunk * NR), panel_low(wide * lanes_low * NR);
-    std::vector<int8_t> row(K);
-    std::vector<int16_t> row_chunk(2 * lanes_chunk);
-    std::vector<Low> row_low(R, Low(0.f));
-    std::vector<float> sw(wide * WIDTH), bw(wide * WIDTH);
-    std::vector<int32_t> minus(wide * WIDTH);
+    V *panel = scratch<V>(W_PANEL, wide * lanes * NR), *minus = scratch<V>(W_MINUS, wide * all_chunks * NR);
+    V* panel_B = scratch<V>(B_PANEL, wide * lanes_low * NR);
+    float *sw = scratch<float>(W_SCALES, wide * WIDTH), *bw = scratch<float>(W_BIAS, wide * WIDTH);
+    int8_t* row = scratch<int8_t>(W_ROWS, LANES * K);
+    Low* row_B = scratch<Low>(B_ROWS, LANES * R);
     for (int64_t w = w0; w < w1; w++) {
       const int64_t wr = w / by_columns, wc = w % by_columns;
       const int64_t t0 = tiles * wr / by_rows, t1 = tiles * (wr + 1) / by_rows;
       for (int64_t c0 = columns * wc / by_columns, end = columns * (wc + 1) / by_columns; c0 < end; c0 += wide) {
         const int64_t c1 = std::min(c0 + wide, end);
-        for (int64_t o = c0 * WIDTH; o < c1 * WIDTH; o++) {  // unpack: columns beyond O are zero
-          const int64_t at = o - c0 * WIDTH, c = at / WIDTH;
-          sw[at] = o < O ? ps[o] : 0, bw[at] = o < O && pb ? pb[o] : 0;
-          int32_t sum = 0;
-          if (o < O) sum = unpack_row(pc, pm, o, K, group, row.data());
-          else std::fill(row.begin(), row.end(), 0);
-          interleave(row.data(), lanes, at % WIDTH, panel.data() + c * lanes * NR);
-          if (VNNI) minus[at] = -OFFSET * sum;
-          else {
-            minus_chunks(row.data(), K, chunk, row_chunk.data());
-            interleave(row_chunk.data(), lanes_chunk, at % WIDTH, panel_chunk.data() + c * lanes_chunk * NR);
+        for (int64_t v = 0; v < (c1 - c0) * NR; v++) {  // unpack a register of columns; those beyond O are zero
+          const int64_t o0 = c0 * WIDTH + v * LANES, c = v / NR, j = v % NR;
+          if (o0 + LANES > O) std::fill_n(row, LANES * K, 0);
+          std::fill_n(row_B, LANES * R, Low(0.f));  // to R, and for columns beyond O
+          for (int64_t i = 0; i < LANES; i++) {
+            const int64_t o = o0 + i;
+            sw[v * LANES + i] = o < O ? ps[o] : 0, bw[v * LANES + i] = o < O && pb ? pb[o] : 0;
+            if (o < O) unpack_row(pc, pm, o, K, group, row + i * K);
+            if (o < O && rank) convert(pB + o * rank, rank, row_B + i * R);
           }
-          if (!rank) continue;
-          for (int64_t r = 0; r < rank; r++) row_low[r] = rounded<T, Low>(o < O ? pB[o * rank + r] : 0.f);
-          interleave(row_low.data(), lanes_low, at % WIDTH, panel_low.data() + c * lanes_low * NR);
+          interleave(row, lanes, panel + c * lanes * NR + j, NR);
+          interleave(row_B, lanes_low, panel_B + c * lanes_low * NR + j, NR);
+        }
+        for (int64_t q = 0; q < (c1 - c0) * all_chunks; q++) {
+          V sum[NR] = {};
+          for (int64_t k = q * lanes_chunk; k < (q + 1) * lanes_chunk; k++)
+            UNROLL for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], broadcast(OFFSET * 0x01010101u), panel[k * NR + j]);
+          for (int j = 0; j < NR; j++) minus[q * NR + j] = Codes::minus(sum[j]);
         }
         for (int64_t i = t0; i < t1; i++) {
-          const char *at[MR], *at_mult[MR], *at_low[MR];
-          window_rows(s, in, i * MR, at);
-          window_rows(s, in_mult, i * MR, at_mult);
-          for (int m = 0; m < MR; m++) at_low[m] = in_low.data + (i * MR + m) * R * sizeof(Low);
+          Windows rows;
+          int64_t pixel[MR];
+          s.windows(i * MR, pixel);
+          rows.count = std::min<int64_t>(MR, s.T() - i * MR);
+          for (int64_t m = 0; m < MR; m++) {
+            const int64_t t = std::min(i * MR + m, s.T() - 1);
+            rows.codes[m] = in.data + pixel[m] * C;
+            rows.mult[m] = in_mult.data + pixel[m] * chunks * 4;
+            rows.low[m] = in_low.data + t * R * sizeof(Low);
+            rows.scale[m] = scale_x[per_sample ? t / (s.Ho() * s.Wo()) * s.H * s.W : t];
+          }
           for (int64_t c = c0; c < c1; c++) {
-            const int64_t o0 = c * WIDTH, p0 = (c - c0) * WIDTH, width = std::min<int64_t>(WIDTH, O - o0);
-            V acc[MR][NR], branch[MR][NR] = {};
-            for (int m = 0; m < MR; m++) std::copy_n((const V*)(minus.data() + p0), NR, acc[m]);
-            const V *codes_c = panel.data() + (c - c0) * lanes * NR, *chunks_c = panel_chunk.data() + (c - c0) * lanes_chunk * NR;
-            multiply(at, in, at_mult, in_mult, codes_c, chunks_c, acc);
-            if (rank) tile<Dot>(at_low, in_low, panel_low.data() + (c - c0) * lanes_low * NR, branch);
-            for (int64_t m = 0; m < std::min<int64_t>(MR, s.T() - i * MR); m++) {
-              const int64_t t = i * MR + m, n = t / (s.Ho() * s.Wo());
-              const float sx = scale_x[per_sample ? n * s.H * s.W : t];
-              const int32_t* a = (const int32_t*)acc[m];
-              const float* l = (const float*)branch[m];
-              float v[WIDTH];
-              for (int j = 0; j < WIDTH; j++) v[j] = (float)a[j] * sx * sw[p0 + j] + bw[p0 + j] + l[j];
-              T* to = py + t * O + o0;
-              if (width == WIDTH)
-                for (int j = 0; j < WIDTH; j++) store(to + j, v[j]);
-              else
-                for (int64_t j = 0; j < width; j++) store(to + j, v[j]);
-            }
+            const int64_t at = c - c0;
+            T* to = py + i * MR * O + c * WIDTH;
+            finish(rows, {panel + at * lanes * NR, minus + at * all_chunks * NR, panel_B + at * lanes_low * NR,
+                          sw + at * WIDTH, bw + at * WIDTH, std::min<int64_t>(WIDTH, O - c * WIDTH), stream},
+                   in, in_mult, in_low, to, O);
           }
         }
       }
     }
+    _mm_sfence();  // streamed outputs are there before others read them
   });
   return y;
 }
 
-// x (N, H, W, I) contiguous -> (N, H', W', O) in x's dtype. The arguments are those of kernels.w4a4_conv2d, A and B float32.
+// x (N, H, W, I) contiguous -> (N, H', W', O) in x's dtype. The arguments are those of kernels.w4a4_conv2d, A and B in x's dtype.
 static Tensor w4a4(const Tensor& x, const Tensor& codes, const Tensor& mult, const Tensor& scale, const optional<Tensor>& bias,
                    const optional<Tensor>& A, const optional<Tensor>& B, const optional<Tensor>& inv_smooth, int64_t group,
                    int64_t group_x, bool per_sample, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {

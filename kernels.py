@@ -307,7 +307,8 @@ def native_conv2d(
 
 
 def _native(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, *geometry) -> Tensor:
-    bias, A, B, inv_smooth = (None if t is None else t.detach().float().contiguous() for t in (bias, A, B, inv_smooth))
+    bias, inv_smooth = (None if t is None else t.detach().float().contiguous() for t in (bias, inv_smooth))
+    A, B = (None if t is None else t.detach().to(x_NHWC.dtype).contiguous() for t in (A, B))
     operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, A, B, inv_smooth)
     return torch.ops.cmquant.w4a4(x_NHWC.contiguous(), *operands, pw.group, group_x, per_sample, *geometry)
 
@@ -322,7 +323,7 @@ def load_native() -> bool:
         return False
     source = Path(__file__).with_name("kernels.cpp")
     compiler = os.environ.get("CXX", "c++")
-    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-std=c++20", "-fPIC", "-shared"]
+    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fopenmp", "-std=c++20", "-fPIC", "-shared"]
     about = (source.read_bytes(), compiler, flags, torch.__version__, sorted(CPU.items()))
     library = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cmquant")
     library /= f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
