@@ -1,8 +1,12 @@
-"""Speed and error of the kernels on SDXL's and FLUX's layer shapes, against what a user would run instead.
+"""Speed, memory and error of the kernels on SDXL's and FLUX's layer shapes and networks, against what a user would run instead.
 
-    python bench.py kernels                          every shape, every implementation that is installed (minutes)
+    python bench.py kernels                          every shape, every implementation that is installed (a quarter of an hour)
     python bench.py kernels --quick                  two shapes, under a minute
     python bench.py kernels --json rows.json --plot benchmarks/kernels.png
+    python bench.py model --model sdxl               a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
+                                                     tiny also 4 steps against the teacher's 20 guided ones, and throughput
+    python bench.py costs                            how time grows with tokens, width and rank
+    python bench.py gpu                              all of these on CUDA, what fails is named, a short table last
 
 One process, the same tensors for all: rounds in which every implementation runs once, in turn, after a warm-up that also pays
 for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
@@ -12,12 +16,14 @@ or refuses a shape is named, and the table goes on without it. (gemlite, for CUD
     GOPS      2 M K N / median, the branch not counted
     ceiling   the int8 product alone, int8 operands at hand and int32 output (`int8_ceiling`): its share is ours / ceiling
     error     |y - y64| / |y64|, y64 = x W^T + bias in float64 with unquantized operands; Gaussian weights and inputs
+    peak      the largest growth of (resident or CUDA) memory during one call, its result included
 """
 
 import argparse
 import copy
 import json
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -30,10 +36,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoint
 import hgs_lora
 import kernels
 import models
 import quant
+import tdpt
 from models import UserError
 
 # model, kind, M rows (tokens or pixels), K = taps * I, N outputs
@@ -79,8 +87,8 @@ class Layer:
         return F.linear(x, w, b) if self.kind == "linear" else F.conv2d(x, w, b, padding=1)
 
     def error(self, y: torch.Tensor) -> float | None:
-        if y.shape != self.reference.shape:
-            return None  # the ceiling's integers
+        if y.dtype == torch.int32:
+            return None  # the ceiling's
         return float((y.double() - self.reference).norm() / self.reference.norm())
 
     def module(self) -> nn.Module:
@@ -139,12 +147,12 @@ def sdnq(layer: Layer, dtype: str, openvino: bool = False) -> Callable:
     import sdnq.kernel_wrappers as wrappers
     from sdnq import SDNQConfig, sdnq_quantize_layer
 
-    if openvino and wrappers.openvino_int_mm is None:
-        raise RuntimeError("openvino is not installed")
+    if openvino:
+        from sdnq.kernels.openvino_mm import openvino_int_mm
     conv = layer.kind == "conv"
     config = SDNQConfig(weights_dtype=dtype, use_quantized_matmul=True, quant_conv=conv, use_quantized_matmul_conv=conv)
     module, _ = sdnq_quantize_layer(layer.module()[0], config, torch_dtype=layer.dtype)
-    engine = wrappers.openvino_int_mm if openvino else None
+    engine = openvino_int_mm if openvino else None
 
     def call():
         wrappers.openvino_int_mm = engine  # SDNQ chooses once for a process; here both run in turn
@@ -212,32 +220,60 @@ def clock(fn: Callable, cuda: bool) -> tuple[float, torch.Tensor]:
     return begin.elapsed_time(end) / 1e3, y
 
 
-@torch.inference_mode()
-def measure(layer: Layer, implementations: dict[str, Callable], rounds: int, cuda: bool) -> list[dict]:
-    """Rows of one shape. Implementations that cannot run it are printed with their reason and left out."""
-    calls, rows = {}, {}
-    for name, build in implementations.items():
+def prepare(builders: dict[str, Callable], cuda: bool) -> tuple[dict[str, Callable], dict[str, float]]:
+    """Calls that work, after their warm-up, and how much longer the first took than the second (compilation), in seconds. A
+    builder may raise anything, a peer's error is its own and no reason to lose the others' times: it is printed."""
+    calls, compile_s = {}, {}
+    for name, build in builders.items():
         try:
-            call = build(layer)
-            first, y = clock(call, cuda)
-            second, _ = clock(call, cuda)
-        except Exception as error:  # a peer's error is its own, and no reason to lose the others' times
+            call = build()
+            (first, _), (second, _) = clock(call, cuda), clock(call, cuda)
+        except Exception as error:
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}", file=sys.stderr)
             continue
-        calls[name] = call
-        rows[name] = {"kind": layer.kind, "shape": layer.shape, "impl": name, "error": layer.error(y)}
-        rows[name]["compile_s"] = max(0, first - second)
-        del y
+        calls[name], compile_s[name] = call, max(0, first - second)
+    return calls, compile_s
+
+
+def interleave(calls: dict[str, Callable], rounds: int, cuda: bool) -> dict[str, dict]:
+    """median_ms, q1_ms, q3_ms of every call, over rounds in which each runs once."""
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(1e3 * clock(call, cuda)[0])
-    for name, row in rows.items():
-        q1, median, q3 = statistics.quantiles(times[name], n=4, method="inclusive")
-        row |= {"median_ms": median, "q1_ms": q1, "q3_ms": q3}
-        M, K, N = layer.shape
-        row["gops"] = 2e-6 * M * K * N / median
-    return list(rows.values())
+    quartiles = {name: statistics.quantiles(t, n=4, method="inclusive") if rounds > 1 else t * 3 for name, t in times.items()}
+    return {name: {"median_ms": median, "q1_ms": q1, "q3_ms": q3} for name, (q1, median, q3) in quartiles.items()}
+
+
+def peak_growth(call: Callable, cuda: bool) -> float | None:
+    """Megabytes by which memory grows at most during one call. None where the system does not tell."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+    def resident(field: str) -> float:
+        return float(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        before = resident("VmRSS")
+        call()
+        return max(0.0, resident("VmHWM") - before)
+    except (OSError, TypeError):
+        return None
+
+
+@torch.inference_mode()
+def measure(layer: Layer, implementations: dict[str, Callable], rounds: int, cuda: bool) -> list[dict]:
+    """Rows of one shape. Implementations that cannot run it are printed with their reason and left out."""
+    calls, compile_s = prepare({name: lambda build=build: build(layer) for name, build in implementations.items()}, cuda)
+    (M, K, N), rows = layer.shape, []
+    for name, times in interleave(calls, rounds, cuda).items():
+        row = {"kind": layer.kind, "shape": layer.shape, "impl": name, "error": layer.error(calls[name]()), **times}
+        rows.append(row | {"compile_s": compile_s[name], "gops": 2e-6 * M * K * N / times["median_ms"]})
+    return rows
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -279,7 +315,7 @@ def plot(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def bench_kernels(args: argparse.Namespace) -> None:
+def bench_kernels(args: argparse.Namespace) -> list[dict]:
     cuda = args.device == "cuda"
     shapes = QUICK if args.quick else SDXL + (FLUX if cuda else FLUX_CPU)
     implementations, rows = CUDA if cuda else CPU, []
@@ -294,28 +330,325 @@ def bench_kernels(args: argparse.Namespace) -> None:
         torch.compiler.reset()
         rows += measure(Layer(kind, M, K, N, args.device, torch.bfloat16), chosen, args.rounds, cuda)
         if args.json:
-            Path(args.json).write_text(json.dumps(rows, indent=1))
-    cpu = f"{platform.machine()} CPU ({kernels.CPU.get('cpu_name')}), {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if cuda else cpu
+            Path(args.json).write_text(json.dumps(rows, indent=1))  # so far
     print("\n".join(table(rows)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"\n{device}; torch {torch.__version__}; median of {args.rounds} rounds; peak memory {peak:.1f} GB")
+    print(f"\n{about(args)}; median of {args.rounds} rounds; peak memory {peak:.1f} GB")
     if args.plot:
         plot(rows, Path(args.plot))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+def fill(module: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """A module on the meta device -> random weights of ordinary size on `device`; packed layers get random codes, and their A, B
+    `dtype`."""
+    module.to(dtype).to_empty(device=device)  # (packed layers keep their dtypes)
+    gen = torch.Generator(device).manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        last = name.split(".")[-1]
+        if tensor.dtype == torch.uint8:
+            tensor.random_(0, 256, generator=gen)
+        elif last == "scale_O":
+            tensor.fill_(2.0**-11)
+        elif last == "weight" and tensor.dim() == 1:
+            tensor.fill_(1)  # norms
+        else:
+            tensor.normal_(0, 0.02, generator=gen)
+    for _, layer in hgs_lora.packed_layers(module):
+        if layer.rank:
+            layer.lora_A.data, layer.lora_B.data = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+    return module.eval().requires_grad_(False)
+
+
+def pack_on_meta(net: nn.Module, rank: int, under: str = "") -> nn.Module:
+    """Replace the float layers of `net`, on the meta device, by packed ones, as models.precision says."""
+    for name, layer in models.float_layers(net).items():
+        kind = models.precision(name)
+        if kind != "16bit" and name.startswith(under):
+            new = checkpoint.packed_class(kind, layer)(layer, min(rank, *layer.weight.flatten(1).shape))
+            hgs_lora.replace(net, name, new)
+    return net
+
+
+def networks(args: argparse.Namespace, part: str) -> tuple[nn.Module, nn.Module]:
+    """bf16 denoiser and its W4A4 twin, or one `part` of them, random weights."""
+    with torch.device("meta"):
+        dense, packed = (models.NETWORKS[args.model]() for _ in range(2))
+        pack_on_meta(packed, args.rank, part)
+    dense, packed = (fill(net.get_submodule(part), args.device, torch.bfloat16) for net in (dense, packed))
+    if not part:
+        dense, packed = (models.wrap(args.model, net) for net in (dense, packed))
+    hgs_lora.set_backend(packed, "compile" if args.device == "cuda" else "native")
+    return dense, packed
+
+
+# Parts of the large networks at their sizes for 1024 x 1024 pixels: model -> part -> shapes of its arguments
+PARTS = {
+    "sdxl": {
+        "down_blocks.1": {"hidden_states": (1, 320, 64, 64), "temb": (1, 1280), "encoder_hidden_states": (1, 77, 2048)},
+        "mid_block": {"hidden_states": (1, 1280, 32, 32), "temb": (1, 1280), "encoder_hidden_states": (1, 77, 2048)},
+    },
+    "flux": {
+        "transformer_blocks.0": {"hidden_states": (1, 4096, 3072), "encoder_hidden_states": (1, 512, 3072), "temb": (1, 3072)},
+        "single_transformer_blocks.0": {
+            "hidden_states": (1, 4096, 3072), "encoder_hidden_states": (1, 512, 3072), "temb": (1, 3072),
+        },
+    },
+}  # fmt: skip
+CONDITION = {  # tokens and pooled text of one picture
+    "tiny": ((models.TOKENS, models.WIDTH), (models.WIDTH,)), "tiny-flux": ((models.TOKENS, models.WIDTH), (models.WIDTH,)),
+    "sdxl": ((77, 2048), (1280,)), "flux": ((512, 4096), (768,)),
+}  # fmt: skip
+
+
+def step_inputs(denoiser: models.Denoiser, batch: int, device: str) -> tuple:
+    """x, t, s, cond for a step of `batch` pictures."""
+    tokens, pooled = CONDITION[denoiser.name]
+    x = torch.randn(batch, *denoiser.latent, device=device, dtype=torch.bfloat16)
+    cond = {"tokens": torch.randn(batch, *tokens, device=device), "pooled": torch.randn(batch, *pooled, device=device)}
+    times = denoiser.path.grid(4, device)
+    return x, times[0].expand(batch), times[1].expand(batch), cond
+
+
+def nbytes(module: nn.Module) -> int:
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+def bench_model(args: argparse.Namespace) -> list[dict]:
+    """Rows {"what", "impl", "median_ms", "q1_ms", "q3_ms", "compile_s", "peak_mb", "weights_mb"}, printed as a table."""
+    cuda, rows = args.device == "cuda", []
+    whole = cuda or args.model not in PARTS
+    for part in [""] if whole else PARTS[args.model]:
+        torch.compiler.reset()
+        nets = dict(zip(("bf16", "ours"), networks(args, part), strict=True))
+        if part:
+            x = {k: torch.randn(shape, dtype=torch.bfloat16) for k, shape in PARTS[args.model][part].items()}
+            if args.model == "flux":
+                x["image_rotary_emb"] = tuple(torch.randn(4608, 128) for _ in range(2))
+            inputs = ((), x)
+        else:
+            inputs = (step_inputs(nets["bf16"], 1, args.device), {})
+
+        def step(net, fast=False, inputs=inputs):
+            call = torch.compile(net) if fast else net
+            return lambda: call(*inputs[0], **inputs[1])
+
+        builders = {}
+        for name, net in nets.items():
+            builders[name] = lambda net=net: step(net)
+            if args.compile:
+                builders[f"{name}_compiled"] = lambda net=net: step(net, fast=True)
+        rows += timed(part or "one step", builders, nets, args)
+        if whole:
+            rows += timed("a picture", generations(nets, args), nets, args)
+            rows += throughput(nets, args)
+    print("\n".join(model_table(rows)))
+    print(f"\n{args.model}, rank {args.rank}; {about(args)}; median of {args.rounds} rounds")
+    return rows
+
+
+@torch.inference_mode()
+def timed(what: str, builders: dict[str, Callable], nets: dict[str, nn.Module], args: argparse.Namespace) -> list[dict]:
+    cuda = args.device == "cuda"
+    calls, compile_s = prepare(builders, cuda)
+    rows = []
+    for name, times in interleave(calls, args.rounds, cuda).items():
+        weights = nbytes(nets["ours" if name.startswith("ours") else "bf16"]) / 1e6
+        row = {"what": what, "impl": name, **times, "compile_s": compile_s[name], "peak_mb": peak_growth(calls[name], cuda)}
+        rows.append(row | {"weights_mb": weights})
+    return rows
+
+
+def generations(nets: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, Callable]:
+    """Whole samplings of one picture: 4 steps of both, and 20 of the teacher, guided by two predictions a step (FLUX: one)."""
+    x, _, _, cond = step_inputs(nets["bf16"], 1, args.device)
+
+    def sampling(net, steps, guided=False):
+        model = torch.compile(net) if args.compile else net
+        if guided:
+            model = tdpt.guided(model, 5.0, {k: torch.zeros_like(v) for k, v in cond.items()})
+        return lambda: tdpt.sample(model, net.path, x, cond, steps)
+
+    return {
+        "bf16, 4 steps": lambda: sampling(nets["bf16"], 4),
+        "ours, 4 steps": lambda: sampling(nets["ours"], 4),
+        "bf16 teacher, 20 guided steps": lambda: sampling(nets["bf16"], 20, guided="flux" not in args.model),
+    }
+
+
+@torch.inference_mode()
+def throughput(nets: dict[str, nn.Module], args: argparse.Namespace) -> list[dict]:
+    """Pictures a second in one step, the batch doubled until memory or the gain ends."""
+    cuda, rows = args.device == "cuda", []
+    for name, net in nets.items():
+        call, best, batch = torch.compile(net, dynamic=False) if cuda and args.compile else net, None, 1
+        while batch <= 256:
+            try:
+                inputs = step_inputs(net, batch, args.device)
+                clock(lambda: call(*inputs), cuda)  # noqa: B023
+                times = interleave({"": lambda: call(*inputs)}, min(args.rounds, 5), cuda)[""]  # noqa: B023
+            except torch.OutOfMemoryError:
+                break
+            if best and times["median_ms"] / batch > 0.97 * best["median_ms"] / best["batch"]:
+                break
+            best = times | {"batch": batch, "peak_mb": peak_growth(lambda: call(*inputs), cuda)}  # noqa: B023
+            batch *= 2
+        rate = 1e3 * best["batch"] / best["median_ms"]
+        what = f"batch of {best.pop('batch')}: {rate:.2f} pictures/s"
+        rows.append({"what": what, "impl": name, **best, "compile_s": 0.0, "weights_mb": nbytes(net) / 1e6})
+    return rows
+
+
+def model_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "| | implementation | ms | quartiles | times bf16 | weights MB | peak MB | compile s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = next((r["median_ms"] for r in rows if r["what"] == row["what"] and r["impl"].startswith("bf16")), None)
+        speed = f"{base / row['median_ms']:.2f}" if base else "-"
+        peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+        times = f"{row['median_ms']:.1f} | {row['q1_ms']:.1f} .. {row['q3_ms']:.1f} | {speed}"
+        lines.append(f"| {row['what']} | {row['impl']} | {times} | {row['weights_mb']:.1f} | {peak} | {row['compile_s']:.0f} |")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ costs
+
+
+SWEEPS = {  # (M, K, N, rank)
+    "tokens": [(M, 1280, 1280, RANK) for M in (256, 512, 1024, 2048, 4096, 8192, 16384)],
+    "width": [(512, K, K, RANK) for K in (640, 1280, 2560, 5120, 10240, 15360)],
+    "rank": [(1024, 1280, 1280, r) for r in (0, 8, 16, 32, 64, 128)],
+}
+
+
+@torch.inference_mode()
+def bench_costs(args: argparse.Namespace) -> list[dict]:
+    """Rows {"sweep", "shape": [M, K, N], "rank", "impl", times, "peak_mb"}; peak_mb is what a call adds to memory beyond its
+    result. The exponent is the slope of log time over log size; for the rank, the time of one more."""
+    cuda, rows = args.device == "cuda", []
+    for sweep, points in SWEEPS.items():
+        for M, K, N, r in points:
+            with torch.device("meta"):
+                dense = nn.Linear(K, N)
+                packed = hgs_lora.W4A4Linear(dense, r)
+            dense, packed = (fill(layer, args.device, torch.bfloat16) for layer in (dense, packed))
+            hgs_lora.set_backend(packed, "compile" if cuda else "native")
+            x = torch.randn(M, K, device=args.device, dtype=torch.bfloat16)
+            calls, _ = prepare({"bf16": lambda: lambda: dense(x), "ours": lambda: lambda: packed(x)}, cuda)  # noqa: B023
+            for name, times in interleave(calls, args.rounds, cuda).items():
+                peak = peak_growth(calls[name], cuda)
+                beyond = None if peak is None else max(0.0, peak - 2e-6 * M * N)
+                rows.append({"sweep": sweep, "shape": [M, K, N], "rank": r, "impl": name, **times, "peak_mb": beyond})
+    lines = ["| | M x K x N, rank | bf16 ms | ours ms | times bf16 | beyond weights and result, MB |", "|---|---|---|---|---|---|"]
+    for sweep, points in SWEEPS.items():
+        of = {name: [r for r in rows if r["sweep"] == sweep and r["impl"] == name] for name in ("bf16", "ours")}
+        for (M, K, N, r), dense, packed in zip(points, of["bf16"], of["ours"], strict=True):
+            times = f"{dense['median_ms']:.2f} | {packed['median_ms']:.2f} | {dense['median_ms'] / packed['median_ms']:.2f}"
+            beyond = "-" if packed["peak_mb"] is None else f"{packed['peak_mb']:.1f}"
+            lines.append(f"| {sweep} | {M} x {K} x {N}, {r} | {times} | {beyond} |")
+        sizes = [p[{"tokens": 0, "width": 1, "rank": 3}[sweep]] for p in points]
+        slopes = {name: slope(sizes, [r["median_ms"] for r in of[name]], log=sweep != "rank") for name in of}
+        unit = "ms a rank" if sweep == "rank" else "exponent"
+        lines.append(f"| {sweep} | {unit} | {slopes['bf16']:.4g} | {slopes['ours']:.4g} | | |")
+    print("\n".join(lines))
+    print(f"\n{about(args)}; median of {args.rounds} rounds")
+    if args.plot:
+        plot_costs(rows, Path(args.plot))
+    return rows
+
+
+def slope(x: list[float], y: list[float], log: bool) -> float:
+    """Least-squares slope of y over x, of their logarithms if `log`."""
+    x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, y))
+    x, y = (x.log(), y.log()) if log else (x, y)
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+def plot_costs(rows: list[dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 3.5))
+    for axis, (sweep, points) in zip(axes, SWEEPS.items(), strict=True):
+        sizes = [p[{"tokens": 0, "width": 1, "rank": 3}[sweep]] for p in points]
+        for name in ("bf16", "ours"):
+            ms = [r["median_ms"] for r in rows if r["sweep"] == sweep and r["impl"] == name]
+            value = slope(sizes, ms, log=sweep != "rank")
+            label = f"{name}, {value:.3f} ms a rank" if sweep == "rank" else f"{name}, exponent {value:.2f}"
+            axis.plot(sizes, ms, marker="o", label=label)
+        if sweep != "rank":
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+        axis.set_ylim(*((0, None) if sweep == "rank" else (None, None)))
+        axis.set_xlabel(sweep)
+        axis.set_ylabel("ms")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def about(args: argparse.Namespace) -> str:
+    cpu = f"{platform.machine()} CPU ({kernels.CPU.get('cpu_name')}), {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name() if args.device == 'cuda' else cpu}; torch {torch.__version__}"
+
+
+def bench_gpu(args: argparse.Namespace) -> None:
+    """Everything that waits for a GPU, in one call; a part that fails does not stop the others."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for job in ("kernels", "model --model tiny", "model --model sdxl", "model --model flux", "costs"):
+        print(f"\n## python bench.py {job}\n", flush=True)
+        try:
+            main([*job.split(), "--device", "cuda", "--json", str(out / f"{job.split()[-1]}.json")])
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}")
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    cli = commands.add_parser("kernels", allow_abbrev=False, help="layer shapes of SDXL and FLUX, ours against peers")
-    cli.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    cli.add_argument("--rounds", type=int, default=11)
+    clis = {
+        "kernels": commands.add_parser("kernels", allow_abbrev=False, help="layer shapes of SDXL and FLUX, ours against peers"),
+        "model": commands.add_parser("model", allow_abbrev=False, help="denoisers, or on a CPU parts of them, 4-bit against bf16"),
+        "costs": commands.add_parser("costs", allow_abbrev=False, help="time over tokens, width and rank"),
+    }
+    for cli in clis.values():
+        cli.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        cli.add_argument("--rounds", type=int, default=11)
+        cli.add_argument("--json", default="")
+    cli = clis["kernels"]
     cli.add_argument("--only", choices=("", "sdxl", "flux"), default="", help="shapes of one model")
     cli.add_argument("--impl", default="", help="implementations, by name, with commas")
     cli.add_argument("--quick", action="store_true")
-    cli.add_argument("--json", default="")
     cli.add_argument("--plot", default="", metavar="PNG")
-    bench_kernels(parser.parse_args(argv))
+    cli = clis["model"]
+    cli.add_argument("--model", choices=tuple(CONDITION), default="tiny")
+    cli.add_argument("--weights", choices=("random",), default="random", help="random: the speed does not depend on them")
+    cli.add_argument("--rank", type=int, default=16)
+    cli.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    clis["costs"].add_argument("--plot", default="", metavar="PNG")
+    gpu = commands.add_parser("gpu", allow_abbrev=False, help="all of these on CUDA")
+    gpu.add_argument("--out", default="benchmarks/gpu", help="folder for the rows as JSON")
+    args = parser.parse_args(argv)
+    if args.command == "gpu":
+        return bench_gpu(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; run with --device cpu")
+    rows = {"kernels": bench_kernels, "model": bench_model, "costs": bench_costs}[args.command](args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

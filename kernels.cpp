@@ -37,16 +37,15 @@ constexpr bool VNNI = false;
 constexpr int OFFSET = 8, LANES = 8, NR = 2;  // 12 of 16
 #endif
 constexpr int MR = 6, WIDTH = NR * LANES;
+constexpr int64_t BLOCK = 1024;  // values of a weight row that are unpacked at a time, in the L1 cache
 constexpr float HI = 1 / 7.5, LO = 1 / 8.5, TINY = 1e-30f, MAGIC = 12582912.f;  // 1.5 2^23: adding it rounds to an integer
 
-template <int N> struct Vectors {
-  typedef int32_t Int __attribute__((vector_size(4 * N)));
-  typedef float Float __attribute__((vector_size(4 * N)));
-  typedef uint16_t Words __attribute__((vector_size(2 * N)));
-  typedef uint8_t Bytes __attribute__((vector_size(N)));
-};
-using V = Vectors<LANES>::Int;  // a register; casts between vectors keep the bits
-using F = Vectors<LANES>::Float;
+typedef int32_t V __attribute__((vector_size(4 * LANES)));  // a register; casts between vectors keep the bits
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Words __attribute__((vector_size(2 * LANES)));
+typedef int32_t V8 __attribute__((vector_size(32)));
+typedef float F8 __attribute__((vector_size(32)));
+typedef uint8_t Bytes8 __attribute__((vector_size(8)));
 #define UNROLL _Pragma("GCC unroll 16")  // indices become constants, so that accumulators are registers
 
 template <class To, class From> static inline To bits(From x) { return __builtin_bit_cast(To, x); }
@@ -56,7 +55,7 @@ template <class To> static inline To load(const void* p) {
   return v;
 }
 static inline V broadcast(int32_t a) { return V{} + a; }
-static inline int32_t largest(Vectors<8>::Int v) {
+static inline int32_t largest(V8 v) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0b01001110));
   return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0b10110001)));
@@ -64,7 +63,6 @@ static inline int32_t largest(Vectors<8>::Int v) {
 
 // dot: acc += a . b in every lane. zip: a0 b0 a1 b1 .. in two registers.
 #ifdef __AVX512VNNI__
-static inline int32_t largest(V v) { return _mm512_reduce_max_epi32((__m512i)v); }
 struct Float {  // lane of one float32
   static V dot(V acc, V a, V b) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc); }
 };
@@ -108,7 +106,7 @@ static inline void store(at::Half* y, float x) { y->x = _cvtss_sh(x, 0); }
 static inline void store(float* y, F x) { memcpy(y, &x, sizeof x); }
 static inline void store(at::BFloat16* y, F x) {
   const V u = (V)x, even = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  const auto w = __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? broadcast(0x7fc0) : even, Vectors<LANES>::Words);
+  const auto w = __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? broadcast(0x7fc0) : even, Words);
   memcpy(y, &w, sizeof w);
 }
 static inline void store(at::Half* y, F x) {
@@ -261,16 +259,14 @@ static float scale_of(float bound) {
   return s < INFINITY ? std::max(s, TINY) : NAN;
 }
 
-// quant.step_bound of every group, N values at a time; returns the largest. NaN wins every maximum, as bits of a positive number.
-template <int N> static float bounds(const float* x, int64_t G, int64_t group, float* b) {
-  using Int = Vectors<N>::Int;
-  using Float = Vectors<N>::Float;
-  Int all{};
+// quant.step_bound of every group (a multiple of 8); returns the largest. NaN wins every maximum, as bits of a positive number do.
+static float bounds(const float* x, int64_t G, int64_t group, float* b) {
+  V8 all{};
   for (int64_t g = 0; g < G; g++) {
-    Int most{};
-    for (int64_t k = 0; k < group; k += N) {
-      const Float v = load<Float>(x + g * group + k);
-      const Int bound = (Int)(v * (v < 0 ? Float{} + LO : Float{} + HI)) & 0x7fffffff;
+    V8 most{};
+    for (int64_t k = 0; k < group; k += 8) {
+      const F8 v = load<F8>(x + g * group + k);
+      const V8 bound = (V8)(v * (v < 0 ? F8{} + LO : F8{} + HI)) & 0x7fffffff;
       most = bound > most ? bound : most;
     }
     b[g] = bits<float>(largest(most));
@@ -279,26 +275,27 @@ template <int N> static float bounds(const float* x, int64_t G, int64_t group, f
   return bits<float>(largest(all));
 }
 
-// Codes of x / s, n of them, as rows hold them. b (its length a multiple of 8): bounds of the groups, and then their m.
-template <int N> static void quantize(const float* x, float* b, float s, int64_t n, int64_t group, uint8_t* out) {
-  using Int = Vectors<N>::Int;
-  using Float = Vectors<N>::Float;
-  using Bytes = Vectors<N>::Bytes;
-  for (int64_t g = 0; g * group < n; g += 8) {
-    Vectors<8>::Float m = (Vectors<8>::Float)_mm256_ceil_ps((__m256)(load<Vectors<8>::Float>(b + g) / s));
-    m = m < 1 ? Vectors<8>::Float{} + 1 : m;
-    m = m > 16 ? Vectors<8>::Float{} + 16 : m;
-    const Vectors<8>::Float inv = 1 / (s * m);
-    memcpy(b + g, &m, sizeof m);
-    for (int64_t i = 0; i < 8; i++)
-      for (int64_t k = (g + i) * group; k < std::min((g + i + 1) * group, n); k += N) {
-        Int q = (Int)(load<Float>(x + k) * inv[i] + MAGIC) - bits<int32_t>(MAGIC);
-        q = q < -8 ? Int{} - 8 : q;
-        q = q > 7 ? Int{} + 7 : q;
-        const Bytes code = __builtin_convertvector(q * (VNNI ? (int32_t)m[i] : 1) + OFFSET, Bytes);
-        memcpy(out + k, &code, sizeof code);
-      }
+// Bounds of groups -> their m, in place, and 1 / (s m); both in arrays of a multiple of 8
+static void multipliers(float* b, float s, int64_t G, float* inv) {
+  for (int64_t g = 0; g < G; g += 8) {
+    F8 m = (F8)_mm256_ceil_ps((__m256)(load<F8>(b + g) / s));
+    m = m < 1 ? F8{} + 1 : m;
+    m = m > 16 ? F8{} + 16 : m;
+    const F8 i = 1 / (s * m);
+    memcpy(b + g, &m, sizeof m), memcpy(inv + g, &i, sizeof i);
   }
+}
+
+// The first n (a multiple of 8) codes of a row, as rows hold them
+static void quantize(const float* x, const float* m, const float* inv, int64_t n, int64_t group, uint8_t* out) {
+  for (int64_t k0 = 0; k0 < n; k0 += group, m++, inv++)
+    for (int64_t k = k0; k < std::min(k0 + group, n); k += 8) {
+      V8 q = (V8)(load<F8>(x + k) * *inv + MAGIC) - bits<int32_t>(MAGIC);
+      q = q < -8 ? V8{} - 8 : q;
+      q = q > 7 ? V8{} + 7 : q;
+      const Bytes8 code = __builtin_convertvector(q * (VNNI ? (int32_t)*m : 1) + OFFSET, Bytes8);
+      memcpy(out + k, &code, sizeof code);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------ panels
@@ -310,21 +307,27 @@ static const auto PRODUCTS = [] {  // m q for n = m - 1, u = q + 8
   return table;
 }();
 
-// Weight row o -> its codes m q. Byte j of a row holds values j (low nibble) and j + K/2 (high).
-static void unpack_row(const uint8_t* codes, const uint8_t* mult, int64_t o, int64_t K, int64_t group, int8_t* out) {
-  for (int64_t k = 0, at = o * (K / group); k < K; at++) {
+// Values k..stop of a row from the low (SHIFT 0) or high (4) nibbles of p[k]; returns stop.
+template <int SHIFT> static inline int64_t nibbles(const uint8_t* p, const int8_t* table, int64_t k, int64_t stop, int8_t* out) {
+  const __m128i products = load<__m128i>(table), mask = _mm_set1_epi8(15);
+  for (; k + 16 <= stop; k += 16) {
+    const __m128i u = _mm_and_si128(_mm_srli_epi16(load<__m128i>(p + k), SHIFT), mask);
+    _mm_storeu_si128((__m128i*)(out + k), _mm_shuffle_epi8(products, u));
+  }
+  for (; k < stop; k++) out[k] = table[p[k] >> SHIFT & 15];
+  return k;
+}
+
+// Values k..stop, whole groups, of weight row o -> m q. Byte j of a row holds values j (low nibble) and j + K/2 (high).
+static void unpack(const uint8_t* codes, const uint8_t* mult, int64_t o, int64_t K, int64_t group, int64_t k, int64_t stop,
+                   int8_t* out) {
+  const uint8_t* p = codes + o * (K / 2);
+  out -= k;
+  for (int64_t at = (o * K + k) / group; k < stop; at++) {
     const int8_t* table = PRODUCTS[mult[at / 2] >> 4 * (at % 2) & 15].data();
-    const __m128i table16 = load<__m128i>(table);
-    for (const int64_t end = k + group; k < end;) {
-      const bool high = k >= K / 2;
-      const uint8_t* p = codes + o * (K / 2) + k - high * (K / 2);
-      const int64_t stop = high ? end : std::min(end, K / 2);
-      for (; k + 16 <= stop; k += 16, p += 16) {
-        const __m128i u = _mm_and_si128(_mm_srli_epi16(load<__m128i>(p), high * 4), _mm_set1_epi8(15));
-        _mm_storeu_si128((__m128i*)(out + k), _mm_shuffle_epi8(table16, u));
-      }
-      for (; k < stop; k++) out[k] = table[*p++ >> 4 * high & 15];
-    }
+    const int64_t end = k + group;
+    if (k < K / 2) k = nibbles<0>(p, table, k, std::min(end, K / 2), out);
+    if (end > K / 2) k = nibbles<4>(p - K / 2, table, k, end, out);
   }
 }
 
@@ -433,17 +436,18 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   float* scale_x = scratch<float>(SCALES, P);
   const auto each_pixel = [&](auto f) {  // f(pixel, x' (Ix), bounds of its groups, their largest)
     at::parallel_for(0, P, 8, [&](int64_t p0, int64_t p1) {
-      std::vector<float> row(Ix), b(up(Gx, 8));
+      std::vector<float> row(Ix), b(2 * up(Gx, 8));
       for (int64_t p = p0; p < p1; p++) {
         smoothed(px + p * s.I, inv, s.I, row.data());
-        const auto largest_bound = group_x % LANES ? bounds<8> : bounds<LANES>;
-        f(p, row.data(), b.data(), largest_bound(row.data(), Gx, group_x, b.data()));
+        f(p, row.data(), b.data(), bounds(row.data(), Gx, group_x, b.data()));
       }
     });
   };
   const auto quantize_pixel = [&](int64_t p, const float* row, float* b, float) {
     const int64_t at = s.padded(p);
-    (group_x % LANES || C % LANES ? quantize<8> : quantize<LANES>)(row, b, scale_x[p], Cx, group_x, pX + at * C);
+    float* inv_m = b + up(Gx, 8);
+    multipliers(b, scale_x[p], Gx, inv_m);
+    quantize(row, b, inv_m, Cx, group_x, pX + at * C);
     for (int64_t k = 0; k < Cx && !VNNI; k += chunk) pXm[at * chunks + k / chunk] = (int32_t)b[k / group_x] * 0x10001;
   };
   each_pixel([&](int64_t p, const float* row, float* b, float bound) {
@@ -487,7 +491,7 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
     V *panel = scratch<V>(W_PANEL, wide * lanes * NR), *minus = scratch<V>(W_MINUS, wide * all_chunks * NR);
     V* panel_B = scratch<V>(B_PANEL, wide * lanes_low * NR);
     float *sw = scratch<float>(W_SCALES, wide * WIDTH), *bw = scratch<float>(W_BIAS, wide * WIDTH);
-    int8_t* row = scratch<int8_t>(W_ROWS, LANES * K);
+    int8_t* row = scratch<int8_t>(W_ROWS, LANES * BLOCK);
     Low* row_B = scratch<Low>(B_ROWS, LANES * R);
     for (int64_t w = w0; w < w1; w++) {
       const int64_t wr = w / by_columns, wc = w % by_columns;
@@ -496,15 +500,18 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
         const int64_t c1 = std::min(c0 + wide, end);
         for (int64_t v = 0; v < (c1 - c0) * NR; v++) {  // unpack a register of columns; those beyond O are zero
           const int64_t o0 = c0 * WIDTH + v * LANES, c = v / NR, j = v % NR;
-          if (o0 + LANES > O) std::fill_n(row, LANES * K, 0);
+          for (int64_t k = 0; k < K; k += BLOCK) {
+            const int64_t n = std::min(BLOCK, K - k);
+            if (o0 + LANES > O) std::fill_n(row, LANES * n, 0);
+            for (int64_t i = 0; i < std::min<int64_t>(LANES, O - o0); i++) unpack(pc, pm, o0 + i, K, group, k, k + n, row + i * n);
+            interleave(row, n / 4, panel + (c * lanes + k / 4) * NR + j, NR);
+          }
           std::fill_n(row_B, LANES * R, Low(0.f));  // to R, and for columns beyond O
           for (int64_t i = 0; i < LANES; i++) {
             const int64_t o = o0 + i;
             sw[v * LANES + i] = o < O ? ps[o] : 0, bw[v * LANES + i] = o < O && pb ? pb[o] : 0;
-            if (o < O) unpack_row(pc, pm, o, K, group, row + i * K);
             if (o < O && rank) convert(pB + o * rank, rank, row_B + i * R);
           }
-          interleave(row, lanes, panel + c * lanes * NR + j, NR);
           interleave(row_B, lanes_low, panel_B + c * lanes_low * NR + j, NR);
         }
         for (int64_t q = 0; q < (c1 - c0) * all_chunks; q++) {

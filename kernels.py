@@ -350,13 +350,23 @@ def load_native() -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result  # or torch.compile traces through functools.cache into the build
+def _has_native() -> bool:
+    return load_native()
+
+
 def native(fn: Callable) -> Callable:
     """The C++ twin of w4a4_linear or w4a4_conv2d for tensors on the CPU; fn itself for others and where there is none."""
     twin = {w4a4_linear: native_linear, w4a4_conv2d: native_conv2d}.get(fn)
-    return (lambda x, *args: (fn if x.is_cuda else twin)(x, *args)) if twin and load_native() else fn
+    return (lambda x, *args: (fn if x.is_cuda else twin)(x, *args)) if twin and _has_native() else fn
 
 
-BACKENDS = {"eager": lambda fn: fn, "compile": compiled, "native": native}
+def backend_compile(fn: Callable) -> Callable:
+    """compiled(fn); fn itself inside of a model that is being compiled as a whole."""
+    return fn if torch.compiler.is_compiling() else compiled(fn)
+
+
+BACKENDS = {"eager": lambda fn: fn, "compile": backend_compile, "native": native}
 
 # ------------------------------------------------------------------------------------------------ demo
 

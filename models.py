@@ -105,6 +105,26 @@ def tiny_flux() -> FluxTransformer2DModel:
     )  # fmt: skip
 
 
+def sdxl_unet() -> UNet2DConditionModel:
+    """SDXL base 1.0, 2.567 B parameters (its unet/config.json)."""
+    return UNet2DConditionModel(
+        sample_size=128, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, cross_attention_dim=2048,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+
+
+def flux_transformer() -> FluxTransformer2DModel:
+    """FLUX.1 [dev], 11.90 B parameters (its transformer/config.json)."""
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
+        joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
+    )  # fmt: skip
+
+
 class Denoiser(nn.Module):
     """A network on path times.  forward(x_t (B,C,H,W), t (B,), s (B,), cond) -> prediction (B,C,H,W), in x_t's dtype.
 
@@ -154,15 +174,28 @@ class FluxDenoiser(Denoiser):
         return y.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
+NETWORKS = {"tiny": tiny_unet, "tiny-flux": tiny_flux, "sdxl": sdxl_unet, "flux": flux_transformer}
+
+
+def wrap(name: str, net: nn.Module, text: nn.Module | None = None) -> Denoiser:
+    """The denoiser of a network of NETWORKS. Latents of sdxl and flux are those of 1024 x 1024 pixels."""
+    if isinstance(net, UNet2DConditionModel):
+        path = VPPath.from_betas("v_prediction", zero_terminal_snr=True) if name == "tiny" else VPPath.from_betas("epsilon")
+        denoiser = UNetDenoiser(name, net, text, path)
+    else:
+        denoiser = FluxDenoiser(name, net, text, FlowPath(shift=1.0 if name == "tiny-flux" else 3.0))
+    denoiser.latent = {"sdxl": (4, 128, 128), "flux": (16, 128, 128)}.get(name, LATENT)
+    return denoiser
+
+
 def build(name: str) -> Denoiser:
-    """The architecture with random weights. ValueError for an unknown name."""
+    """A tiny architecture with random weights. ValueError for an unknown name."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    denoiser = wrap(name, NETWORKS[name](), TinyText())
     if name == "tiny":
-        denoiser = UNetDenoiser(name, tiny_unet(), TinyText(), VPPath.from_betas("v_prediction", zero_terminal_snr=True))
         nn.init.zeros_(denoiser.net.time_embedding.cond_proj.weight)  # so that a CM starts from the teacher's function
-        return denoiser
-    if name == "tiny-flux":
-        return FluxDenoiser(name, tiny_flux(), TinyText(), FlowPath(shift=1.0))
-    raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    return denoiser
 
 
 # ---------------------------------------------------------------------------------------------------------------------

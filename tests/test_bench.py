@@ -1,9 +1,13 @@
 """bench.py's measuring: what it reports is what ran. Speeds are not judged here."""
 
+import argparse
+
 import pytest
 import torch
 
 import bench
+import hgs_lora
+import models
 
 
 def broken(layer):
@@ -24,3 +28,69 @@ def test_every_implementation_is_measured_on_the_same_operands(kind, shape, caps
         assert 0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"]
     assert by_name["bf16"]["error"] < 0.01 and 0.02 < by_name["ours_eager"]["error"] < 0.2
     assert len(bench.table(rows)) == 2 + len(rows)
+
+
+def options(**changes):
+    return argparse.Namespace(**{"model": "tiny", "rank": 4, "device": "cpu", "rounds": 1, "compile": False} | changes)
+
+
+def test_the_networks_that_are_compared_have_the_same_architecture_and_a_quarter_of_the_weights():
+    """Catches layers left in bf16, a packed twin that does not run, NaN from the random fill."""
+    args = options()
+    dense, packed = bench.networks(args, "")
+    assert {name for name, _ in hgs_lora.packed_layers(packed.net)} == {
+        name for name in models.float_layers(dense.net) if models.precision(name) != "16bit"
+    }
+    inputs = bench.step_inputs(dense, 2, "cpu")
+    with torch.inference_mode():
+        a, b = dense(*inputs), packed(*inputs)
+    assert a.shape == b.shape == inputs[0].shape and a.isfinite().all() and b.isfinite().all()
+    assert bench.nbytes(packed) < 0.4 * bench.nbytes(dense)  # tiny has large text and time embeddings
+    rows = bench.timed(
+        "one step",
+        {"bf16": lambda: lambda: dense(*inputs), "ours": lambda: lambda: packed(*inputs)},
+        {"bf16": dense, "ours": packed},
+        args,
+    )
+    assert [row["impl"] for row in rows] == ["bf16", "ours"] and len(bench.model_table(rows)) == 4
+    assert rows[1]["weights_mb"] == bench.nbytes(packed) / 1e6
+
+
+@pytest.mark.parametrize("name,parameters,linears,convs", [("sdxl", 2.567e9, 743, 51), ("flux", 11.90e9, 504, 0)])
+def test_the_large_networks_are_the_published_ones(name, parameters, linears, convs):
+    """Catches a wrong width, depth or attention setting, and parts whose arguments changed with the library."""
+    with torch.device("meta"):
+        net = models.NETWORKS[name]().to(torch.bfloat16)
+        layers = [type(layer) for layer in models.float_layers(net).values()]
+        assert abs(sum(p.numel() for p in net.parameters()) / parameters - 1) < 1e-3
+        assert (layers.count(torch.nn.Linear), layers.count(torch.nn.Conv2d)) == (linears, convs)
+        for part, shapes in bench.PARTS[name].items():
+            x = {k: torch.randn(shape, dtype=torch.bfloat16) for k, shape in shapes.items()}
+            if name == "flux":
+                x["image_rotary_emb"] = (torch.randn(4608, 128), torch.randn(4608, 128))
+            net.get_submodule(part)(**x)
+
+
+def test_peak_growth_sees_a_buffer_that_is_gone_after_the_call():
+    """Catches a measure of what stays rather than of the peak."""
+    growth = bench.peak_growth(lambda: torch.ones(50_000_000).sum(), cuda=False)
+    assert growth is None or 190 < growth < 260
+
+
+def test_slopes_are_those_of_powers_and_lines():
+    """Catches a slope over the wrong axis."""
+    x = [1, 2, 4, 8]
+    assert abs(bench.slope(x, [3 * v**1.5 for v in x], log=True) - 1.5) < 1e-9
+    assert abs(bench.slope(x, [3 * v + 1 for v in x], log=False) - 3) < 1e-9
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile", "native"])
+def test_a_packed_unet_is_one_graph(backend):
+    """Catches a graph break in a layer: the choice of a backend, the build of kernels.cpp, autocast, the branch."""
+    _, packed = bench.networks(options(), "")
+    hgs_lora.set_backend(packed, backend)
+    inputs = bench.step_inputs(packed, 1, "cpu")
+    with torch.inference_mode():
+        traced = torch.compile(packed, fullgraph=True, backend="eager")(*inputs)
+        hgs_lora.set_backend(packed, "native" if backend == "native" else "eager")
+        assert torch.equal(traced, packed(*inputs))
