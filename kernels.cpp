@@ -453,8 +453,10 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   each_pixel([&](int64_t p, const float* row, float* b, float bound) {
     scale_x[p] = per_sample ? bound : scale_of(bound);
     if (!per_sample) quantize_pixel(p, row, b, bound);
-    if (pL)
-      for (int64_t k = 0; k < s.I; k++) pL[s.padded(p) * Cl + k] = rounded<T, Low>(row[k]);
+    if (!pL) return;
+    Low* to = pL + s.padded(p) * Cl;
+    if (!inv) convert(px + p * s.I, s.I, to);
+    for (int64_t k = 0; k < s.I && inv; k++) to[k] = rounded<T, Low>(row[k]);
   });
   if (per_sample) {  // the scale is known only now: a second pass over x
     for (int64_t n = 0; n < s.N; n++) {
