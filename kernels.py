@@ -338,7 +338,8 @@ def load_native() -> bool:
                 os.replace(f"{folder}/kernels.so", library)
         torch.ops.load_library(library)
     except (OSError, subprocess.CalledProcessError) as error:
-        why = error.stderr.strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else error
+        lines = getattr(error, "stderr", "").splitlines()
+        why = next((line for line in lines if "error" in line), error)
         warnings.warn(f"kernels.cpp was not built, the slower eager kernels run ({why})", stacklevel=2)
         return False
 
