@@ -21,6 +21,7 @@ or refuses a shape is named, and the table goes on without it. (gemlite, for CUD
 
 import argparse
 import copy
+import ctypes
 import json
 import platform
 import re
@@ -143,6 +144,12 @@ def torchao(layer: Layer, config: Callable) -> Callable:
     return lambda: fast(layer.x)
 
 
+def torchao_int4_on_cpu(_) -> object:
+    from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+
+    return PrototypeInt4WeightOnlyConfig(set_inductor_config=False)  # which would change the others' compilation
+
+
 def sdnq(layer: Layer, dtype: str, openvino: bool = False) -> Callable:
     import sdnq.kernel_wrappers as wrappers
     from sdnq import SDNQConfig, sdnq_quantize_layer
@@ -192,7 +199,7 @@ CPU = {
     "sdnq_uint4_openvino": lambda layer: sdnq(layer, "uint4", openvino=True),
     "sdnq_int8": lambda layer: sdnq(layer, "int8"),
     "torchao_w8a8": lambda layer: torchao(layer, lambda q: q.Int8DynamicActivationInt8WeightConfig()),
-    "torchao_int4": lambda layer: torchao(layer, lambda q: q.Int4WeightOnlyConfig(int4_packing_format="plain_int32")),
+    "torchao_int4": lambda layer: torchao(layer, torchao_int4_on_cpu),
     "bnb_nf4": bitsandbytes,
 }
 CUDA = {k: v for k, v in CPU.items() if k not in ("ours", "ours_compile", "sdnq_uint4_openvino", "torchao_int4")} | {
@@ -257,12 +264,13 @@ def peak_growth(call: Callable, cuda: bool) -> float | None:
         return float(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
 
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
         before = resident("VmRSS")
         call()
         return max(0.0, resident("VmHWM") - before)
-    except (OSError, TypeError):
-        return None
+    except (OSError, TypeError, AttributeError):
+        return None  # not Linux
 
 
 @torch.inference_mode()
@@ -277,19 +285,28 @@ def measure(layer: Layer, implementations: dict[str, Callable], rounds: int, cud
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Markdown: a line per shape and implementation."""
-    lines = [
-        "| layer | M x K x N | implementation | ms | quartiles | GOPS | of the int8 ceiling | error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    ceilings = {(row["kind"], row["shape"]): row["median_ms"] for row in rows if row["impl"] == "int8_ceiling"}
-    for row in rows:
-        ceiling = ceilings.get((row["kind"], row["shape"]))
-        share = f"{100 * ceiling / row['median_ms']:.0f}%" if ceiling else "-"
-        error = "-" if row["error"] is None else f"{row['error']:.4f}"
-        times = f"{row['median_ms']:.2f} | {row['q1_ms']:.2f} .. {row['q3_ms']:.2f}"
-        shape = " x ".join(map(str, row["shape"]))
-        lines.append(f"| {row['kind']} | {shape} | {row['impl']} | {times} | {row['gops']:.0f} | {share} | {error} |")
+    """Markdown: median milliseconds, a line per shape and a column per implementation, ours first with quartiles; then the medians
+    over shapes of the error and of the compilation."""
+    names = list(dict.fromkeys(row["impl"] for row in rows))
+    shapes = list(dict.fromkeys((row["kind"], tuple(row["shape"])) for row in rows))
+    at = {(row["kind"], tuple(row["shape"]), row["impl"]): row for row in rows}
+    names.sort(key=lambda name: (name != "ours", name not in ("bf16", "int8_ceiling")))
+    shares = ["times bf16", "of the ceiling"] if "ours" in names else []
+    lines = ["| M x K x N | " + " | ".join(names[:1] + shares + names[1:]) + " |", "|---" * (1 + len(names) + len(shares)) + "|"]
+    for shape in shapes:
+        ms = {name: at[*shape, name]["median_ms"] for name in names if (*shape, name) in at}
+        cells = [f"{ms[name]:.2f}" if name in ms else "-" for name in names]
+        if "ours" in ms:
+            cells[0] += f" ({at[*shape, 'ours']['q1_ms']:.2f} .. {at[*shape, 'ours']['q3_ms']:.2f})"
+            cells.insert(1, f"{100 * ms['int8_ceiling'] / ms['ours']:.0f}%" if "int8_ceiling" in ms else "-")
+            cells.insert(1, f"{ms['bf16'] / ms['ours']:.2f}" if "bf16" in ms else "-")
+        lines.append(f"| {'3x3 conv ' if shape[0] == 'conv' else ''}{' x '.join(map(str, shape[1]))} | " + " | ".join(cells) + " |")
+    for label, key, digits in (("error", "error", 4), ("compilation, s", "compile_s", 1)):
+        cells = []
+        for name in names:
+            values = [row[key] for row in rows if row["impl"] == name and row[key] is not None]
+            cells.append(f"{statistics.median(values):.{digits}f}" if values else "-")
+        lines.append(f"| {label} | " + " | ".join(cells[:1] + [""] * len(shares) + cells[1:]) + " |")
     return lines
 
 
@@ -404,6 +421,13 @@ CONDITION = {  # tokens and pooled text of one picture
 }  # fmt: skip
 
 
+def compiled_denoiser(denoiser: models.Denoiser) -> models.Denoiser:
+    """The same one, its network through torch.compile."""
+    fast = copy.copy(denoiser)
+    fast._modules = denoiser._modules | {"net": torch.compile(denoiser.net)}
+    return fast
+
+
 def step_inputs(denoiser: models.Denoiser, batch: int, device: str) -> tuple:
     """x, t, s, cond for a step of `batch` pictures."""
     tokens, pooled = CONDITION[denoiser.name]
@@ -419,29 +443,19 @@ def nbytes(module: nn.Module) -> int:
 
 def bench_model(args: argparse.Namespace) -> list[dict]:
     """Rows {"what", "impl", "median_ms", "q1_ms", "q3_ms", "compile_s", "peak_mb", "weights_mb"}, printed as a table."""
-    cuda, rows = args.device == "cuda", []
-    whole = cuda or args.model not in PARTS
+    rows, whole = [], args.device == "cuda" or args.model not in PARTS
     for part in [""] if whole else PARTS[args.model]:
         torch.compiler.reset()
         nets = dict(zip(("bf16", "ours"), networks(args, part), strict=True))
         if part:
-            x = {k: torch.randn(shape, dtype=torch.bfloat16) for k, shape in PARTS[args.model][part].items()}
+            x = (), {k: torch.randn(shape, dtype=torch.bfloat16) for k, shape in PARTS[args.model][part].items()}
             if args.model == "flux":
-                x["image_rotary_emb"] = tuple(torch.randn(4608, 128) for _ in range(2))
-            inputs = ((), x)
+                x[1]["image_rotary_emb"] = tuple(torch.randn(4608, 128) for _ in range(2))
         else:
-            inputs = (step_inputs(nets["bf16"], 1, args.device), {})
-
-        def step(net, fast=False, inputs=inputs):
-            call = torch.compile(net) if fast else net
-            return lambda: call(*inputs[0], **inputs[1])
-
-        builders = {}
-        for name, net in nets.items():
-            builders[name] = lambda net=net: step(net)
-            if args.compile:
-                builders[f"{name}_compiled"] = lambda net=net: step(net, fast=True)
-        rows += timed(part or "one step", builders, nets, args)
+            x = step_inputs(nets["bf16"], 1, args.device), {}
+        if args.compile:
+            nets |= {f"{name}_compiled": torch.compile(net) if part else compiled_denoiser(net) for name, net in nets.items()}
+        rows += timed(part or "one step", {k: lambda net=net: lambda: net(*x[0], **x[1]) for k, net in nets.items()}, nets, args)  # noqa: B023
         if whole:
             rows += timed("a picture", generations(nets, args), nets, args)
             rows += throughput(nets, args)
@@ -456,7 +470,7 @@ def timed(what: str, builders: dict[str, Callable], nets: dict[str, nn.Module], 
     calls, compile_s = prepare(builders, cuda)
     rows = []
     for name, times in interleave(calls, args.rounds, cuda).items():
-        weights = nbytes(nets["ours" if name.startswith("ours") else "bf16"]) / 1e6
+        weights = nbytes(nets["ours" if name.startswith("ours") else "bf16"]) / 1e6  # a picture's rows have longer names
         row = {"what": what, "impl": name, **times, "compile_s": compile_s[name], "peak_mb": peak_growth(calls[name], cuda)}
         rows.append(row | {"weights_mb": weights})
     return rows
@@ -465,40 +479,35 @@ def timed(what: str, builders: dict[str, Callable], nets: dict[str, nn.Module], 
 def generations(nets: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, Callable]:
     """Whole samplings of one picture: 4 steps of both, and 20 of the teacher, guided by two predictions a step (FLUX: one)."""
     x, _, _, cond = step_inputs(nets["bf16"], 1, args.device)
-
-    def sampling(net, steps, guided=False):
-        model = torch.compile(net) if args.compile else net
-        if guided:
-            model = tdpt.guided(model, 5.0, {k: torch.zeros_like(v) for k, v in cond.items()})
-        return lambda: tdpt.sample(model, net.path, x, cond, steps)
-
+    suffix = "_compiled" if args.compile else ""
+    dense, packed = nets["bf16" + suffix], nets["ours" + suffix]
+    guided = dense if "flux" in args.model else tdpt.guided(dense, 5.0, {k: torch.zeros_like(v) for k, v in cond.items()})
     return {
-        "bf16, 4 steps": lambda: sampling(nets["bf16"], 4),
-        "ours, 4 steps": lambda: sampling(nets["ours"], 4),
-        "bf16 teacher, 20 guided steps": lambda: sampling(nets["bf16"], 20, guided="flux" not in args.model),
+        f"bf16{suffix}, 4 steps": lambda: lambda: tdpt.sample(dense, dense.path, x, cond, 4),
+        f"ours{suffix}, 4 steps": lambda: lambda: tdpt.sample(packed, packed.path, x, cond, 4),
+        f"bf16{suffix} teacher, 20 guided steps": lambda: lambda: tdpt.sample(guided, dense.path, x, cond, 20),
     }
 
 
 @torch.inference_mode()
 def throughput(nets: dict[str, nn.Module], args: argparse.Namespace) -> list[dict]:
-    """Pictures a second in one step, the batch doubled until memory or the gain ends."""
+    """Steps a second times pictures in a batch, not compiled as a whole; the batch is doubled until memory or the gain ends."""
     cuda, rows = args.device == "cuda", []
-    for name, net in nets.items():
-        call, best, batch = torch.compile(net, dynamic=False) if cuda and args.compile else net, None, 1
+    for name in ("bf16", "ours"):
+        net, best, batch = nets[name], None, 1
         while batch <= 256:
-            try:
-                inputs = step_inputs(net, batch, args.device)
-                clock(lambda: call(*inputs), cuda)  # noqa: B023
-                times = interleave({"": lambda: call(*inputs)}, min(args.rounds, 5), cuda)[""]  # noqa: B023
-            except torch.OutOfMemoryError:
-                break
+            inputs = step_inputs(net, batch, args.device)
+            calls, _ = prepare({name: lambda: lambda: net(*inputs)}, cuda)  # noqa: B023
+            if not calls:
+                break  # out of memory
+            times = interleave(calls, min(args.rounds, 5), cuda)[name]
             if best and times["median_ms"] / batch > 0.97 * best["median_ms"] / best["batch"]:
                 break
-            best = times | {"batch": batch, "peak_mb": peak_growth(lambda: call(*inputs), cuda)}  # noqa: B023
+            best = times | {"batch": batch, "peak_mb": peak_growth(calls[name], cuda)}
             batch *= 2
-        rate = 1e3 * best["batch"] / best["median_ms"]
-        what = f"batch of {best.pop('batch')}: {rate:.2f} pictures/s"
-        rows.append({"what": what, "impl": name, **best, "compile_s": 0.0, "weights_mb": nbytes(net) / 1e6})
+        if best:
+            what = f"batch {best['batch']}: {1e3 * best.pop('batch') / best['median_ms']:.2f} pictures a second and step"
+            rows.append({"what": what, "impl": name, **best, "compile_s": 0.0, "weights_mb": nbytes(net) / 1e6})
     return rows
 
 
@@ -528,8 +537,8 @@ SWEEPS = {  # (M, K, N, rank)
 
 @torch.inference_mode()
 def bench_costs(args: argparse.Namespace) -> list[dict]:
-    """Rows {"sweep", "shape": [M, K, N], "rank", "impl", times, "peak_mb"}; peak_mb is what a call adds to memory beyond its
-    result. The exponent is the slope of log time over log size; for the rank, the time of one more."""
+    """Rows {"sweep", "shape": [M, K, N], "rank", "impl", times}. The exponent is the slope of log time over log size; for the rank,
+    the time of one more."""
     cuda, rows = args.device == "cuda", []
     for sweep, points in SWEEPS.items():
         for M, K, N, r in points:
@@ -541,25 +550,23 @@ def bench_costs(args: argparse.Namespace) -> list[dict]:
             x = torch.randn(M, K, device=args.device, dtype=torch.bfloat16)
             calls, _ = prepare({"bf16": lambda: lambda: dense(x), "ours": lambda: lambda: packed(x)}, cuda)  # noqa: B023
             for name, times in interleave(calls, args.rounds, cuda).items():
-                peak = peak_growth(calls[name], cuda)
-                beyond = None if peak is None else max(0.0, peak - 2e-6 * M * N)
-                rows.append({"sweep": sweep, "shape": [M, K, N], "rank": r, "impl": name, **times, "peak_mb": beyond})
-    lines = ["| | M x K x N, rank | bf16 ms | ours ms | times bf16 | beyond weights and result, MB |", "|---|---|---|---|---|---|"]
+                rows.append({"sweep": sweep, "shape": [M, K, N], "rank": r, "impl": name, **times})
+    lines = ["| | M x K x N, rank | bf16 ms | ours ms | times bf16 |", "|---|---|---|---|---|"]
     for sweep, points in SWEEPS.items():
-        of = {name: [r for r in rows if r["sweep"] == sweep and r["impl"] == name] for name in ("bf16", "ours")}
+        of = {name: [r["median_ms"] for r in rows if r["sweep"] == sweep and r["impl"] == name] for name in ("bf16", "ours")}
         for (M, K, N, r), dense, packed in zip(points, of["bf16"], of["ours"], strict=True):
-            times = f"{dense['median_ms']:.2f} | {packed['median_ms']:.2f} | {dense['median_ms'] / packed['median_ms']:.2f}"
-            beyond = "-" if packed["peak_mb"] is None else f"{packed['peak_mb']:.1f}"
-            lines.append(f"| {sweep} | {M} x {K} x {N}, {r} | {times} | {beyond} |")
-        sizes = [p[{"tokens": 0, "width": 1, "rank": 3}[sweep]] for p in points]
-        slopes = {name: slope(sizes, [r["median_ms"] for r in of[name]], log=sweep != "rank") for name in of}
-        unit = "ms a rank" if sweep == "rank" else "exponent"
-        lines.append(f"| {sweep} | {unit} | {slopes['bf16']:.4g} | {slopes['ours']:.4g} | | |")
+            lines.append(f"| {sweep} | {M} x {K} x {N}, {r} | {dense:.2f} | {packed:.2f} | {dense / packed:.2f} |")
+        bf16, ours = (slope(sizes(sweep), of[name], log=sweep != "rank") for name in ("bf16", "ours"))
+        lines.append(f"| {sweep} | {'ms a rank' if sweep == 'rank' else 'exponent'} | {bf16:.3f} | {ours:.3f} | |")
     print("\n".join(lines))
     print(f"\n{about(args)}; median of {args.rounds} rounds")
     if args.plot:
         plot_costs(rows, Path(args.plot))
     return rows
+
+
+def sizes(sweep: str) -> list[int]:
+    return [point[{"tokens": 0, "width": 1, "rank": 3}[sweep]] for point in SWEEPS[sweep]]
 
 
 def slope(x: list[float], y: list[float], log: bool) -> float:
@@ -576,13 +583,12 @@ def plot_costs(rows: list[dict], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 3.5))
-    for axis, (sweep, points) in zip(axes, SWEEPS.items(), strict=True):
-        sizes = [p[{"tokens": 0, "width": 1, "rank": 3}[sweep]] for p in points]
+    for axis, sweep in zip(axes, SWEEPS, strict=True):
         for name in ("bf16", "ours"):
             ms = [r["median_ms"] for r in rows if r["sweep"] == sweep and r["impl"] == name]
-            value = slope(sizes, ms, log=sweep != "rank")
+            value = slope(sizes(sweep), ms, log=sweep != "rank")
             label = f"{name}, {value:.3f} ms a rank" if sweep == "rank" else f"{name}, exponent {value:.2f}"
-            axis.plot(sizes, ms, marker="o", label=label)
+            axis.plot(sizes(sweep), ms, marker="o", label=label)
         if sweep != "rank":
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")

@@ -15,11 +15,11 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <immintrin.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <mutex>
 #include <vector>
 
 #ifndef _OPENMP
@@ -288,7 +288,8 @@ static void multipliers(float* b, float s, int64_t G, float* inv) {
 
 // The first n (a multiple of 8) codes of a row, as rows hold them
 static void quantize(const float* x, const float* m, const float* inv, int64_t n, int64_t group, uint8_t* out) {
-  for (int64_t k0 = 0; k0 < n; k0 += group, m++, inv++)
+  for (int64_t k0 = 0; k0 < n; k0 += group, m++, inv++) {
+    __builtin_prefetch(out + k0 + 4096, 1);  // stores would wait for their cache lines
     for (int64_t k = k0; k < std::min(k0 + group, n); k += 8) {
       V8 q = (V8)(load<F8>(x + k) * *inv + MAGIC) - bits<int32_t>(MAGIC);
       q = q < -8 ? V8{} - 8 : q;
@@ -296,6 +297,7 @@ static void quantize(const float* x, const float* m, const float* inv, int64_t n
       const Bytes8 code = __builtin_convertvector(q * (VNNI ? (int32_t)*m : 1) + OFFSET, Bytes8);
       memcpy(out + k, &code, sizeof code);
     }
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------ panels
@@ -360,15 +362,30 @@ static V* kept(Use use, int64_t registers) {
 }
 template <class Of> static Of* scratch(Use use, int64_t n) { return (Of*)kept(use, up(n * sizeof(Of), sizeof(V)) / sizeof(V)); }
 
-// Fresh memory of the operating system comes in pages of 4 KB, each a fault; large outputs ask for pages of 2 MB, and each is
-// touched by one thread, because two that fault on one page both clear it.
-static void huge_pages(const Tensor& y) {
-  const int64_t page = 2 << 20, begin = up((intptr_t)y.const_data_ptr(), page), end = (intptr_t)y.const_data_ptr() + y.nbytes();
-  const int64_t pages = (end - begin) / page;
-  if (pages < 2 || madvise((void*)begin, pages * page, MADV_HUGEPAGE)) return;
-  at::parallel_for(0, pages, 1, [&](int64_t p0, int64_t p1) {
-    for (int64_t p = p0; p < p1; p++) *(volatile char*)(begin + p * page) = 0;
-  });
+// An output, uninitialised. Page faults of fresh memory take up to a third of a call, and malloc hands blocks of 32 MB or more back
+// to the system when they are freed; so the last two freed outputs of 32 to 256 MB are kept for the next ones.
+static Tensor output(at::IntArrayRef size, const at::TensorOptions& options) {
+  struct Block {
+    int64_t bytes;
+    void* data;
+  };
+  static auto& freed = *new std::vector<Block>;  // never destroyed: outputs may live longer than static variables
+  static auto& lock = *new std::mutex;
+  Block block{up(c10::multiply_integers(size) * options.dtype().itemsize(), 64), nullptr};
+  if (block.bytes < 32 << 20 || block.bytes > 256 << 20) return at::empty(size, options);
+  {
+    std::lock_guard guard(lock);
+    const auto fits = [&](const Block& b) { return b.bytes >= block.bytes && b.bytes <= 2 * block.bytes; };
+    if (const auto found = std::find_if(freed.begin(), freed.end(), fits); found != freed.end()) block = *found, freed.erase(found);
+  }
+  if (!block.data) block.data = std::aligned_alloc(64, block.bytes);
+  TORCH_CHECK(block.data, "not enough memory for an output of ", block.bytes >> 20, " MB");
+  const auto release = [block](void*) {
+    std::lock_guard guard(lock);
+    freed.push_back(block);
+    if (freed.size() > 2) std::free(freed[0].data), freed.erase(freed.begin());
+  };
+  return at::from_blob(block.data, size, release, options);
 }
 
 // low = x' A^T, (T, R) of Low: N registers of columns at a time
@@ -416,9 +433,8 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   const int64_t Ix = up(s.I, group_x), Gx = Ix / group_x, Cx = std::min(Ix, C);
   const int64_t P = s.N * s.H * s.W, rank = A ? A->size(0) : 0, R = up(rank, PACK), Cl = up(s.I, PACK);
   const int64_t pixels = s.N * s.Hp() * s.Wp();
-  Tensor y = at::empty({s.N, s.Ho(), s.Wo(), O}, x.options());
+  Tensor y = output({s.N, s.Ho(), s.Wo(), O}, x.options());
   if (y.numel() == 0) return y;
-  huge_pages(y);
   const T* px = x.const_data_ptr<T>();
   const float* inv = inv_smooth ? inv_smooth->const_data_ptr<float>() : nullptr;
   T* py = y.mutable_data_ptr<T>();

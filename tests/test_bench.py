@@ -27,7 +27,9 @@ def test_every_implementation_is_measured_on_the_same_operands(kind, shape, caps
         assert row["kind"] == kind and row["shape"] == shape and row["compile_s"] >= 0
         assert 0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"]
     assert by_name["bf16"]["error"] < 0.01 and 0.02 < by_name["ours_eager"]["error"] < 0.2
-    assert len(bench.table(rows)) == 2 + len(rows)
+    lines = bench.table(rows)
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert f"{by_name['bf16']['median_ms']:.2f}" in lines[2] and "ours_eager" in lines[0]
 
 
 def options(**changes):
