@@ -317,12 +317,13 @@ def plot(rows: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shapes, names = list(dict.fromkeys((r["kind"], r["shape"]) for r in rows)), list(dict.fromkeys(r["impl"] for r in rows))
-    at = {(r["kind"], r["shape"], r["impl"]): r["median_ms"] for r in rows}
-    figure, axis = plt.subplots(figsize=(max(8, 2 * len(shapes)), 4))
+    shapes, names = list(dict.fromkeys((r["kind"], tuple(r["shape"])) for r in rows)), list(dict.fromkeys(r["impl"] for r in rows))
+    at = {(r["kind"], tuple(r["shape"]), r["impl"]): r["median_ms"] for r in rows}
+    figure, axis = plt.subplots(figsize=(max(8, 1.3 * len(shapes)), 4))
     for k, name in enumerate(names):
+        color = "black" if name == "ours" else plt.get_cmap("tab20")(k)
         bars = [(s, at[*shape, "bf16"] / at[*shape, name]) for s, shape in enumerate(shapes) if (*shape, name) in at]
-        axis.bar([s + 0.8 * k / len(names) for s, _ in bars], [v for _, v in bars], 0.8 / len(names), label=name)
+        axis.bar([s + 0.8 * k / len(names) for s, _ in bars], [v for _, v in bars], 0.8 / len(names), label=name, color=color)
     axis.axhline(1, color="black", linewidth=0.5)
     names_of_shapes = [f"{kind}\n{'x'.join(map(str, shape))}" for kind, shape in shapes]
     axis.set_xticks([s + 0.4 for s in range(len(shapes))], names_of_shapes, fontsize=7)

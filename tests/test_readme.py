@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("train.py", "sample.py", "evaluate.py", "benchmarks/quality.py", "benchmarks/initialisation.py", "bench.py kernels")
+SCRIPTS = (
+    "train.py", "sample.py", "evaluate.py", "benchmarks/quality.py", "benchmarks/initialisation.py", "bench.py kernels",
+    "bench.py model", "bench.py costs",
+)  # fmt: skip
 
 
 def test_every_file_that_the_readme_names_exists():
