@@ -28,7 +28,8 @@ The eager function is the documentation and the oracle. Two backends compute the
     compiled(f)   torch.compile of that function with dynamic sizes: equal to it bit for bit on CPU. On CUDA, Inductor may
                   contract the epilogue's multiply-add; the int32 sums are exact.
     native(f)     kernels.cpp, for x86 CPUs (AVX512-VNNI or AVX2) with a C++ compiler: codes, sums and scaling bit for bit;
-                  the branch is summed in another order, always the same one, whatever the batch and the threads.
+                  the branch is summed in another order, always the same one, whatever the batch and the threads. (bfloat16
+                  outputs below 2^-126 are zero where the CPU has units for bfloat16.)
 
 Left out on purpose: quantized outputs.
 Dimension key: see quant.py; P packed bytes of a row.          W4A4 [A]; branch on unquantized input as in SVDQuant [R]; layout [O]

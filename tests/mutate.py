@@ -15,6 +15,8 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("nibble order", "kernels.py", "return low | high << 4", "return high | low << 4", "kernels"),
     ("more columns than are exact", "kernels.py", "EXACT = 1024", "EXACT = 4096", "kernels"),
     ("tap order of im2col", "kernels.py", "windows.permute(0, 1, 2, 4, 5, 3)", "windows.permute(0, 1, 2, 5, 4, 3)", "kernels"),
+    ("nibbles of kernels.cpp", "kernels.cpp", "k = nibbles<0>(p, table", "k = nibbles<4>(p, table", "kernels"),
+    ("stale scratch memory", "kernels.cpp", "std::fill_n(row_B, LANES * R, Low(0.f));", "", "kernels"),
     ("transposed GPTQ factor", "quant.py", "R = C.flip(0, 1)", "R = C.flip(0, 1).t()", "quant"),
     ("clip range one step short", "quant.py", "MMAX, ZERO = -8, 7, 16, 8", "MMAX, ZERO = -8, 6, 16, 8", "quant"),
     ("transposed Cholesky factor", "hgs_lora.py", "cholesky(self.H_KK)", "cholesky(self.H_KK).mT", "hgs_lora"),

@@ -375,7 +375,7 @@ def test_native_results_do_not_depend_on_earlier_calls():
     assert torch.equal(linear(x, pw, *ops[:3]), first[0]) and torch.equal(conv2d(picture, conv_pw, *conv_ops), first[1])
 
 
-@pytest.mark.parametrize("backend,field,copies", [("native", "VmHWM", 1), ("compile", "VmRSS", 4)])
+@pytest.mark.parametrize("backend,field,copies", [("native", "VmHWM", 1), ("compile", "VmRSS", 7)])
 def test_packed_weights_stay_packed(backend, field, copies):
     """Catches a cache of unpacked weights: over 100 calls of 16 layers memory grows by at most one int8 copy of the largest, with
     kernels.cpp at its peak. (torch.compile has several copies while a call runs, which the allocator may keep; not one a layer.)"""
