@@ -1,19 +1,19 @@
 """Speed, memory and error of the kernels on SDXL's and FLUX's layer shapes and networks, against what a user would run instead.
 
-    python bench.py kernels                          every shape, every implementation that is installed (a quarter of an hour)
+    python bench.py kernels                          every shape, every implementation that is installed (five minutes)
     python bench.py kernels --quick                  two shapes, under a minute
     python bench.py kernels --json rows.json --plot benchmarks/kernels.png
     python bench.py model --model sdxl               a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
                                                      tiny also 4 steps against the teacher's 20 guided ones, and throughput
     python bench.py costs                            how time grows with tokens, width and rank
-    python bench.py gpu                              all of these on CUDA, what fails is named, a short table last
+    python bench.py gpu                              all of these on CUDA; what fails is named, the others go on
 
 One process, the same tensors for all: rounds in which every implementation runs once, in turn, after a warm-up that also pays
 for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
 unpacking the weight and a branch of rank 32; bf16 has no branch. Peers: pip install -r requirements-bench.txt; what is missing
 or refuses a shape is named, and the table goes on without it. (gemlite, for CUDA, is not in that file: it is built from source.)
 
-    GOPS      2 M K N / median, the branch not counted
+    gops      2 M K N / median, the branch not counted (in --json)
     ceiling   the int8 product alone, int8 operands at hand and int32 output (`int8_ceiling`): its share is ours / ceiling
     error     |y - y64| / |y64|, y64 = x W^T + bias in float64 with unquantized operands; Gaussian weights and inputs
     peak      the largest growth of (resident or CUDA) memory during one call, its result included
@@ -252,6 +252,11 @@ def interleave(calls: dict[str, Callable], rounds: int, cuda: bool) -> dict[str,
     return {name: {"median_ms": median, "q1_ms": q1, "q3_ms": q3} for name, (q1, median, q3) in quartiles.items()}
 
 
+def resident(field: str) -> float:
+    """Resident memory of this process in megabytes (Linux): VmRSS now, VmHWM its high-water mark."""
+    return float(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
 def peak_growth(call: Callable, cuda: bool) -> float | None:
     """Megabytes by which memory grows at most during one call. None where the system does not tell."""
     if cuda:
@@ -259,9 +264,6 @@ def peak_growth(call: Callable, cuda: bool) -> float | None:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-    def resident(field: str) -> float:
-        return float(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
 
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
@@ -284,12 +286,16 @@ def measure(layer: Layer, implementations: dict[str, Callable], rounds: int, cud
     return rows
 
 
+def by_shape(rows: list[dict]) -> tuple[list, list[str], dict]:
+    """Shapes (kind, (M, K, N)) and implementations in order, and the row of (kind, (M, K, N), implementation)."""
+    at = {(row["kind"], tuple(row["shape"]), row["impl"]): row for row in rows}
+    return list(dict.fromkeys(key[:2] for key in at)), list(dict.fromkeys(key[2] for key in at)), at
+
+
 def table(rows: list[dict]) -> list[str]:
     """Markdown: median milliseconds, a line per shape and a column per implementation, ours first with quartiles; then the medians
     over shapes of the error and of the compilation."""
-    names = list(dict.fromkeys(row["impl"] for row in rows))
-    shapes = list(dict.fromkeys((row["kind"], tuple(row["shape"])) for row in rows))
-    at = {(row["kind"], tuple(row["shape"]), row["impl"]): row for row in rows}
+    shapes, names, at = by_shape(rows)
     names.sort(key=lambda name: (name != "ours", name not in ("bf16", "int8_ceiling")))
     shares = ["times bf16", "of the ceiling"] if "ours" in names else []
     lines = ["| M x K x N | " + " | ".join(names[:1] + shares + names[1:]) + " |", "|---" * (1 + len(names) + len(shares)) + "|"]
@@ -317,12 +323,15 @@ def plot(rows: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shapes, names = list(dict.fromkeys((r["kind"], tuple(r["shape"])) for r in rows)), list(dict.fromkeys(r["impl"] for r in rows))
-    at = {(r["kind"], tuple(r["shape"]), r["impl"]): r["median_ms"] for r in rows}
+    shapes, names, at = by_shape(rows)
     figure, axis = plt.subplots(figsize=(max(8, 1.3 * len(shapes)), 4))
     for k, name in enumerate(names):
         color = "black" if name == "ours" else plt.get_cmap("tab20")(k)
-        bars = [(s, at[*shape, "bf16"] / at[*shape, name]) for s, shape in enumerate(shapes) if (*shape, name) in at]
+        bars = [
+            (s, at[*shape, "bf16"]["median_ms"] / at[*shape, name]["median_ms"])
+            for s, shape in enumerate(shapes)
+            if (*shape, name) in at
+        ]
         axis.bar([s + 0.8 * k / len(names) for s, _ in bars], [v for _, v in bars], 0.8 / len(names), label=name, color=color)
     axis.axhline(1, color="black", linewidth=0.5)
     names_of_shapes = [f"{kind}\n{'x'.join(map(str, shape))}" for kind, shape in shapes]
@@ -416,6 +425,14 @@ PARTS = {
         },
     },
 }  # fmt: skip
+
+
+def part_inputs(model: str, part: str) -> dict:
+    """Arguments of a part, bfloat16; FLUX's also get cosines and sines of the positions of its 4,096 + 512 tokens."""
+    x = {k: torch.randn(shape, dtype=torch.bfloat16) for k, shape in PARTS[model][part].items()}
+    return x | ({"image_rotary_emb": (torch.randn(4608, 128), torch.randn(4608, 128))} if model == "flux" else {})
+
+
 CONDITION = {  # tokens and pooled text of one picture
     "tiny": ((models.TOKENS, models.WIDTH), (models.WIDTH,)), "tiny-flux": ((models.TOKENS, models.WIDTH), (models.WIDTH,)),
     "sdxl": ((77, 2048), (1280,)), "flux": ((512, 4096), (768,)),
@@ -449,9 +466,7 @@ def bench_model(args: argparse.Namespace) -> list[dict]:
         torch.compiler.reset()
         nets = dict(zip(("bf16", "ours"), networks(args, part), strict=True))
         if part:
-            x = (), {k: torch.randn(shape, dtype=torch.bfloat16) for k, shape in PARTS[args.model][part].items()}
-            if args.model == "flux":
-                x[1]["image_rotary_emb"] = tuple(torch.randn(4608, 128) for _ in range(2))
+            x = (), part_inputs(args.model, part)
         else:
             x = step_inputs(nets["bf16"], 1, args.device), {}
         if args.compile:
@@ -648,12 +663,11 @@ def main(argv: list[str]) -> None:
     clis["costs"].add_argument("--plot", default="", metavar="PNG")
     gpu = commands.add_parser("gpu", allow_abbrev=False, help="all of these on CUDA")
     gpu.add_argument("--out", default="benchmarks/gpu", help="folder for the rows as JSON")
+    gpu.set_defaults(device="cuda", json="")
     args = parser.parse_args(argv)
-    if args.command == "gpu":
-        return bench_gpu(args)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device; run with --device cpu")
-    rows = {"kernels": bench_kernels, "model": bench_model, "costs": bench_costs}[args.command](args)
+        raise UserError("torch finds no CUDA device: run kernels, model or costs with --device cpu")
+    rows = {"kernels": bench_kernels, "model": bench_model, "costs": bench_costs, "gpu": bench_gpu}[args.command](args)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

@@ -165,10 +165,11 @@ struct Panel {  // WIDTH columns: codes, what takes the offset off (AVX2: from e
   const V *codes, *minus, *B;
   const float *scale, *bias;
   int64_t width;  // columns that exist
-  bool stream;
+  bool stream;  // outputs go past the caches
 };
 
-template <class T, class Dot, int STEPS>  // AVX2: STEPS lanes in a chunk
+// MR x WIDTH outputs: sums of codes, scaled, bias, branch, rounded to T. AVX2: STEPS lanes in a chunk.
+template <class T, class Dot, int STEPS>
 static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows& in_mult, const Rows& in_low, T* y, int64_t O) {
   V acc[MR][NR];
 #ifdef __AVX512VNNI__

@@ -1,4 +1,5 @@
-"""Teachers: tiny (SDXL's UNet class) and tiny-flux (FLUX's transformer class), both diffusers' own classes.
+"""Teachers: tiny (SDXL's UNet class) and tiny-flux (FLUX's transformer class), both diffusers' own classes; and the networks of
+SDXL and FLUX themselves, for bench.py.
 
 Every model is a `Denoiser`: the network, its text encoder, its noise path, and the rule which layer may go to 4 bits.
 

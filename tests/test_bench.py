@@ -32,14 +32,12 @@ def test_every_implementation_is_measured_on_the_same_operands(kind, shape, caps
     assert f"{by_name['bf16']['median_ms']:.2f}" in lines[2] and "ours_eager" in lines[0]
 
 
-def options(**changes):
-    return argparse.Namespace(**{"model": "tiny", "rank": 4, "device": "cpu", "rounds": 1, "compile": False} | changes)
+OPTIONS = argparse.Namespace(model="tiny", rank=4, device="cpu", rounds=1, compile=False)
 
 
-def test_the_networks_that_are_compared_have_the_same_architecture_and_a_quarter_of_the_weights():
+def test_the_networks_that_are_compared_have_the_same_architecture_and_the_packed_one_fewer_bytes():
     """Catches layers left in bf16, a packed twin that does not run, NaN from the random fill."""
-    args = options()
-    dense, packed = bench.networks(args, "")
+    dense, packed = bench.networks(OPTIONS, "")
     assert {name for name, _ in hgs_lora.packed_layers(packed.net)} == {
         name for name in models.float_layers(dense.net) if models.precision(name) != "16bit"
     }
@@ -52,7 +50,7 @@ def test_the_networks_that_are_compared_have_the_same_architecture_and_a_quarter
         "one step",
         {"bf16": lambda: lambda: dense(*inputs), "ours": lambda: lambda: packed(*inputs)},
         {"bf16": dense, "ours": packed},
-        args,
+        OPTIONS,
     )
     assert [row["impl"] for row in rows] == ["bf16", "ours"] and len(bench.model_table(rows)) == 4
     assert rows[1]["weights_mb"] == bench.nbytes(packed) / 1e6
@@ -66,11 +64,8 @@ def test_the_large_networks_are_the_published_ones(name, parameters, linears, co
         layers = [type(layer) for layer in models.float_layers(net).values()]
         assert abs(sum(p.numel() for p in net.parameters()) / parameters - 1) < 1e-3
         assert (layers.count(torch.nn.Linear), layers.count(torch.nn.Conv2d)) == (linears, convs)
-        for part, shapes in bench.PARTS[name].items():
-            x = {k: torch.randn(shape, dtype=torch.bfloat16) for k, shape in shapes.items()}
-            if name == "flux":
-                x["image_rotary_emb"] = (torch.randn(4608, 128), torch.randn(4608, 128))
-            net.get_submodule(part)(**x)
+        for part in bench.PARTS[name]:
+            net.get_submodule(part)(**bench.part_inputs(name, part))
 
 
 def test_peak_growth_sees_a_buffer_that_is_gone_after_the_call():
@@ -89,10 +84,19 @@ def test_slopes_are_those_of_powers_and_lines():
 @pytest.mark.parametrize("backend", ["eager", "compile", "native"])
 def test_a_packed_unet_is_one_graph(backend):
     """Catches a graph break in a layer: the choice of a backend, the build of kernels.cpp, autocast, the branch."""
-    _, packed = bench.networks(options(), "")
+    _, packed = bench.networks(OPTIONS, "")
     hgs_lora.set_backend(packed, backend)
     inputs = bench.step_inputs(packed, 1, "cpu")
     with torch.inference_mode():
         traced = torch.compile(packed, fullgraph=True, backend="eager")(*inputs)
         hgs_lora.set_backend(packed, "native" if backend == "native" else "eager")
         assert torch.equal(traced, packed(*inputs))
+
+
+def test_without_a_gpu_its_programme_is_one_sentence(capsys):
+    """Catches five tracebacks, or success, where nothing ran."""
+    if torch.cuda.is_available():
+        pytest.skip("has a CUDA device")
+    with pytest.raises(models.UserError, match="no CUDA device"):
+        bench.main(["gpu"])
+    assert not capsys.readouterr().out

@@ -382,9 +382,8 @@ def test_packed_weights_stay_packed(backend, field, copies):
     if backend == "native":
         on(backend)
     program = """
-import re, sys, torch, kernels
-def resident(field):
-    return int(re.search(rf"{field}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+import sys, torch, kernels
+from bench import resident
 O = K = 2048
 weights = [
     kernels.PackedWeight(torch.randint(0, 256, (O, K // 2), dtype=torch.uint8), torch.randint(0, 256, (O * K // 128,),
@@ -397,7 +396,7 @@ open("/proc/self/clear_refs", "w").write("5")
 before = resident("VmRSS")
 for i in range(100):
     f(x, weights[i % 16])
-print((resident(sys.argv[2]) - before) / (O * K))
+print((resident(sys.argv[2]) - before) * 1e6 / (O * K))
 """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux")
