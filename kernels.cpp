@@ -45,7 +45,6 @@ typedef float F __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Words __attribute__((vector_size(2 * LANES)));
 typedef int32_t V8 __attribute__((vector_size(32)));
 typedef float F8 __attribute__((vector_size(32)));
-typedef uint8_t Bytes8 __attribute__((vector_size(8)));
 #define UNROLL _Pragma("GCC unroll 16")  // indices become constants, so that accumulators are registers
 
 template <class To, class From> static inline To bits(From x) { return __builtin_bit_cast(To, x); }
@@ -61,7 +60,7 @@ static inline int32_t largest(V8 v) {
   return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0b10110001)));
 }
 
-// dot: acc += a . b in every lane. zip: a0 b0 a1 b1 .. in two registers.
+// dot: acc += a . b in every lane. zip: a0 b0 a1 b1 .. in two registers. look_up: table[byte] for every byte.
 #ifdef __AVX512VNNI__
 struct Float {  // lane of one float32
   static V dot(V acc, V a, V b) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc); }
@@ -75,6 +74,7 @@ static inline void zip(V a, V b, V* out) {
   out[0] = (V)_mm512_permutex2var_epi32((__m512i)a, (__m512i)low, (__m512i)b);
   out[1] = (V)_mm512_permutex2var_epi32((__m512i)a, (__m512i)(low + 8), (__m512i)b);
 }
+static inline V look_up(__m128i table, V i) { return (V)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)i); }
 #else
 struct Float {
   static V dot(V acc, V a, V b) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc); }
@@ -87,6 +87,7 @@ static inline void zip(V a, V b, V* out) {
   const __m256i low = _mm256_unpacklo_epi32((__m256i)a, (__m256i)b), high = _mm256_unpackhi_epi32((__m256i)a, (__m256i)b);
   out[0] = (V)_mm256_permute2x128_si256(low, high, 0x20), out[1] = (V)_mm256_permute2x128_si256(low, high, 0x31);
 }
+static inline V look_up(__m128i table, V i) { return (V)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), (__m256i)i); }
 #endif
 #ifdef __AVX512BF16__
 struct Bfloat {  // lane of two bfloat16
@@ -139,16 +140,16 @@ struct Rows {  // where windows lie: `runs` pieces of `steps` lanes, `stride` by
   int64_t runs, steps, stride;
 };
 
-// acc += rows . panel of N registers of columns
-template <class Dot, int N>
-[[gnu::always_inline]] static inline void tile(const char* const row[MR], const Rows& in, const V* panel, V acc[MR][N]) {
+// acc += M rows . panel of N registers of columns
+template <class Dot, int M, int N>
+[[gnu::always_inline]] static inline void tile(const char* const row[MR], const Rows& in, const V* panel, V acc[M][N]) {
   for (int64_t run = 0; run < in.runs; run++) {
-    const int32_t* a[MR];
-    UNROLL for (int i = 0; i < MR; i++) a[i] = (const int32_t*)(row[i] + run * in.stride);
+    const int32_t* a[M];
+    UNROLL for (int i = 0; i < M; i++) a[i] = (const int32_t*)(row[i] + run * in.stride);
     for (int64_t k = 0; k < in.steps; k++, panel += N) {
       V b[N];
       UNROLL for (int j = 0; j < N; j++) b[j] = panel[j];
-      UNROLL for (int i = 0; i < MR; i++) {
+      UNROLL for (int i = 0; i < M; i++) {
         const V ai = broadcast(a[i][k]);
         UNROLL for (int j = 0; j < N; j++) acc[i][j] = Dot::dot(acc[i][j], ai, b[j]);
       }
@@ -168,26 +169,26 @@ struct Panel {  // WIDTH columns: codes, what takes the offset off (AVX2: from e
   bool stream;  // outputs go past the caches
 };
 
-// MR x WIDTH outputs: sums of codes, scaled, bias, branch, rounded to T. AVX2: STEPS lanes in a chunk.
-template <class T, class Dot, int STEPS>
+// M x WIDTH outputs: sums of codes, scaled, bias, branch, rounded to T. AVX2: STEPS lanes in a chunk.
+template <class T, class Dot, int STEPS, int M>
 static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows& in_mult, const Rows& in_low, T* y, int64_t O) {
-  V acc[MR][NR];
+  V acc[M][NR];
 #ifdef __AVX512VNNI__
-  UNROLL for (int i = 0; i < MR; i++) {
+  UNROLL for (int i = 0; i < M; i++) {
     UNROLL for (int j = 0; j < NR; j++) acc[i][j] = p.minus[j];
   }
-  tile<Codes, NR>(w.codes, in, p.codes, acc);
+  tile<Codes, M, NR>(w.codes, in, p.codes, acc);
 #else
   const V *codes = p.codes, *minus = p.minus;
   memset(acc, 0, sizeof acc);
   for (int64_t run = 0; run < in.runs; run++) {
-    const int32_t *a[MR], *m[MR];
-    for (int i = 0; i < MR; i++) {
+    const int32_t *a[M], *m[M];
+    for (int i = 0; i < M; i++) {
       a[i] = (const int32_t*)(w.codes[i] + run * in.stride);
       m[i] = (const int32_t*)(w.mult[i] + run * in_mult.stride);
     }
     for (int64_t chunk = 0; chunk < in_mult.steps; chunk++, minus += NR, codes += STEPS * NR) {
-      UNROLL for (int i = 0; i < MR; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
+      UNROLL for (int i = 0; i < M; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
         V sum[NR];
         for (int j = 0; j < NR; j++) sum[j] = minus[j];
         UNROLL for (int k = 0; k < STEPS; k++) {
@@ -200,14 +201,14 @@ static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows
     }
   }
 #endif
-  UNROLL for (int i = 0; i < MR; i++) {
+  UNROLL for (int i = 0; i < M; i++) {
     UNROLL for (int j = 0; j < NR; j++) {
       const F sum = __builtin_convertvector(acc[i][j], F);
       acc[i][j] = (V)(sum * w.scale[i] * load<F>(p.scale + j * LANES) + load<F>(p.bias + j * LANES));
     }
   }
-  if (in_low.steps) tile<Dot, NR>(w.low, in_low, p.B, acc);
-  UNROLL for (int i = 0; i < MR; i++) {
+  if (in_low.steps) tile<Dot, M, NR>(w.low, in_low, p.B, acc);
+  UNROLL for (int i = 0; i < M; i++) {
     T* to = y + i * O;
     if (i >= w.count) continue;
     if (p.width == WIDTH) {
@@ -218,6 +219,11 @@ static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows
       for (int64_t j = 0; j < p.width; j++) store(to + j, row[j]);
     }
   }
+}
+
+template <class T, class Dot, int M> static auto outputs_of(int64_t chunk) {
+  if constexpr (VNNI) return outputs<T, Dot, 0, M>;
+  else return chunk == 32 ? outputs<T, Dot, 8, M> : chunk == 16 ? outputs<T, Dot, 4, M> : outputs<T, Dot, 2, M>;
 }
 
 // ---------------------------------------------------------------------------------------------------- geometry
@@ -287,15 +293,19 @@ static void multipliers(float* b, float s, int64_t G, float* inv) {
   }
 }
 
-// The first n (a multiple of 8) codes of a row, as rows hold them
-static void quantize(const float* x, const float* m, const float* inv, int64_t n, int64_t group, uint8_t* out) {
+// The first n codes of a row, as rows hold them; next: the next row of x, not read yet
+template <class Vec, class Float>
+static void quantize(const float* x, const float* m, const float* inv, int64_t n, int64_t group, uint8_t* out, const char* next) {
+  constexpr int64_t step = sizeof(Vec) / 4;
+  typedef uint8_t Bytes __attribute__((vector_size(step)));
   for (int64_t k0 = 0; k0 < n; k0 += group, m++, inv++) {
     __builtin_prefetch(out + k0 + 4096, 1);  // stores would wait for their cache lines
-    for (int64_t k = k0; k < std::min(k0 + group, n); k += 8) {
-      V8 q = (V8)(load<F8>(x + k) * *inv + MAGIC) - bits<int32_t>(MAGIC);
-      q = q < -8 ? V8{} - 8 : q;
-      q = q > 7 ? V8{} + 7 : q;
-      const Bytes8 code = __builtin_convertvector(q * (VNNI ? (int32_t)*m : 1) + OFFSET, Bytes8);
+    __builtin_prefetch(next + 2 * k0);  // (bfloat16 rows are not waited for)
+    for (int64_t k = k0; k < std::min(k0 + group, n); k += step) {
+      Vec q = (Vec)(load<Float>(x + k) * *inv + MAGIC) - bits<int32_t>(MAGIC);
+      q = q < -8 ? Vec{} - 8 : q;
+      q = q > 7 ? Vec{} + 7 : q;
+      const Bytes code = __builtin_convertvector(q * (VNNI ? (int32_t)*m : 1) + OFFSET, Bytes);
       memcpy(out + k, &code, sizeof code);
     }
   }
@@ -312,10 +322,10 @@ static const auto PRODUCTS = [] {  // m q for n = m - 1, u = q + 8
 
 // Values k..stop of a row from the low (SHIFT 0) or high (4) nibbles of p[k]; returns stop.
 template <int SHIFT> static inline int64_t nibbles(const uint8_t* p, const int8_t* table, int64_t k, int64_t stop, int8_t* out) {
-  const __m128i products = load<__m128i>(table), mask = _mm_set1_epi8(15);
-  for (; k + 16 <= stop; k += 16) {
-    const __m128i u = _mm_and_si128(_mm_srli_epi16(load<__m128i>(p + k), SHIFT), mask);
-    _mm_storeu_si128((__m128i*)(out + k), _mm_shuffle_epi8(products, u));
+  const __m128i products = load<__m128i>(table);
+  for (; k + (int64_t)sizeof(V) <= stop; k += sizeof(V)) {
+    const V m_q = look_up(products, load<V>(p + k) >> SHIFT & 0x0F0F0F0F);
+    memcpy(out + k, &m_q, sizeof m_q);
   }
   for (; k < stop; k++) out[k] = table[p[k] >> SHIFT & 15];
   return k;
@@ -389,39 +399,47 @@ static Tensor output(at::IntArrayRef size, const at::TensorOptions& options) {
   return at::from_blob(block.data, size, release, options);
 }
 
-// low = x' A^T, (T, R) of Low: N registers of columns at a time
-template <class T, class Low, class Dot, int N>
-static Low* project(const Shape& s, const Rows& in, int64_t Cl, const Tensor& A, int64_t R) {
-  constexpr int64_t PACK = 4 / sizeof(Low), COLUMNS = N * LANES;
-  const int64_t tiles = up(s.T(), MR) / MR, taps = s.kh * s.kw, lanes = taps * Cl / PACK, blocks = up(A.size(0), COLUMNS) / COLUMNS;
-  V* panel = scratch<V>(A_PANEL, blocks * lanes * N);
-  Low *rows = scratch<Low>(A_ROWS, LANES * taps * Cl), *low = scratch<Low>(LOW, tiles * MR * R);
-  const T* pA = A.const_data_ptr<T>();
-  for (int64_t r0 = 0; r0 < blocks * COLUMNS; r0 += LANES) {
-    std::fill_n(rows, LANES * taps * Cl, Low(0.f));
-    for (int64_t r = r0; r < std::min(r0 + LANES, A.size(0)); r++)
-      for (int64_t tap = 0; tap < taps; tap++) convert(pA + (r * taps + tap) * s.I, s.I, rows + ((r - r0) * taps + tap) * Cl);
-    interleave(rows, lanes, panel + r0 / COLUMNS * lanes * N + r0 / LANES % N, N);
-  }
-  at::parallel_for(0, tiles, 1, [&](int64_t i0, int64_t i1) {
-    for (int64_t i = i0; i < i1; i++) {
-      int64_t pixel[MR];
-      const char* at[MR];
-      s.windows(i * MR, pixel);
-      for (int m = 0; m < MR; m++) at[m] = in.data + pixel[m] * Cl * sizeof(Low);
-      for (int64_t block = 0; block < blocks; block++) {
-        V acc[MR][N] = {};
-        tile<Dot, N>(at, in, panel + block * lanes * N, acc);
-        for (int m = 0; m < MR; m++) {
-          T rounded[COLUMNS];
-          for (int j = 0; j < N; j++) store(rounded + j * LANES, (F)acc[m][j]);
-          convert(rounded, std::min(COLUMNS, R - block * COLUMNS), low + (i * MR + m) * R + block * COLUMNS);
-        }
-      }
+// low = x' A^T, (T, R) of Low: two registers of columns at a time, one for small ranks
+template <class T, class Low, class Dot> struct Projection {
+  const Shape& s;
+  const int64_t Cl, R, lanes, step;
+  V* panel;
+  Low* low;
+
+  Projection(const Shape& s, int64_t Cl, const optional<Tensor>& A, int64_t R)
+      : s(s), Cl(Cl), R(R), lanes(s.kh * s.kw * Cl / (4 / sizeof(Low))), step(R > LANES ? 2 : 1) {
+    const int64_t taps = s.kh * s.kw, rank = R ? A->size(0) : 0;
+    panel = scratch<V>(A_PANEL, up(R, step * LANES) / LANES * lanes), low = scratch<Low>(LOW, up(s.T(), MR) * R);
+    Low* rows = scratch<Low>(A_ROWS, LANES * taps * Cl);
+    for (int64_t v = 0; v * LANES < up(R, step * LANES); v++) {
+      std::fill_n(rows, LANES * taps * Cl, Low(0.f));
+      for (int64_t r = v * LANES; r < std::min((v + 1) * LANES, rank); r++)
+        for (int64_t tap = 0; tap < taps; tap++)
+          convert(A->const_data_ptr<T>() + (r * taps + tap) * s.I, s.I, rows + ((r % LANES) * taps + tap) * Cl);
+      interleave(rows, lanes, panel + v / step * lanes * step + v % step, step);
     }
-  });
-  return low;
-}
+  }
+  template <int N> void columns(const char* const at[MR], const Rows& in, const V* panel, Low* to, int64_t n) const {
+    V acc[MR][N] = {};
+    tile<Dot, MR, N>(at, in, panel, acc);
+    for (int m = 0; m < MR; m++) {
+      T rounded[N * LANES];
+      for (int j = 0; j < N; j++) store(rounded + j * LANES, (F)acc[m][j]);
+      convert(rounded, n, to + m * R);
+    }
+  }
+  void operator()(const Rows& in, int64_t i) const {  // outputs i MR .. (i + 1) MR
+    int64_t pixel[MR];
+    const char* at[MR];
+    s.windows(i * MR, pixel);
+    for (int m = 0; m < MR; m++) at[m] = in.data + pixel[m] * Cl * sizeof(Low);
+    for (int64_t r = 0; r < R; r += step * LANES) {
+      const int64_t n = std::min(step * LANES, R - r);
+      const V* p = panel + r / LANES * lanes;
+      step == 2 ? columns<2>(at, in, p, low + i * MR * R + r, n) : columns<1>(at, in, p, low + i * MR * R + r, n);
+    }
+  }
+};
 
 // ------------------------------------------------------------------------------------------------------ the op
 
@@ -448,47 +466,55 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   int32_t* pXm = scratch<int32_t>(CHUNKS, pixels * chunks);
   if (border || C > Ix) std::fill_n(pX, pixels * C, OFFSET), std::fill_n(pXm, pixels * chunks, 0);
   bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
-  Low *pL = rank && !as_is ? scratch<Low>(BRANCH, pixels * Cl) : nullptr, *low = nullptr;
+  Low* pL = rank && !as_is ? scratch<Low>(BRANCH, pixels * Cl) : nullptr;
   if (pL && (border || Cl > s.I)) std::fill_n(pL, pixels * Cl, Low(0.f));
   float* scale_x = scratch<float>(SCALES, P);
-  const auto each_pixel = [&](auto f) {  // f(pixel, x' (Ix), bounds of its groups, their largest)
-    at::parallel_for(0, P, 8, [&](int64_t p0, int64_t p1) {
+  // 2. low = x' A^T, of a linear layer while its rows are in the cache
+  const Projection<T, Low, Dot> project(s, Cl, A, R);
+  const Rows in_branch = s.rows(as_is ? (const void*)px : pL, Cl * sizeof(Low));
+  const bool linear = taps == 1 && s.T() == P && !border;
+
+  const auto each_pixel = [&](auto f, bool project_too) {  // f(pixel, x' (Ix), bounds of its groups, their largest)
+    at::parallel_for(0, up(P, MR) / MR, 1, [&](int64_t i0, int64_t i1) {
       std::vector<float> row(Ix), b(2 * up(Gx, 8));
-      for (int64_t p = p0; p < p1; p++) {
-        smoothed(px + p * s.I, inv, s.I, row.data());
-        f(p, row.data(), b.data(), bounds(row.data(), Gx, group_x, b.data()));
+      for (int64_t i = i0; i < i1; i++) {
+        for (int64_t p = i * MR; p < std::min((i + 1) * MR, P); p++) {
+          smoothed(px + p * s.I, inv, s.I, row.data());
+          f(p, row.data(), b.data(), bounds(row.data(), Gx, group_x, b.data()));
+        }
+        if (project_too) project(in_branch, i);
       }
     });
   };
+  const auto quantize_row = (group_x | Cx) % LANES ? quantize<V8, F8> : quantize<V, F>;
   const auto quantize_pixel = [&](int64_t p, const float* row, float* b, float) {
     const int64_t at = s.padded(p);
     float* inv_m = b + up(Gx, 8);
     multipliers(b, scale_x[p], Gx, inv_m);
-    quantize(row, b, inv_m, Cx, group_x, pX + at * C);
+    quantize_row(row, b, inv_m, Cx, group_x, pX + at * C, (const char*)(px + (p + 1) * s.I));
     for (int64_t k = 0; k < Cx && !VNNI; k += chunk) pXm[at * chunks + k / chunk] = (int32_t)b[k / group_x] * 0x10001;
   };
-  each_pixel([&](int64_t p, const float* row, float* b, float bound) {
+  const auto first_pass = [&](int64_t p, const float* row, float* b, float bound) {
     scale_x[p] = per_sample ? bound : scale_of(bound);
     if (!per_sample) quantize_pixel(p, row, b, bound);
     if (!pL) return;
     Low* to = pL + s.padded(p) * Cl;
     if (!inv) convert(px + p * s.I, s.I, to);
     for (int64_t k = 0; k < s.I && inv; k++) to[k] = rounded<T, Low>(row[k]);
-  });
+  };
+  each_pixel(first_pass, rank && linear);
   if (per_sample) {  // the scale is known only now: a second pass over x
     for (int64_t n = 0; n < s.N; n++) {
       uint32_t most = 0;
       for (int64_t p = n * s.H * s.W; p < (n + 1) * s.H * s.W; p++) most = std::max(most, bits<uint32_t>(scale_x[p]));
       std::fill_n(scale_x + n * s.H * s.W, s.H * s.W, scale_of(bits<float>(most)));
     }
-    each_pixel(quantize_pixel);
+    each_pixel(quantize_pixel, false);
   }
-
-  // 2. low = x' A^T
-  if (rank) {
-    const Rows in = s.rows(as_is ? (const void*)px : pL, Cl * sizeof(Low));
-    low = rank > LANES ? project<T, Low, Dot, 2>(s, in, Cl, *A, R) : project<T, Low, Dot, 1>(s, in, Cl, *A, R);
-  }
+  if (rank && !linear)
+    at::parallel_for(0, up(s.T(), MR) / MR, 1, [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; i++) project(in_branch, i);
+    });
 
   // 3. threads share a grid of row ranges x column ranges; the best split leaves the least to the busiest thread
   const int64_t tiles = up(s.T(), MR) / MR, columns = up(O, WIDTH) / WIDTH, threads = at::get_num_threads();
@@ -500,12 +526,12 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
   const int64_t lanes = K / 4, lanes_low = R / PACK, lanes_chunk = VNNI ? lanes : chunk / 4, all_chunks = lanes / lanes_chunk;
   const int64_t wide = std::max<int64_t>(1, (256 << 10) / (lanes * 4 * WIDTH));
   const Rows in = s.rows(pX, C), in_mult = s.rows(pXm, chunks * 4);
-  const Rows in_low{(const char*)low, 1, lanes_low, 0};
+  const Rows in_low{(const char*)project.low, 1, lanes_low, 0};
   const uint8_t *pc = codes.const_data_ptr<uint8_t>(), *pm = mult.const_data_ptr<uint8_t>();
   const float *ps = scale.const_data_ptr<float>(), *pb = bias ? bias->const_data_ptr<float>() : nullptr;
   const T* pB = rank ? B->const_data_ptr<T>() : nullptr;
   const bool stream = y.nbytes() > (16 << 20) && O * sizeof(T) % 64 == 0;  // no cache keeps y for its reader
-  const auto finish = chunk == 32 ? outputs<T, Dot, 8> : chunk == 16 ? outputs<T, Dot, 4> : outputs<T, Dot, 2>;
+  const auto finish = outputs_of<T, Dot, MR>(chunk), finish_two = outputs_of<T, Dot, 2>(chunk);  // the last rows: often one or two
   at::parallel_for(0, threads, 1, [&](int64_t w0, int64_t w1) {
     V *panel = scratch<V>(W_PANEL, wide * lanes * NR), *minus = scratch<V>(W_MINUS, wide * all_chunks * NR);
     V* panel_B = scratch<V>(B_PANEL, wide * lanes_low * NR);
@@ -539,7 +565,11 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
             UNROLL for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], broadcast(OFFSET * 0x01010101u), panel[k * NR + j]);
           for (int j = 0; j < NR; j++) minus[q * NR + j] = Codes::minus(sum[j]);
         }
+        const auto packed = [&](int64_t column) { return pc + std::min(O, column * WIDTH) * (K / 2); };
+        const uint8_t *next = packed(c1), *next_end = packed(std::min(c1 + wide, end));  // comes nearer meanwhile, piece by piece
+        const int64_t piece = up((next_end - next) / (t1 - t0) + 1, 64);
         for (int64_t i = t0; i < t1; i++) {
+          for (const uint8_t* stop = std::min(next + piece, next_end); next < stop; next += 64) __builtin_prefetch(next, 0, 2);
           Windows rows;
           int64_t pixel[MR];
           s.windows(i * MR, pixel);
@@ -554,9 +584,9 @@ static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, cons
           for (int64_t c = c0; c < c1; c++) {
             const int64_t at = c - c0;
             T* to = py + i * MR * O + c * WIDTH;
-            finish(rows, {panel + at * lanes * NR, minus + at * all_chunks * NR, panel_B + at * lanes_low * NR,
-                          sw + at * WIDTH, bw + at * WIDTH, std::min<int64_t>(WIDTH, O - c * WIDTH), stream},
-                   in, in_mult, in_low, to, O);
+            const Panel p{panel + at * lanes * NR, minus + at * all_chunks * NR, panel_B + at * lanes_low * NR, sw + at * WIDTH,
+                          bw + at * WIDTH, std::min<int64_t>(WIDTH, O - c * WIDTH), stream};
+            (rows.count > 2 ? finish : finish_two)(rows, p, in, in_mult, in_low, to, O);
           }
         }
       }
