@@ -120,7 +120,7 @@ def _read_json(path: Path) -> dict | None:
         if not isinstance(about, dict) or about.pop("check", None) != _check(about):
             raise ValueError(f"{path} is damaged")
         return about
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -350,7 +350,7 @@ class Cache:
         """cond of captions of any bucket, with the time_ids of null(): those of a whole square picture, as for drawing one."""
         names, ends = self._counts(drawable=False)
         pick = torch.randint(int(ends[-1]), (n,), generator=gen)[mine]
-        which = torch.searchsorted(ends, pick, right=True)
+        which = torch.searchsorted(ends, pick.contiguous(), right=True)
         starts = torch.cat([ends.new_zeros(1), ends])
         cond = self._gather([(names[b], row) for b, row in zip(which.tolist(), (pick - starts[which]).tolist(), strict=True)])
         return cond | {k: v.expand(len(pick), -1) for k, v in self._null.items() if k == "time_ids"}

@@ -395,6 +395,9 @@ def _tars(spec: str, tars: list[Path]) -> Source:
             tar.members = []  # tarfile would keep the headers of all
             if member.isfile():
                 yield member
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a cut or broken header for the end
+            raise tarfile.ReadError("no end of archive")
 
     def row(tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo]):
         picture, caption = next((parts[e] for e in PICTURES if e in parts), None), None

@@ -1,7 +1,13 @@
-"""data.py: scenes are what their captions say, batches depend on (seed, step) alone, folders are read with care."""
+"""data.py: scenes are what their captions say, batches depend on (seed, step) alone, every kind of --data is read with care."""
 
+import io
 import json
+import re
+import sys
+import tarfile
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given
@@ -121,3 +127,322 @@ def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, case):
     says = {"no folder": "not a folder", "no captions": "has no captions", "bad line": "line 1", "all broken": "be read"}[case]
     with pytest.raises(models.UserError, match=says):
         data.Folder(str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Live examples of the tiny models
+
+
+@pytest.mark.parametrize("kind", ["scenes", "folder"])
+def test_live_examples_are_those_of_the_source_and_ranks_share_them(tmp_path, kind):
+    """Catches another order of draws, by which every existing run would change its numbers, and overlapping shares."""
+    source = data.Scenes() if kind == "scenes" else data.Folder(str(write_folder(tmp_path / "a")))
+    network = models.build("tiny")
+    live, gen, same = data.Live(source, network), data.step_generator(1, 2), data.step_generator(1, 2)
+    pictures, captions = source.batch(6, gen)
+    x0, cond = live.latents(6, same, slice(1, None, 2))
+    assert torch.equal(x0, models.to_latents(pictures)[1::2]) and x0.dtype == torch.float32
+    assert all(torch.equal(v, cond[k]) for k, v in network.encode(captions[1::2]).items())
+    texts, cond = source.captions(6, gen), live.conditions(6, same, slice(0, None, 2))
+    assert all(torch.equal(v, cond[k]) for k, v in network.encode(texts[0::2]).items())
+    assert torch.equal(torch.rand(3, generator=gen), torch.rand(3, generator=same))
+    assert all(torch.equal(v, live.null()[k]) for k, v in network.encode([""]).items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources for SDXL and FLUX
+
+
+def png(i):
+    file = io.BytesIO()
+    Image.new("RGB", (40 + i, 30), (80 * i, 10, 200)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_tars(folder):
+    """Two shards, four good pictures of width 40 + i with the caption "picture i"; caption first or last, as .txt or .json."""
+    folder.mkdir()
+    one = [("d/0.png", png(0)), ("d/0.txt", b"picture 0\n"), ("d/1.cls", b"7"), ("d/1.json", b'{"caption": "picture 1"}')]
+    write_tar(folder / "s-0.tar", [*one, ("d/1.png", png(1))])
+    two = [("2.txt", b"picture 2"), ("2.png", png(2)), ("3.json", b'{"text": "picture 3"}'), ("3.PNG", png(3))]
+    write_tar(folder / "s-1.tar", two)
+    return folder
+
+
+def rows(source):
+    return [(caption, picture and picture.width - 40) for _, caption, picture in source]
+
+
+def write_sub_folders(folder):
+    (folder / "x").mkdir(parents=True)
+    for i in range(4):
+        (folder / ("x" if i % 2 else ".") / f"{i}.png").write_bytes(png(i))
+        (folder / ("x" if i % 2 else ".") / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def write_tables(folder):
+    for name in ("x", "y"):
+        (folder / name).mkdir(parents=True)
+        table = [json.dumps({"file_name": f"p/{i}.png", "text": f"picture {i}"}) for i in range(4) if (i < 2) == (name == "x")]
+        (folder / name / "metadata.jsonl").write_text("\n".join(table))
+        (folder / name / "p").mkdir()
+        for i in range(4):
+            (folder / name / "p" / f"{i}.png").write_bytes(png(i))
+    return folder
+
+
+@pytest.mark.parametrize("layout", [write_sub_folders, write_tables, write_tars], ids=lambda layout: layout.__name__)
+def test_every_layout_gives_each_picture_its_caption(tmp_path, layout):
+    """Catches captions of the neighbour, sub-folders and .json captions that are not read, and a second pass that differs."""
+    source = data.captioned(str(layout(tmp_path / "a")))
+    assert sorted(rows(source)) == [(f"picture {i}", i) for i in range(4)]
+    assert rows(source) == rows(source) and len({key for key, _, _ in source}) == 4
+    assert data.captioned(str(tmp_path / "a")).fingerprint == source.fingerprint
+
+
+def test_tars_are_found_by_folder_by_glob_and_by_name(tmp_path):
+    """Catches a glob that is taken for a dataset of the hub, and shards in another order."""
+    folder = write_tars(tmp_path / "a")
+    whole = rows(data.captioned(str(folder)))
+    assert whole == rows(data.captioned(f"{folder}/s-*.tar"))
+    assert whole[:2] == rows(data.captioned(f"{folder}/s-0.tar")) and whole[2:] == rows(data.captioned(f"{folder}/s-[1-9].tar"))
+
+
+def test_a_tar_is_read_as_a_stream(tmp_path, monkeypatch):
+    """Catches a reader that keeps a shard's members, or decodes pictures of rows that nobody asked to see."""
+    many = [member for i in range(300) for member in ((f"{i}.png", png(i % 3)), (f"{i}.txt", b"a caption"))]
+    source, decoded = data.captioned(str(write_tar(tmp_path / "a.tar", many))), []
+    monkeypatch.setattr(data, "rgb", lambda picture: decoded.append(1) or picture.convert("RGB"))
+    opened, plain = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *args: opened.append(plain(*args)) or opened[-1])
+    kept = 0
+    for i, (_, _, picture) in enumerate(source.rows()):
+        kept = max(kept, len(opened[0].members))
+        if i == 200:
+            assert picture().size == (42, 30)
+    assert i == 299 and len(decoded) == 1 and kept <= 3
+
+
+def test_what_cannot_be_read_in_a_tar_is_named_and_the_rest_is_used(tmp_path, capsys):
+    """Catches one bad member that ends the run, and a truncated shard that passes for a whole one."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    bad = [("0.png", b"nothing"), ("0.txt", b"x"), ("1.png", png(1)), ("1.json", b"{"), ("2.txt", b"alone")]
+    write_tar(folder / "0.tar", [*bad, ("3.png", png(3)), ("3.txt", b"picture 3")])
+    write_tar(folder / "1.tar", [("2.png", png(2)), ("2.txt", b"picture 2")])
+    assert rows(data.captioned(str(folder))) == [("picture 3", 3), ("picture 2", 2)]
+    printed = capsys.readouterr().out
+    for name in ("0.tar/0: cannot identify", "0.tar/1: no caption", "0.tar/2: no picture"):
+        assert f"skipped unreadable picture {name}" in printed
+
+
+@pytest.mark.parametrize("end", [0, 300, 700, 1024, 1300, 2048, 2300, 2700, 3072, 3584, 4096])
+def test_a_truncated_tar_is_named_and_what_stands_before_is_used(tmp_path, capsys, end):
+    """Catches a download that broke off and passes for a whole shard: tarfile takes a header that is cut for the end."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    cut = write_tar(folder / "0.tar", [("0.txt", b"picture 0"), ("0.png", png(0)), ("1.txt", b"picture 1"), ("1.png", png(1))])
+    assert cut.stat().st_size > 4096 and rows(data.captioned(str(cut))) == [("picture 0", 0), ("picture 1", 1)]
+    assert "skipped" not in capsys.readouterr().out
+    cut.write_bytes(cut.read_bytes()[:end])
+    write_tar(folder / "1.tar", [("2.png", png(2)), ("2.txt", b"picture 2")])
+    assert rows(data.captioned(str(folder))) == [("picture 0", 0)] * (end >= 2560) + [("picture 2", 2)]
+    assert "skipped unreadable picture 0.tar: the rest of the shard is damaged" in capsys.readouterr().out
+
+
+def test_pictures_stand_upright_and_are_rgb(tmp_path):
+    """Catches a camera's rotation flag that is ignored, palettes, and transparency as a fourth channel."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    for name, mode, options in (("a.jpg", "RGB", {"exif": exif}), ("b.png", "P", {}), ("c.png", "RGBA", {}), ("d.webp", "RGB", {})):
+        Image.new(mode, (60, 40)).save(tmp_path / name, **options)
+        (tmp_path / name).with_suffix(".txt").write_text("caption")
+    found = {key: (picture.mode, picture.size) for key, _, picture in data.captioned(str(tmp_path))}
+    assert found == {"a.jpg": ("RGB", (40, 60))} | {name: ("RGB", (60, 40)) for name in ("b.png", "c.png", "d.webp")}
+
+
+def test_prompts_of_a_file_and_ours(tmp_path):
+    """Catches blank lines as prompts, and a default that is not there."""
+    (tmp_path / "p.txt").write_text("a cat\n\n  two dogs \n")
+    assert list(data.captioned(str(tmp_path / "p.txt"))) == [("0", "a cat", None), ("1", "two dogs", None)]
+    ours = data.read_prompts(data.ASSETS / "prompts.txt")
+    assert [caption for _, caption, _ in data.captioned()] == [caption for _, caption, _ in data.captioned("prompts")] == ours
+
+
+def test_our_prompts_are_many_short_and_different():
+    """Catches a duplicate, a paragraph, and a list that says the same with other words: few words are in many prompts."""
+    prompts = data.read_prompts(data.ASSETS / "prompts.txt")
+    words = [set(re.findall(r"[a-z]{4,}", prompt.lower())) for prompt in prompts]
+    assert len(prompts) >= 400 and len({" ".join(sorted(w)) for w in words}) == len(prompts)
+    assert all(3 < len(prompt.split()) < 60 and prompt.isprintable() for prompt in prompts)
+    assert len(set().union(*words)) > 1500 and sum('"' in prompt for prompt in prompts) > 20
+    for i, one in enumerate(words):
+        assert all(len(one & two) <= 0.6 * len(one | two) for two in words[:i])
+
+
+class FakeDatasets:
+    """The part of the `datasets` library that is used, over rows in memory."""
+
+    class Image:
+        def __init__(self, decode=True):
+            self.decode = decode
+
+        def decode_example(self, value):
+            return Image.open(io.BytesIO(value["bytes"]))
+
+    class Table:
+        def __init__(self, columns, values):
+            self.features, self.values = columns, values
+
+        def cast_column(self, name, kind):
+            assert not kind.decode and isinstance(self.features[name], FakeDatasets.Image)
+            return self
+
+        def __iter__(self):
+            for values in self.values:
+                if values is None:
+                    raise ConnectionError("connection reset")
+                yield values
+
+    def __init__(self, columns, values):
+        self.table, self.asked = FakeDatasets.Table(columns, values), []
+
+    def load_dataset(self, *args, **options):
+        self.asked.append((args, options))
+        return {"test": None, "train": self.table}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(columns, rows) -> the library, as if a dataset "someone/pictures" of these rows were on the hub."""
+
+    def install(columns, values):
+        library = FakeDatasets(columns, values)
+        monkeypatch.setitem(sys.modules, "datasets", library)
+        known = lambda name, revision: SimpleNamespace(sha={None: "sha0", "v2": "sha2"}[revision])  # noqa: E731
+        monkeypatch.setattr(huggingface_hub, "dataset_info", known)
+        return library
+
+    return install
+
+
+def test_a_hub_dataset_is_streamed_at_a_pinned_revision(hub):
+    """Catches a download of everything, another split, undecodable pictures that end the run, and a revision that is ignored."""
+    values = [{"jpg": {"bytes": png(i)}, "caption": [f"picture {i}", "other"]} for i in range(3)]
+    values += [{"jpg": {"bytes": b"x"}, "caption": "broken"}, {"jpg": None, "caption": "none"}]
+    values += [{"jpg": {"bytes": png(0)}, "caption": ""}]
+    library = hub({"id": int, "jpg": FakeDatasets.Image(), "caption": str}, values)
+    source, other = data.captioned("someone/pictures"), data.captioned("someone/pictures@v2")
+    assert rows(source) == [(f"picture {i}", i) for i in range(3)] and source.fingerprint != other.fingerprint
+    assert [options for _, options in library.asked] == [{"revision": sha, "streaming": True} for sha in ("sha0", "sha2")]
+
+
+def test_a_hub_dataset_without_pictures_is_prompts_alone(hub):
+    """Catches prompts datasets that are refused."""
+    hub({"prompt": str}, [{"prompt": "a cat"}, {"prompt": "a dog"}])
+    assert list(data.captioned("someone/prompts")) == [("0", "a cat", None), ("1", "a dog", None)]
+
+
+def test_folders_that_the_datasets_library_knows_are_read_by_it(tmp_path):
+    """Catches a change of the library: imagefolder and parquet, with its own decoding (skipped where it is not installed)."""
+    pytest.importorskip("datasets")
+    (tmp_path / "a" / "train").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / "a" / "train" / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "a" / "train" / "bad.png").write_bytes(b"nothing")
+    table = "file_name,text\n" + "".join(f"{i}.png,picture {i}\n" for i in range(3)) + "bad.png,bad\n"
+    (tmp_path / "a" / "train" / "metadata.csv").write_text(table)
+    assert rows(data.captioned(str(tmp_path / "a"))) == [(f"picture {i}", i) for i in range(3)]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    image = {"bytes": png(1), "path": "1.png"}
+    meta = {b"huggingface": b'{"info": {"features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}}'}
+    arrow = parquet.pa.table({"image": [image], "text": ["picture 1"]}).replace_schema_metadata(meta)
+    parquet.write_table(arrow, tmp_path / "p.parquet")
+    assert rows(data.captioned(str(tmp_path / "p.parquet"))) == [("picture 1", 1)]
+
+
+def hub_lost(hub, path):
+    hub({"text": str}, [{"text": "a cat"}, None])
+    list(data.captioned("someone/pictures"))
+
+
+def hub_columns(hub, path):
+    hub({"image": FakeDatasets.Image(), "label": int}, [])
+    data.captioned("someone/pictures")
+
+
+def hub_unknown(hub, path):
+    hub({}, [])
+    data.captioned("someone/pictures@v3")
+
+
+def hub_no_library(hub, path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        data.captioned("someone/pictures")
+
+
+def no_spec(hub, path):
+    data.captioned(str(path / "nothing" / "here"))
+
+
+def no_tar(hub, path):
+    data.captioned(str(path / "*.tar"))
+
+
+def no_prompt(hub, path):
+    (path / "p.txt").write_text("\n \n")
+    data.captioned(str(path / "p.txt"))
+
+
+def no_text(hub, path):
+    (path / "p.txt").write_bytes(b"\xff\xfe\xfa")
+    data.captioned(str(path / "p.txt"))
+
+
+def no_prompts_file(hub, path):
+    data.captioned(str(path / "missing.txt"))
+
+
+def no_captions(hub, path):
+    (path / "0.png").write_bytes(png(0))
+    data.captioned(str(path))
+
+
+def bad_line(hub, path):
+    (path / "metadata.jsonl").write_text('{"file_name": 5, "text": "x"}')
+    data.captioned(str(path))
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        (hub_lost, "run the same command again"),
+        (hub_columns, "no column text, caption or prompt but image, label"),
+        (hub_unknown, "check the name and the network"),
+        (hub_no_library, "pip install datasets"),
+        (no_spec, "is no folder"),
+        (no_tar, "matches no .tar"),
+        (no_prompt, "holds no prompt"),
+        (no_text, "give a UTF-8 file"),
+        (no_prompts_file, "cannot be read"),
+        (no_captions, "has no captions"),
+        (bad_line, "line 1"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_data_that_cannot_serve_are_one_sentence(hub, tmp_path, case, says):
+    """Catches tracebacks of libraries, and a wrong path that is taken for an empty source."""
+    with pytest.raises(models.UserError, match=says) as caught:
+        case(hub, tmp_path)
+    assert "\n" not in str(caught.value)

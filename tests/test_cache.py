@@ -1,0 +1,446 @@
+"""cache.py: buckets are near and inside the picture; a cache survives kills, flipped bits and ranks; stale ones are refused."""
+
+import itertools
+import os
+import threading
+import zlib
+
+import miniature
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import cache
+import data
+from cache import Cache
+from models import UserError
+
+KEY = {"model": "sdxl", "base": "0123"}
+SIZES = [(100, 110), (40, 160), (160, 40), (90, 90), (200, 70), (64, 64), (300, 290), (50, 200), (70, 71), (30, 100), (99, 98)]
+
+
+def pictures(path, sizes=SIZES):
+    """A folder of noise with captions, (width, height) each."""
+    path.mkdir()
+    for i, size in enumerate(sizes):
+        Image.effect_noise(size, 60 + i).convert("RGB").save(path / f"{i:02d}.png")
+        (path / f"{i:02d}.txt").write_text(f"picture {i}")
+    return path
+
+
+def encode_pictures(x):
+    assert x.dtype == torch.float32 and x.abs().max() <= 1 and 1 <= len(x) <= cache.BATCH
+    return F.avg_pool2d(x, 8)
+
+
+def encode_captions(captions):
+    numbers = torch.tensor([[zlib.crc32(f"{c}{i}".encode()) % 251 for i in range(6)] for c in captions]).float()
+    return {"tokens": numbers.view(-1, 3, 2), "pooled": numbers[:, :4] / 7, "time_ids": torch.full((len(captions), 6), 128.0)}
+
+
+def build(folder, items, **changes):
+    options = {"encode_pictures": encode_pictures, "encode_captions": encode_captions, "key": KEY, "resolution": 128, "shard": 3}
+    return Cache.build(folder, items, **(options | changes))
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix != ".tmp"}
+
+
+def draw(cond, latent, gen):
+    return torch.randn(len(cond["tokens"]), *latent, generator=gen) + cond["pooled"][:, :1, None, None]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return data.captioned(str(pictures(tmp_path_factory.mktemp("data") / "a")))
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "c"
+    return build(folder, source), files(folder)
+
+
+def restore(folder, contents):
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buckets
+
+
+@given(st.integers(1, 32).map(lambda n: 64 * n))
+def test_bucket_sizes_are_multiples_of_64_of_nearly_the_square_s_area(resolution):
+    """Catches a list that needs more memory than the square, wastes a step of 64, lies on one side only, or lacks the square."""
+    sizes = cache.buckets(resolution)
+    assert (resolution, resolution) in sizes and len(set(sizes)) == len(sizes)
+    for h, w in sizes:
+        assert h % 64 == w % 64 == 0 and min(h, w) >= 64 and (w, h) in sizes and max(h, w) <= 4 * min(h, w)
+        assert resolution**2 - 64 * max(h, w) < h * w <= resolution**2
+
+
+def test_buckets_at_1024_are_in_sdxl_s_list():
+    """Catches another rounding: sizes of SDXL's paper, appendix I, that people train and draw at; ratios to 2:1 and beyond."""
+    known = {(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (640, 1536), (512, 2048)}
+    sizes = cache.buckets(1024)
+    assert known <= set(sizes) and max(w / h for h, w in sizes) >= 2
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 20).map(lambda n: 64 * n))
+def test_a_picture_goes_to_the_nearest_ratio(h, w, resolution):
+    """Catches differences of ratios instead of quotients, and h with w exchanged."""
+    sizes = cache.buckets(resolution)
+    H, W = cache.nearest(h, w, sizes)
+    distance = {(a, b): max(a * w / (b * h), b * h / (a * w)) for a, b in sizes}
+    assert distance[H, W] <= min(distance.values()) * (1 + 1e-12)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from((64, 128, 256)))
+@example(1, 4000, 128).via("a picture that would have to grow to millions of pixels")
+@example(64, 64, 64).via("nothing to do")
+def test_the_cut_is_the_middle_of_the_picture_and_time_ids_say_where(h, w, resolution):
+    """Catches a cut beside the picture, one that is stretched, and top exchanged with left: pixels tell where they come from."""
+    across = torch.linspace(0, 255, w).round().byte() if w > 1 else torch.full((1,), 128, dtype=torch.uint8)
+    down = torch.linspace(0, 255, h).round().byte() if h > 1 else torch.full((1,), 128, dtype=torch.uint8)
+    image = torch.stack([across.expand(h, w), down[:, None].expand(h, w), torch.zeros(h, w, dtype=torch.uint8)], 2)
+    pixels, (oh, ow, top, left, H, W) = cache.fit(Image.fromarray(image.numpy()), cache.buckets(resolution))
+    assert (oh, ow) == (h, w) and pixels.shape == (3, H, W) and (H, W) in cache.buckets(resolution)
+    scale = max(H / h, W / w)
+    assert 0 <= top and top + H <= h * scale + 1e-6 and 0 <= left and left + W <= w * scale + 1e-6
+    assert abs(top - (h * scale - H) / 2) <= 1 and abs(left - (w * scale - W) / 2) <= 1 and min(top, left) == 0
+    x, y = (left + W / 2) / scale, (top + H / 2) / scale  # where the middle of the cut comes from
+    step = 255 / max(1, min(h, w) - 1)
+    for channel, place, size in ((0, x, w), (1, y, h)):
+        expected = 255 * (place - 0.5) / (size - 1) if size > 1 else 128
+        assert abs(pixels[channel, H // 2 - 1 : H // 2 + 1, W // 2 - 1 : W // 2 + 1].float().mean() - expected) < 2 + step / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is stored, and how it is drawn
+
+
+def test_the_cache_gives_back_what_the_encoders_gave(source, finished):
+    """Catches rows of one picture beside the caption of another, a lost row, and time_ids that were rounded to bfloat16."""
+    made, _ = finished
+    expected = {}
+    for _, caption, picture in source:
+        pixels, ids = cache.fit(picture, cache.buckets(128))
+        expected[caption] = encode_pictures(pixels[None].float() / 127.5 - 1), encode_captions([caption]), ids
+    assert sum(int(ends[-1]) for _, ends in made.rows.values()) == len(SIZES) and len(made.rows) > 2
+    seen = set()
+    for step in range(80):
+        x0, cond = made.latents(4, data.step_generator(0, step))
+        assert x0.dtype == torch.float32 and cond["tokens"].dtype == torch.bfloat16 and cond["time_ids"].dtype == torch.float32
+        for b in range(4):
+            caption = next(c for c, e in expected.items() if torch.equal(e[1]["tokens"][0], cond["tokens"][b].float()))
+            latents, text, ids = expected[caption]
+            assert torch.equal(x0[b], latents[0].half().float()) and torch.equal(cond["pooled"][b], text["pooled"][0].bfloat16())
+            assert cond["time_ids"][b].tolist() == ids
+            seen.add(caption)
+    assert len(seen) == len(SIZES)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9))
+@settings(max_examples=15)
+def test_a_batch_is_a_function_of_the_generator_and_ranks_share_it(finished, step, n):
+    """Catches global random state, a bucket drawn by each rank for itself, and shares that overlap."""
+    made = finished[0]
+
+    def ask(mine=slice(None)):
+        x0, cond = made.latents(n, data.step_generator(1, step), mine)
+        prompts = made.conditions(n, data.step_generator(1, step), mine)
+        return {"x0": x0} | cond | {f"prompts/{k}": v for k, v in prompts.items()}
+
+    whole = ask()
+    torch.rand(3)
+    again, shares = ask(), [ask(slice(rank, None, 2)) for rank in range(2)]
+    for k, v in whole.items():
+        assert len(v) == n and torch.equal(v, again[k])
+        assert all(torch.equal(v[rank::2], shares[rank][k]) for rank in range(2))
+
+
+def test_buckets_are_drawn_by_their_size(finished):
+    """Catches buckets drawn with equal probability: a lone panorama would be seen as often as all squares together."""
+    made = finished[0]
+    shapes = [tuple(made.latents(1, data.step_generator(2, step))[0].shape[2:]) for step in range(500)]
+    for bucket, (_, ends) in made.rows.items():
+        h, w = (int(side) // 8 for side in bucket.split("x"))
+        assert abs(shapes.count((h, w)) / 500 - int(ends[-1]) / len(SIZES)) < 0.07
+
+
+def test_conditions_reach_every_caption_and_are_told_a_whole_square(source, finished):
+    """Catches captions of rare buckets that are never drawn, and a picture's crop told to a rollout from square noise."""
+    made = finished[0]
+    cond = made.conditions(300, data.step_generator(3, 0))
+    assert len({tuple(row) for row in cond["pooled"].tolist()}) == len(SIZES)
+    assert (cond["time_ids"] == 128).all() and torch.equal(made.null()["tokens"], encode_captions([""])["tokens"].bfloat16())
+    assert "latents" not in cond and len(made.null()["time_ids"]) == 1
+
+
+def test_prompts_alone_get_drawn_latents_or_none(tmp_path):
+    """Catches a draw without its caption, one that depends on the run, and batches of latents that do not exist."""
+    (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(11)))
+    prompts = data.captioned(str(tmp_path / "p.txt"))
+    made = build(tmp_path / "a", prompts, draw=draw)
+    build(tmp_path / "b", prompts, draw=draw, encode_pictures=None, latent=(3, 16, 16))
+    drawn = {k: v for k, v in files(tmp_path / "a").items()}
+    assert drawn == files(tmp_path / "b")
+    x0, cond = made.latents(40, data.step_generator(0, 0))
+    assert x0.shape == (40, 3, 16, 16) and len(x0.flatten(1).unique(dim=0)) == 11
+    assert (x0.mean((1, 2, 3)) - cond["pooled"][:, 0].float()).abs().max() < 0.5
+    without = build(tmp_path / "c", prompts, encode_pictures=None)
+    assert len(without.conditions(5, data.step_generator(0, 0))["tokens"]) == 5
+    with pytest.raises(UserError, match="prompts alone"):
+        without.latents(5, data.step_generator(0, 0))
+
+
+def test_unreadable_pictures_are_named_in_the_manifest_and_left_out(tmp_path, capsys):
+    """Catches a crash in the middle of a night's encoding, and captions that move to the next picture."""
+    folder = pictures(tmp_path / "a", SIZES[:5])
+    (folder / "01.png").write_bytes(b"no picture")
+    (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:300])
+    made = build(tmp_path / "c", data.captioned(str(folder)))
+    assert [line[:6] for line in made.skipped] == ["01.png", "03.png"] and "01.png" in capsys.readouterr().out
+    cond = made.conditions(60, data.step_generator(0, 0))
+    expected = encode_captions(["picture 0", "picture 2", "picture 4"])["tokens"].bfloat16()
+    assert torch.equal(cond["tokens"].unique(dim=0), expected.unique(dim=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing lost
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_build_killed_at_any_file_operation_goes_on_to_the_same_bytes(source, finished, tmp_path, monkeypatch):
+    """Catches a shard that counts although it was not finished, and one that depends on where the run began."""
+    replace, unlink = os.replace, type(tmp_path).unlink
+    for stop in itertools.count():
+        folder, operations = tmp_path / f"{stop}", itertools.count()
+
+        def step(do, *args, operations=operations, stop=stop, **options):
+            if next(operations) == stop:
+                raise Killed
+            return do(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", lambda *a, step=step: step(replace, *a))
+            patch.setattr(type(tmp_path), "unlink", lambda *a, step=step, **o: step(unlink, *a, **o))
+            try:
+                build(folder, source)
+            except Killed:
+                pass
+            else:
+                break
+        build(folder, source)
+        assert files(folder) == finished[1]
+    assert stop > 12
+
+
+def test_a_resumed_build_encodes_only_what_is_missing(source, finished, tmp_path):
+    """Catches a resume that begins again, and a finished cache that asks the encoders or the source for anything."""
+    seen = []
+
+    def count(captions):
+        seen.extend(captions)
+        if len(seen) > 7:
+            raise Killed
+        return encode_captions(captions)
+
+    with pytest.raises(Killed):
+        build(tmp_path / "c", source, encode_captions=count)
+    done = len(list((tmp_path / "c").glob("0*.json")))
+    seen.clear()
+    build(tmp_path / "c", source, encode_captions=lambda captions: seen.extend(captions) or encode_captions(captions))
+    assert 0 < done < 4 and set(seen) == {f"picture {i}" for i in range(3 * done, len(SIZES))}
+    assert files(tmp_path / "c") == finished[1]
+    blind = data.Source(source.spec, source.fingerprint, None)
+    assert build(tmp_path / "c", blind, encode_pictures=None, encode_captions=None).rows.keys() == finished[0].rows.keys()
+
+
+@given(st.data())
+@settings(max_examples=40)
+def test_a_flipped_bit_anywhere_is_noticed(source, finished, tmp_path_factory, data):
+    """Catches damage that is trained on: a shard is named and made again with the same bytes, a damaged manifest is refused."""
+    contents = finished[1]
+    name = data.draw(st.sampled_from(sorted(contents)))
+    flipped = bytearray(contents[name])
+    flipped[data.draw(st.integers(0, len(flipped) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    folder = restore(tmp_path_factory.mktemp("flip"), contents | {name: bytes(flipped)})
+    if name == "manifest.json":
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            build(folder, source)
+    else:
+        build(folder, source)
+        assert files(folder) == contents
+
+
+@pytest.mark.parametrize("damage", ["gone", "truncated", "swapped"])
+def test_damaged_shards_are_named_and_made_again(source, finished, tmp_path, capsys, damage):
+    """Catches a check of sizes or of presence alone, and one that is silent."""
+    folder = restore(tmp_path / "c", finished[1])
+    one, two = folder / "00001.safetensors", folder / "00002.safetensors"
+    if damage == "gone":
+        one.unlink()
+    elif damage == "truncated":
+        one.write_bytes(one.read_bytes()[:-10])
+    else:
+        content = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(content)
+    build(folder, source)
+    assert files(folder) == finished[1] and f"{one} is damaged or gone" in capsys.readouterr().out
+
+
+def test_two_ranks_make_the_cache_that_one_makes(source, finished, tmp_path):
+    """Catches a shard that two ranks or none make, and a rank that reads before all have written; also on a damaged cache."""
+    for contents in ({}, finished[1] | {"00000.safetensors": b"", "00001.safetensors": b"", "null.safetensors": b""}):
+        folder, wait, made, errors = tmp_path / f"{len(contents)}", threading.Barrier(2, timeout=30).wait, {}, []
+        if contents:
+            restore(folder, contents)
+        captions = {0: [], 1: []}
+
+        def work(rank, folder=folder, wait=wait, made=made, captions=captions, errors=errors):
+            def encode(texts):
+                captions[rank].extend(texts)
+                return encode_captions(texts)
+
+            try:
+                made[rank] = build(folder, source, rank=rank, world=2, wait=wait, encode_captions=encode)
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors and files(folder) == finished[1]
+        assert captions[0] and captions[1] and not set(captions[0]) & set(captions[1])
+        x, y = (made[rank].latents(4, data.step_generator(0, 0))[0] for rank in range(2))
+        assert torch.equal(x, y)
+
+
+STALE = {
+    "base": {"key": KEY | {"base": "4567"}}, "model": {"key": KEY | {"model": "flux"}}, "vae": {"key": KEY | {"vae": "x"}},
+    "resolution": {"resolution": 192}, "shard": {"shard": 4}, "drawn latents": {"draw": draw},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", sorted(STALE))
+def test_a_cache_of_another_key_is_refused_by_name(source, finished, tmp_path, changed):
+    """Catches latents of another VAE or size that go on being used: finished or not, the message names what differs."""
+    folder = restore(tmp_path / "c", finished[1])
+    with pytest.raises(UserError, match=f"made with another {changed}: delete the folder or choose another --cache"):
+        build(folder, source, **STALE[changed])
+    assert files(folder) == finished[1]
+
+
+def test_a_cache_of_changed_pictures_is_refused(tmp_path):
+    """Catches a fingerprint of names alone: the picture, its caption, or the number of pictures has changed."""
+    folder = pictures(tmp_path / "a", SIZES[:3])
+    build(tmp_path / "c", data.captioned(str(folder)))
+    for change in (
+        lambda: os.utime(folder / "01.png", (1, 1)),
+        lambda: (folder / "02.txt").write_text("another caption"),
+        lambda: (folder / "00.txt").unlink(),
+    ):
+        before = data.captioned(str(folder)).fingerprint
+        assert before == data.captioned(str(folder)).fingerprint
+        change()
+        assert data.captioned(str(folder)).fingerprint != before
+    with pytest.raises(UserError, match="another fingerprint of the data: delete"):
+        build(tmp_path / "c", data.captioned(str(folder)))
+
+
+def refused_resolution(source, folder):
+    build(folder, source, resolution=100)
+
+
+def refused_foreign(source, folder):
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("")
+    build(folder, source)
+
+
+def refused_overflow(source, folder):
+    build(folder, source, encode_pictures=lambda x: encode_pictures(x) * float("inf"))
+
+
+def refused_nothing(source, folder):
+    build(folder, data.Source("x", "y", lambda: iter([("a", "b", lambda: data._broken("no"))])))
+
+
+def refused_no_cache(source, folder):
+    Cache(folder)
+
+
+def refused_full(source, folder):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "save_file", full)
+        build(folder, source)
+
+
+def refused_file(source, folder):
+    folder.write_text("")
+    build(folder, source)
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        (refused_resolution, "multiple of 64"),
+        (refused_foreign, "not empty and no cache"),
+        (refused_overflow, "not finite"),
+        (refused_nothing, r"could be read \(1 tried\)"),
+        (refused_no_cache, "no finished cache"),
+        (refused_full, "free some space"),
+        (refused_file, "cannot make the cache folder"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_user_can_cause_is_one_sentence(source, tmp_path, case, says):
+    """Catches tracebacks, a foreign folder that is filled, and NaN latents that are kept for training."""
+    with pytest.raises(UserError, match=says) as caught:
+        case(source, tmp_path / "c")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_vanishes_during_training_is_one_sentence(source, finished, tmp_path):
+    """Catches a traceback of the file format."""
+    made = Cache(restore(tmp_path / "c", finished[1]))
+    for file in (tmp_path / "c").glob("0*.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match="run the same command again"):
+        made.latents(2, data.step_generator(0, 0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_a_real_vae_and_real_text_encoders_fill_a_cache(source, tmp_path, name):
+    """Catches shapes that only the stand-ins have: three-channel latents, one text encoder."""
+    pipe = miniature.PIPELINES[name]()
+
+    def encode(captions):
+        if name == "sdxl":
+            tokens, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+            return {"tokens": tokens, "pooled": pooled, "time_ids": torch.full((len(captions), 6), 64.0)}
+        tokens, pooled, _ = pipe.encode_prompt(captions, captions, max_sequence_length=32)
+        return {"tokens": tokens, "pooled": pooled}
+
+    made = build(tmp_path / "c", source, encode_pictures=lambda x: pipe.vae.encode(x).latent_dist.mode(), encode_captions=encode)
+    x0, cond = made.latents(2, data.step_generator(0, 1))
+    assert x0.shape[1] == pipe.vae.config.latent_channels and x0.isfinite().all() and ("time_ids" in cond) == (name == "sdxl")
+    assert cond["tokens"].shape[1:] == made.null()["tokens"].shape[1:] and x0.shape[2] * x0.shape[3] <= 256
