@@ -174,22 +174,26 @@ class State:
 
 
 class Trajectories:
-    """The guided teacher's own solutions of n captions, drawn once: states (E, n, C, H, W) fp16 at `times` (E,), captions.
+    """The guided teacher's own solutions of n captions, drawn once: states (E, n, C, H, W) fp16 at `times` (E,), the captions' cond.
 
-    Kept in `folder` as shards of 128; a killed run goes on with the shard that is missing."""
+    Kept in `folder` as shards of 128; a killed run goes on with the shard that is missing. `network` says path, device and latents;
+    micro captions are drawn at a time (0: a shard)."""
 
-    def __init__(self, folder: Path, teacher, network: models.Denoiser, pictures, n: int, times: torch.Tensor, seed: int):
+    def __init__(self, folder: Path, teacher, network: models.Denoiser, examples, n: int, times, seed: int, micro: int):
         folder.mkdir(exist_ok=True)
-        self.times, self.captions, states = times, [], []
+        self.times, states, conds = times, [], []
         for k in tqdm(range(0, n, 128), desc="teacher trajectories"):
             gen, path, size = data.step_generator(seed, k, stream=3), folder / f"{k:06d}.safetensors", min(128, n - k)
-            texts = pictures.captions(size, gen)
+            conds.append(examples.conditions(size, gen, slice(None)))
             if not path.exists():
-                x_T, cond = torch.randn(size, *network.latent, generator=gen), network.encode(texts)
-                write(path, {"states": tdpt.rollout_states(teacher, network.path, x_T, cond, times).half()}, {})
+                x_T, parts = torch.randn(size, *network.latent, generator=gen), []
+                for rows in torch.arange(size).split(micro or size):
+                    cond = {k: v[rows].to(network.device) for k, v in conds[-1].items()}
+                    x = x_T[rows].to(network.device)
+                    parts.append(tdpt.rollout_states(teacher, network.path, x, cond, times.to(network.device)).half().cpu())
+                write(path, {"states": torch.cat(parts, 1)}, {})
             states.append(read_tensors(path, "delete it, it will be drawn again")[0]["states"])
-            self.captions += texts
-        self.states = torch.cat(states, 1)
+        self.states, self.cond = torch.cat(states, 1), {k: torch.cat([cond[k] for cond in conds]) for k in conds[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,33 +204,39 @@ def packed_class(kind: str, layer: nn.Module):
     return KINDS["w4a4conv" if kind == "w4a4" and isinstance(layer, nn.Conv2d) else kind]
 
 
-def _packed_model(name: str, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> models.Denoiser:
-    """The architecture with packed layers where `table` says so, and `tensors` loaded."""
-    student = models.build(name)
+def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> models.Denoiser:
+    """The architecture (name of a tiny one, or models.blueprint) with packed layers where `table` says so, and `tensors` loaded."""
+    student = models.build(name) if isinstance(name, str) else models.from_blueprint(name)
     layers = models.float_layers(student.net)
     try:
         for key, row in table.items():
             new = packed_class(row["kind"], layers[key])(layers[key], row["rank"], row["group_w"], row["group_x"], row["smooth"])
             hgs_lora.replace(student.net, key, new)
         state = student.state_dict()
-        student.load_state_dict({k: v.to(state[k].dtype) for k, v in tensors.items() if k in state})
+        tensors = {k: v.to(state[k].dtype) if isinstance(name, str) else v for k, v in tensors.items() if k in state}
+        student.load_state_dict(tensors, assign=not isinstance(name, str))
     except (RuntimeError, KeyError, ValueError):
         raise UserError(f"{where} does not fit its table of layers: restore both files, or train again") from None
     student.told = True
     return student.eval().requires_grad_(False)
 
 
+def network_of(student: models.Denoiser) -> str | dict:
+    """What _packed_model builds the architecture from."""
+    return student.name if student.name in models.TINY else models.blueprint(student)
+
+
 def save_start(out: Path, student: models.Denoiser, table: dict) -> None:
     """The initialised student and its anchor, so that a killed run does not calibrate again."""
     anchors = {f"anchor/{k}": v for k, v in hgs_lora.anchor_state(student).items()}
-    write(out / "start.safetensors", student.state_dict() | anchors, {"layers": table})
+    write(out / "start.safetensors", student.state_dict() | anchors, {"layers": table, "network": network_of(student)})
 
 
-def load_start(out: Path, name: str) -> tuple[models.Denoiser, dict]:
+def load_start(out: Path) -> tuple[models.Denoiser, dict]:
     """Inverse of save_start. UserError for a missing or damaged file."""
     path = out / "start.safetensors"
     tensors, info = read_tensors(path, "delete it to calibrate again")
-    student = _packed_model(name, info["layers"], tensors, path)
+    student = _packed_model(info["network"], info["layers"], tensors, path)
     hgs_lora.load_anchor_state(student, {k.removeprefix("anchor/"): v for k, v in tensors.items() if k.startswith("anchor/")})
     return student, info["layers"]
 
@@ -245,7 +255,7 @@ def save_checkpoint(out: Path, student: models.Denoiser, table: dict, merged: bo
         return tensor.bfloat16() if tensor.dtype == torch.float32 and not key.endswith(".inv_smooth") else tensor
 
     write(out / "model.safetensors", {k: stored(k, v) for k, v in student.state_dict().items()}, {"format": FORMAT})
-    write_config(out, read_config(out) | {"layers": table})
+    write_config(out, read_config(out) | {"layers": table, "network": network_of(student)})
 
 
 def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
@@ -256,7 +266,7 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
     if "layers" not in about:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
     tensors = {k: kernels.unpack_scales(v) if k.endswith(".scale_O") else v for k, v in tensors.items()}
-    student = _packed_model(about["config"]["model"], about["layers"], tensors, folder / "model.safetensors")
+    student = _packed_model(about["network"], about["layers"], tensors, folder / "model.safetensors")
     hgs_lora.set_backend(student, about["config"].get("backend", "native"))  # older folders name none
     return student.to(models.FAST), about
 

@@ -29,6 +29,7 @@ import checkpoint
 import data
 import models
 import sample
+import tdpt
 from models import UserError
 
 REFERENCE_SEED = 777_000  # of the rendered scenes that Frechet distances are measured to
@@ -229,6 +230,34 @@ def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
         print(f"4 steps, {config['eval_n']} pictures\n{table(rows)}")
     (out / "report.json").write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
     print(f"pictures: {out / 'samples'}")
+
+
+@torch.no_grad()
+def latent_report(out: Path, network: models.Denoiser, config: dict, examples, leader: bool) -> None:
+    """closing_report for sdxl and flux, whose quality no classifier of ours can judge: how far the checkpoint on disk is from the
+    fp consistency model in latents, signal over error in dB, from the same noises and captions at 4 steps. Every process of a
+    torchrun calls it (the teacher may be sharded), the leader loads the checkpoint and prints."""
+    n, gen = config["eval_n"], data.step_generator(config["seed"], 0, stream=5)
+    cond, x_T = examples.conditions(n, gen, slice(None)), torch.randn(n, *network.latent, generator=gen)
+
+    def draw(model, denoiser) -> torch.Tensor:
+        parts = []
+        for rows in torch.arange(n).split(config["micro"] or n):
+            cond_r = {k: v[rows].to(config["device"]) for k, v in cond.items()}
+            parts.append(tdpt.sample(model, denoiser.path, x_T[rows].to(config["device"]), cond_r, 4).float().cpu())
+        return torch.cat(parts)
+
+    fp = draw(models.as_cm(network), network)
+    if not leader:
+        return
+    student, _ = checkpoint.load_checkpoint(out)
+    drawn = draw(student.to(config["device"]), student)
+    s, snr = checkpoint.size(student), 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
+    print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
+    print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB")
+    print(f"4 steps, {n} captions: latents {snr:.2f} dB to the fp model")
+    (out / "report.json").write_text(json.dumps({"steps": 4, "n": n, **s, "latent_snr_to_fp": snr}, indent=1))
+    print(f"memory_ratio: {s['mb'] / s['mb_bf16']:.3f}")
 
 
 def fp_pictures(file: str, judge: Judge, network: models.Denoiser, steps: int, config: dict) -> torch.Tensor:

@@ -32,9 +32,11 @@ Memory [O]. `budget_bytes` bounds the float64 totals that are alive in one pass 
 the next pass, in which `run` drives the same calibration set again. `collect_passes` yields each pass's layers as soon as they
 are ready, so that a big model can be decomposed and dropped slice by slice; `collect` keeps all of them (float32).
 
+Processes of torch.distributed, where it is initialised, each drive their own part of the calibration set, in the same order of
+layers; their sums, counts and maxima are exchanged before a result is handed out, so that all get the same.
+
 Bad input: an inf or nan input, an input whose H overflows, a layer that was never called: ValueError naming the layer.
-Left out on purpose: cross moments E[q(x) x^T], grouped convolutions, reductions over several processes (calibration is small:
-every rank can run it).
+Left out on purpose: cross moments E[q(x) x^T], grouped convolutions.
 """
 
 import weakref
@@ -42,6 +44,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,10 +108,21 @@ class Stats:
         self.count += len(rows)
 
     def finish(self) -> None:
+        totals = torch.tensor([self.count, self.pixels], dtype=torch.int64, device=self.H_KK.device)
+        exchange(self.H_KK, self.noise_I, self.calls_Bin, totals)
+        exchange(self.absmax_BinI, op="max")
+        self.count, self.pixels = totals.tolist()
         self.H_KK = self.H_KK.div_(self.count).float()
         self.noise_I = self.noise_I.div(self.pixels).float()
         if not torch.isfinite(self.H_KK).all():
             raise ValueError(f"layer {self.layers[0]!r}: the second moments of its input overflow float32")
+
+
+def exchange(*tensors: Tensor, op: str = "sum") -> None:
+    """Sums (or maxima) over the processes of torch.distributed, in place; nothing where there is one."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
 
 
 def variation(stats: Stats, weight: Tensor) -> tuple[float, float]:
@@ -354,8 +368,11 @@ def collect_outputs(
         finally:
             for handle in handles:
                 handle.remove()
+        count = torch.tensor(samples, dtype=torch.int64, device=next(iter(totals.values())).device)
+        exchange(count)
         for name, total in totals.items():
-            found[name] = (total / samples).float()
+            exchange(total)
+            found[name] = (total / count).float()
             if name not in reached:
                 raise ValueError(f"layer {name!r} was never called by the calibration run, or what it feeds is not measured")
             if not torch.isfinite(found[name]).all():

@@ -1,5 +1,5 @@
-"""Teachers: tiny (SDXL's UNet class) and tiny-flux (FLUX's transformer class), both diffusers' own classes; and the networks of
-SDXL and FLUX themselves, for bench.py.
+"""Denoisers: tiny (SDXL's UNet class) and tiny-flux (FLUX's transformer class), both diffusers' own classes, and the networks of
+SDXL and FLUX themselves, whose public weights pretrained.py loads.
 
 Every model is a `Denoiser`: the network, its text encoder, its noise path, and the rule which layer may go to 4 bits.
 
@@ -8,15 +8,20 @@ Every model is a `Denoiser`: the network, its text encoder, its noise path, and 
 `s` is the time that the jump goes to. A consistency model that serves 1, 2 and 4 steps must know how far it is asked to jump
 (from pure noise the answer of one step is a picture, the first answer of four is a blurrier one): Consistency Trajectory
 Models tell it. [O] Both classes have an input for a scalar beside time, made for the guidance scale: `timestep_cond` in
-UNet2DConditionModel, `guidance` in FluxTransformer2DModel. Ours carries s there. A teacher is never told (`told` False).
+UNet2DConditionModel, `guidance` in FluxTransformer2DModel. Ours carries s there. A teacher is never told (`told` False), nor is
+SDXL (its UNet has no such input) or FLUX (its guidance input carries the guidance): stock pipelines can run those.
 
 Layer policy (`precision`): first and last layers and the MLPs that embed time and pooled text stay 16 bit, AdaLN modulations
 are W4A16, every other Linear and Conv2d is W4A4.
+
+`cond` has tokens (B, L, D) and pooled (B, D); SDXL's also time_ids (B, 6): original height and width, top and left of the crop,
+height and width of the picture, in pixels.
 
 Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 """
 
 import json
+import math
 import re
 import sys
 import zlib
@@ -35,9 +40,11 @@ from kernels import CPU
 from tdpt import FlowPath, VPPath
 
 ASSETS = Path(__file__).parent / "assets"
-MODELS = ("tiny", "tiny-flux")
+TINY, REAL = ("tiny", "tiny-flux"), ("sdxl", "flux")
+MODELS = TINY + REAL
 TOKENS, WIDTH, BUCKETS = 24, 128, 1024  # of the text encoder
 SIDE = 32  # pixels
+TIME_IDS = [[SIDE, SIDE, 0, 0, SIDE, SIDE]]
 LATENT = (12, 16, 16)  # 32x32 pictures, pixel-unshuffled
 LATENT_SCALE = 2.0  # procedural pictures have a standard deviation near 0.5
 FAST = torch.bfloat16 if CPU.get("avx512_bf16") or CPU.get("amx_bf16") else torch.float32  # elsewhere bfloat16 is emulated, slowly
@@ -129,13 +136,28 @@ def flux_transformer() -> FluxTransformer2DModel:
 class Denoiser(nn.Module):
     """A network on path times.  forward(x_t (B,C,H,W), t (B,), s (B,), cond) -> prediction (B,C,H,W), in x_t's dtype.
 
-    Attributes: name, net (diffusers module), text, path (tdpt), told (whether s is passed on), latent (C, H, W).
+    Attributes: name, net (diffusers module), text, path (tdpt), told (whether s is passed on), latent (C, H, W); of real models
+    also base (hub id or path) and scheduler (the base's scheduler config), and guidance, which FLUX is given as an input.
     """
 
-    def __init__(self, name: str, net: nn.Module, text: nn.Module, path):
+    def __init__(self, name: str, net: nn.Module, text: nn.Module | None, path, latent: tuple[int, int, int] = LATENT):
         super().__init__()
-        self.name, self.net, self.text, self.path = name, net, text, path
-        self.told, self.latent = False, LATENT
+        self.name, self.net, self.text, self.path, self.latent = name, net, text, path, tuple(latent)
+        self.base, self.scheduler = "", {}
+        self.guidance = 3.5 if name == "flux" and net.config.guidance_embeds else None
+        self._told = False
+
+    @property
+    def told(self) -> bool:
+        return self._told and self.name in TINY
+
+    @told.setter
+    def told(self, told: bool) -> None:
+        self._told = told
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
 
     @property
     def dtype(self):
@@ -155,9 +177,8 @@ class Denoiser(nn.Module):
 
 class UNetDenoiser(Denoiser):
     def _call(self, x, t, s, cond):
-        size = x.new_tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]]).expand(len(x), 6)  # SDXL's original size, crop, target size
         told = None if s is None else get_timestep_embedding(s, 64).to(x)
-        added = {"text_embeds": cond["pooled"], "time_ids": size}
+        added = {"text_embeds": cond["pooled"], "time_ids": cond.get("time_ids", x.new_tensor(TIME_IDS).expand(len(x), 6))}
         timestep = self.path.timestep(t)
         return self.net(x, timestep, cond["tokens"], timestep_cond=told, added_cond_kwargs=added, return_dict=False)[0]
 
@@ -168,31 +189,71 @@ class FluxDenoiser(Denoiser):
         tokens = x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
         row, column = torch.meshgrid(torch.arange(H // 2), torch.arange(W // 2), indexing="ij")
         ids = torch.stack([torch.zeros_like(row), row, column], -1).view(-1, 3).to(x)
+        guidance = torch.zeros_like(t) if s is None else s
+        if self.name == "flux":
+            guidance = None if self.guidance is None else torch.full_like(t, self.guidance)
         y = self.net(
             tokens, cond["tokens"], cond["pooled"], timestep=self.path.timestep(t), img_ids=ids,
-            txt_ids=ids.new_zeros(cond["tokens"].shape[1], 3), guidance=torch.zeros_like(t) if s is None else s, return_dict=False,
+            txt_ids=ids.new_zeros(cond["tokens"].shape[1], 3), guidance=guidance, return_dict=False,
         )[0]  # fmt: skip
         return y.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
+NETWORK_CLASSES = {"sdxl": UNet2DConditionModel, "flux": FluxTransformer2DModel}
 NETWORKS = {"tiny": tiny_unet, "tiny-flux": tiny_flux, "sdxl": sdxl_unet, "flux": flux_transformer}
 
 
-def wrap(name: str, net: nn.Module, text: nn.Module | None = None) -> Denoiser:
-    """The denoiser of a network of NETWORKS. Latents of sdxl and flux are those of 1024 x 1024 pixels."""
-    if isinstance(net, UNet2DConditionModel):
-        path = VPPath.from_betas("v_prediction", zero_terminal_snr=True) if name == "tiny" else VPPath.from_betas("epsilon")
-        denoiser = UNetDenoiser(name, net, text, path)
-    else:
-        denoiser = FluxDenoiser(name, net, text, FlowPath(shift=1.0 if name == "tiny-flux" else 3.0))
-    denoiser.latent = {"sdxl": (4, 128, 128), "flux": (16, 128, 128)}.get(name, LATENT)
+def noise_path(name: str, scheduler: dict, latent: tuple[int, int, int]):
+    """The path of a base's scheduler config; {} stands for that of the official base. ValueError for a schedule that has no path
+    here: betas that are not scaled_linear, eps-prediction at zero signal-to-noise ratio."""
+    if name == "tiny":
+        return VPPath.from_betas("v_prediction", zero_terminal_snr=True)
+    if name == "tiny-flux":
+        return FlowPath()
+    if name == "sdxl":
+        if (schedule := scheduler.get("beta_schedule", "scaled_linear")) != "scaled_linear":
+            raise ValueError(f"beta_schedule {schedule} is not supported, scaled_linear is")
+        betas = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
+        kind, steps = scheduler.get("prediction_type", "epsilon"), scheduler.get("num_train_timesteps", 1000)
+        return VPPath.from_betas(kind, bool(scheduler.get("rescale_betas_zero_snr", False)), betas, steps)
+    if not scheduler.get("use_dynamic_shifting", True):
+        return FlowPath(scheduler.get("shift", 3.0))
+    low, high = (scheduler.get(f"{k}_image_seq_len", n) for k, n in (("base", 256), ("max", 4096)))
+    mu, top = (scheduler.get(f"{k}_shift", shift) for k, shift in (("base", 0.5), ("max", 1.15)))
+    return FlowPath(math.exp(mu + (top - mu) * (latent[1] * latent[2] / 4 - low) / (high - low)))  # linear in the number of tokens
+
+
+def wrap(name: str, net: nn.Module, text: nn.Module | None = None, scheduler: dict | None = None, latent=None) -> Denoiser:
+    """The denoiser of a network of NETWORKS. Latents of sdxl and flux are those of 1024 x 1024 pixels unless `latent` says else."""
+    latent = latent or {"sdxl": (4, 128, 128), "flux": (16, 128, 128)}.get(name, LATENT)
+    cls = UNetDenoiser if isinstance(net, UNet2DConditionModel) else FluxDenoiser
+    denoiser = cls(name, net, text, noise_path(name, scheduler or {}, latent), latent)
+    denoiser.scheduler = scheduler or {}
+    return denoiser
+
+
+def blueprint(denoiser: Denoiser) -> dict:
+    """What a checkpoint must say of a real model so that from_blueprint can build it without the base's files. JSON."""
+    net = denoiser.net
+    config = {k: v for k, v in net.config.items() if not k.startswith("_")}
+    about = {"model": denoiser.name, "base": denoiser.base, "class": type(net).__name__, "config": config}
+    return json.loads(json.dumps(about | {"scheduler": denoiser.scheduler, "latent": denoiser.latent}))
+
+
+def from_blueprint(about: dict, device: str = "meta") -> Denoiser:
+    """Inverse of blueprint, with weights uninitialised on "meta" and random elsewhere."""
+    cls = {"UNet2DConditionModel": UNet2DConditionModel, "FluxTransformer2DModel": FluxTransformer2DModel}[about["class"]]
+    with torch.device(device):
+        net = cls.from_config(about["config"])
+    denoiser = wrap(about["model"], net, None, about["scheduler"], tuple(about["latent"]))
+    denoiser.base = about["base"]
     return denoiser
 
 
 def build(name: str) -> Denoiser:
     """A tiny architecture with random weights. ValueError for an unknown name."""
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    if name not in TINY:
+        raise ValueError(f"unknown tiny model {name!r}: choose from {', '.join(TINY)}")
     denoiser = wrap(name, NETWORKS[name](), TinyText())
     if name == "tiny":
         nn.init.zeros_(denoiser.net.time_embedding.cond_proj.weight)  # so that a CM starts from the teacher's function
@@ -240,6 +301,13 @@ class LoRA(nn.Module):
     A (r, I, kh, kw) is a convolution of the layer's geometry, B (O, r) acts per pixel; for a Linear they are (r, I) and (O, r).
     A ~ N(0, 1/I), B = 0, float32; the product is formed in x's dtype.
     """
+
+    @classmethod
+    def of(cls, layer: nn.Linear | nn.Conv2d, A: torch.Tensor, B: torch.Tensor) -> "LoRA":
+        """With given factors, in their own dtype; B may be a 1x1 convolution."""
+        new = cls(layer, 1, torch.Generator())
+        new.lora_A, new.lora_B = nn.Parameter(A.detach().clone()), nn.Parameter(B.detach().flatten(1).clone())
+        return new
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, gen: torch.Generator):
         super().__init__()

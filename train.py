@@ -15,8 +15,8 @@ A run folder holds what checkpoint.py lists; model.safetensors is the deployed c
 
 import argparse
 import dataclasses
+import datetime
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,15 @@ from tqdm import tqdm
 import checkpoint
 import data
 import evaluate
-import hessian
 import hgs_lora
 import kernels
 import models
+import pretrained
 import qra
 import quant
+import student
 import tdpt
+import teacher
 from checkpoint import rank, world
 from models import UserError
 
@@ -43,17 +45,29 @@ from models import UserError
 class Config:
     """Every choice of a run. "Paper" figures are those of published few-step recipes where CMQuant's own are unknown."""
 
-    model: str = "tiny"  # tiny (SDXL's UNet class) or tiny-flux (FLUX's transformer class)
+    model: str = "tiny"  # tiny (SDXL's UNet class), tiny-flux (FLUX's transformer class), sdxl, flux
     stage: str = "student"  # student: distil; teacher: train the teacher from nothing
     bits: int = 4  # 4: W4A4 student; 16: the full-precision consistency model
     recipe: str = "cmquant"  # cmquant: TDPT mixed with rollouts; paper: TDPT alone, (anchor, fp) targets
     out: str = ""  # run folder; default runs/MODEL, runs/MODEL-cm or runs/MODEL-teacher
-    data: str = ""  # folder of captioned pictures; default: procedural scenes
-    teacher: str = ""  # teacher weights; default assets/MODEL.safetensors; for --stage teacher: where to start from
-    cm: str = ""  # consistency LoRA of the teacher; default assets/MODEL-cm.safetensors; with --bits 16: where to start from
+    data: str = ""  # captioned pictures: see data.py; default: procedural scenes (tiny), our own list of prompts (sdxl, flux)
+    cache: str = ""  # folder of the latents and text embeddings of sdxl and flux; default OUT/cache
+    teacher: str = ""  # weights; default assets/MODEL.safetensors; sdxl, flux: hub id, folder or file, see pretrained.py; for
+    # --stage teacher: where to start from
+    components: str = ""  # if the teacher is one file: hub id or folder of its configs and tokenizers
+    weights: str = ""  # random: the full-size network with random weights, to rehearse
+    cm: str = ""  # consistency LoRA of the teacher; default assets/MODEL-cm.safetensors; sdxl, flux: any that diffusers reads, or
+    # self: train one first; with --bits 16: where to start from
+    resolution: int = 0  # pixels of sdxl and flux; 0: the base's own (1024)
     seed: int = 0
     steps: int = 40  # updates; 0 packs and measures the initialisation; on tiny more than 40 change little (README)
     batch: int = 32  # pictures in an update, over all ranks
+    micro: int = 0  # pictures at a time on a rank; 0: all of its share
+    checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    memory_limit: str = ""  # such as 24GB: choose micro, checkpointing and where the teacher is so that a GPU of that size will do
+    offload: bool = False  # the teacher waits in main memory, its blocks come to the GPU as they are needed
+    shard_teacher: bool = False  # torchrun: every rank keeps a part of the teacher (FSDP2)
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
     optimizer: str = "adamw"  # adamw; muon: for the matrices inside blocks, what is left by AdamW
     lr: float = 2e-5  # on A, B (LCM-LoRA: 1e-4); cosine to zero
     warmup: int = 10  # updates
@@ -90,7 +104,8 @@ class Config:
     eval_n: int = 256  # pictures of the closing quality line
     save_every: int = 20  # updates between two resumable states
     backend: str = "native"  # of the kernels; native: kernels.cpp, or eager where it cannot be built; compile: torch.compile
-    dry_run: bool = False  # print the configuration and stop
+    export: str = ""  # lora: also write the LoRA alone in diffusers' format, for the 16-bit base
+    dry_run: bool = False  # print the configuration (sdxl, flux: and the table of layers, memory) and stop
 
 
 RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
@@ -99,11 +114,17 @@ STAGES = {
     "cm": {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "phases": "1,2,2,4,4,4",
            "jitter": 0.1, "cached": 4096, "eval_n": 1024},
 }  # fmt: skip
+MODELS = {
+    "sdxl": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 7.5, "hessian_mb": 8192},
+    "flux": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 3.5, "hessian_mb": 8192},
+}  # fmt: skip
+REAL = {"eval_n": 16, "dtype": "bfloat16", "data": "prompts", "calibration": 32, "cached": 512}
 CHOICES = {
     "model": models.MODELS, "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
     "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS), "bits": (4, 16),
     "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
     "dtype": ("bfloat16", "float32"), "optimizer": ("adamw", "muon"), "backend": tuple(kernels.BACKENDS),
+    "weights": ("", "random"), "export": ("", "lora"),
 }  # fmt: skip
 
 
@@ -121,7 +142,8 @@ def parse(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     stage = "teacher" if given.get("stage") == "teacher" else "cm" if given.get("bits") == 16 else "student"
     folder = {"out": f"runs/{given.get('model', 'tiny')}" + {"teacher": "-teacher", "cm": "-cm", "student": ""}[stage]}
-    return Config(**(folder | STAGES.get(stage, {}) | RECIPES[given.get("recipe", "cmquant")] | given))
+    scale = MODELS.get(given.get("model"), {}) and REAL | MODELS[given["model"]]
+    return Config(**(folder | STAGES.get(stage, {}) | scale | RECIPES[given.get("recipe", "cmquant")] | given))
 
 
 def check(cfg: Config) -> None:
@@ -142,112 +164,11 @@ def check(cfg: Config) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage "teacher"
-
-
-def train_teacher(cfg: Config, out: Path, pictures) -> None:
-    """Plain diffusion training: squared error at stratified times, 10% of captions dropped, EMA 0.999 -> MODEL.safetensors."""
-    torch.manual_seed(cfg.seed)
-    model = models.load_teacher(cfg.model, cfg.teacher).requires_grad_() if cfg.teacher else models.build(cfg.model)
-    params = dict(model.named_parameters())
-    state = checkpoint.State(out, params, cfg)
-    start, saved = state.load()
-    ema = {k: saved[f"ema.{k}"] if saved else p.detach().clone() for k, p in params.items()}
-    times, mine = model.path.grid(1000), slice(rank(), None, world())
-    with open(out / "metrics.jsonl", "a") as log:
-        for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="teacher")):
-            gen = data.step_generator(cfg.seed, step)
-            x, captions = pictures.batch(cfg.batch, gen)
-            drop = torch.rand(cfg.batch, generator=gen) < 0.1
-            cond = model.encode([data.UNCONDITIONAL if d else c for d, c in zip(drop, captions, strict=True)][mine])
-            strata = (torch.arange(cfg.batch) + torch.rand(cfg.batch, generator=gen)) / cfg.batch  # one t in every B-th of [0, 1)
-            x0, t = models.to_latents(x)[mine], times[(1000 * strata).long()][mine]
-            eps = torch.randn(cfg.batch, *model.latent, generator=gen)[mine]
-            with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-                pred = model(model.path.add_noise(x0, eps, t), t, t, cond)
-            loss = (pred.float() - model.path.prediction_of(x0, eps, t)).square().mean()
-            loss.backward()
-            state.update(step, loss.item(), log)
-            decay = min(0.999, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-                state.save(step + 1, {f"ema.{k}": v for k, v in ema.items()})
-    if rank() == 0:
-        model.load_state_dict({k: v.half() for k, v in ema.items()})
-        ship(cfg, out / f"{cfg.model}.safetensors", model.state_dict(), model, cm=False)
-
-
-def ship(cfg: Config, path: Path, tensors: dict[str, torch.Tensor], network: models.Denoiser, cm: bool) -> None:
-    """16-bit weights that other runs start from, as float16, with the command and the scores that go with them."""
-    halves = {k: v.half() for k, v in tensors.items()}  # before the network that holds them is cast
-    scores = evaluate.network_report(network.eval().to(models.FAST), dataclasses.asdict(cfg), cm)
-    command, what = " ".join(["python train.py", *sys.argv[1:]]), {"seed": cfg.seed, "steps": cfg.steps, "batch": cfg.batch}
-    checkpoint.write(path, halves, {"command": command, "scores": scores} | what)
-    print(f"weights: {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Stage "student", 16 or 4 bits
 
 
-@torch.no_grad()
-def quantized_student(cfg: Config, base: models.Denoiser, pictures) -> tuple[models.Denoiser, dict[str, dict]]:
-    """The fused consistency model (float32) -> its W4A4 twin with HGS-LoRA, in place, and the table of layers."""
-    kinds = {name: models.precision(name) for name in models.float_layers(base.net)}
-    layers = {name: layer for name, layer in models.float_layers(base.net).items() if kinds[name] != "16bit"}
-    for name, layer in layers.items():
-        if cfg.rank > min(layer.weight.flatten(1).shape):
-            raise UserError(f"--rank {cfg.rank} is larger than layer {name} {tuple(layer.weight.shape)}: choose a smaller one")
-    # 1. statistics: H = E[x x^T] and absmax of what each layer reads, G = E[g g^T] of the gradients that reach its output
-    gen = data.step_generator(cfg.seed, 0, stream=1)
-    cond, x_T = base.encode(pictures.captions(cfg.calibration, gen)), torch.randn(cfg.calibration, *base.latent, generator=gen)
-    forward, backward = tdpt.calibration(base, base.path, x_T, cond, [int(K) for K in cfg.phases.split(",")])
-    stats, G = hessian.collect(base.net, list(layers), forward, cfg.hessian_mb << 20, group_x=cfg.group_x), {}
-    if cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform"):
-        G = hessian.collect_outputs(base.net, list(layers), backward, cfg.hessian_mb << 20)
-    weights, whiteners, smoothings, cache = {}, {}, {}, {}
-    for name, layer in layers.items():
-        w_OK, lam = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight), None
-        taps = layer.weight[0, 0].numel()
-        key, H_KK = stats[name], stats[name].H_KK
-        if cfg.smooth and kinds[name] == "w4a4":
-            lam = quant.smoothing_factors(stats[name].xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
-            w_OK, key, H_KK = w_OK * lam.repeat(taps), name, hessian.smooth(H_KK, lam)
-        cache[key] = white = cache.get(key) or hgs_lora.Whitener(H_KK)  # q, k, v share theirs
-        noise_K = (stats[name].noise_I / (1 if lam is None else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
-        whiteners[name] = white.of_layer(G[name], noise_K) if G else white
-        weights[name], smoothings[name] = w_OK, lam
-    # 2. QRA: ranks from the whitened spectrum of what the grid costs and the variation of activations and weights
-    shapes = {name: tuple(w.shape) for name, w in weights.items()}
-    spectra, energy, v_x, v_w = {}, {}, {}, {}
-    for name, w_OK in weights.items() if cfg.ranks != "uniform" else ():
-        white, gw = whiteners[name], quant.quantize_weight(w_OK, cfg.group_w, layers[name].weight[0, 0].numel())
-        if G:  # all layers in the picture's units
-            spectra[name] = hgs_lora.whitened_spectrum(w_OK, hgs_lora.grid_cost(w_OK, white, gw).sqrt().diag(), white.R_OO)
-            energy[name] = 1.0
-        else:
-            spectra[name] = hgs_lora.whitened_spectrum(w_OK - quant.dequantize(gw), white.L_KK)
-            energy[name] = float((w_OK.double() @ white.L_KK).square().sum())
-        v_x[name], v_w[name] = hessian.variation(stats[name], layers[name].weight)
-    args = (shapes, spectra, energy, v_x, v_w, cfg.ranks, cfg.rank)
-    ranks = qra.allocate(*args, r_min=min(4, cfg.rank), r_max=4 * cfg.rank, seed=cfg.seed)
-    # 3. HGS-LoRA: W ~ Q + B A, then the packed layer takes the float layer's place
-    table, gen = {}, data.step_generator(cfg.seed, 0, stream=2)
-    for name, layer in tqdm(layers.items(), desc=f"split ({cfg.init}, {cfg.rounding})"):
-        w_OK, white, taps = weights[name], whiteners[name], layer.weight[0, 0].numel()
-        grid = (cfg.group_w, taps, cfg.rounding, cfg.iters)
-        gw, A_rK, B_Or = hgs_lora.decompose(w_OK, white, ranks[name], cfg.init, *grid, generator=gen)
-        packed = checkpoint.packed_class(kinds[name], layer).from_float(layer, gw, A_rK, B_Or, smoothings[name], cfg.group_x)
-        hgs_lora.replace(base.net, name, packed)
-        table[name] = {"kind": kinds[name], "shape": shapes[name], "rank": ranks[name], "smooth": smoothings[name] is not None}
-        table[name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x}
-        table[name]["error"] = hgs_lora.relative_error(w_OK, white.L_KK, gw, A_rK, B_Or)
-    return base, table
-
-
-def rollout_reference(cfg: Config, gen: torch.Generator, network: models.Denoiser, fp, pictures, cache):
-    """(states at the edges, cond, edges), this rank's share: K jumps from noise along the fp CM or a cached trajectory."""
+def rollout_start(cfg: Config, gen: torch.Generator, network: models.Denoiser, examples, cache):
+    """This rank's share of a rollout: cond, the edges of its K jumps, and x_T, or the cached states at the edges."""
     mine, phases = slice(rank(), None, world()), cfg.phases.split(",")
     K = int(phases[torch.randint(len(phases), (1,), generator=gen)])
     times = network.path.grid(cfg.grid) if cache is None else cache.times
@@ -255,78 +176,132 @@ def rollout_reference(cfg: Config, gen: torch.Generator, network: models.Denoise
     random_edges = times[torch.tensor([0, *inner.tolist(), len(times) - 1])]
     edges = random_edges if torch.rand(1, generator=gen) < cfg.jitter else tdpt.phase_edges(times, K)
     if cache is not None:
-        pick = torch.randint(len(cache.captions), (cfg.batch,), generator=gen)[mine]
-        states = tdpt.states_at(cache.states[:, pick].float(), times, edges)
-        return states, network.encode([cache.captions[i] for i in pick]), edges
-    cond = network.encode(pictures.captions(cfg.batch, gen)[mine])
-    x_T = torch.randn(cfg.batch, *network.latent, generator=gen)[mine]
-    return tdpt.rollout_states(fp, network.path, x_T, cond, edges), cond, edges
+        pick = torch.randint(len(cache.states[0]), (cfg.batch,), generator=gen)[mine]
+        return {k: v[pick] for k, v in cache.cond.items()}, edges, None, tdpt.states_at(cache.states[:, pick].float(), times, edges)
+    cond = examples.conditions(cfg.batch, gen, mine)
+    return cond, edges, torch.randn(cfg.batch, *network.latent, generator=gen)[mine], None
 
 
-def distil(cfg: Config, out: Path, student, params: dict[str, torch.Tensor], network: models.Denoiser, pictures, anchor=None):
+def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], network: models.Denoiser, examples, anchor=None):
     """4. TDPT mixed with on-policy rollouts, on `params`. `network` is the teacher and the fp consistency model, by switch."""
-    path, mine, null = network.path, slice(rank(), None, world()), network.encode([data.UNCONDITIONAL])
-    teacher, fp = tdpt.guided(models.as_teacher(network), cfg.guidance, null), models.as_cm(network)
-    grid, targets, cache = path.grid(cfg.grid), cfg.targets.split(","), None
+    path, mine, cache = network.path, slice(rank(), None, world()), None
+    null = examples.null() if network.guidance is None else {}  # FLUX has its guidance as an input
+    guide = tdpt.guided(models.as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
+    fp, grid, targets = models.as_cm(network), path.grid(cfg.grid, cfg.device), cfg.targets.split(",")
     edges = tdpt.phase_edges(grid, cfg.edges)
     if cfg.rollout and cfg.trajectory == "teacher":
-        cache = checkpoint.Trajectories(out / "cache", teacher, network, pictures, cfg.cached, path.grid(cfg.grid // 2), cfg.seed)
+        times, folder = path.grid(cfg.grid // 2), out / "trajectories"
+        cache = checkpoint.Trajectories(folder, guide, network, examples, cfg.cached, times, cfg.seed, cfg.micro)
     state = checkpoint.State(out, params, cfg)
     start, _ = state.load()
+    parts = torch.arange(cfg.batch // world()).split(cfg.micro or cfg.batch)
     with open(out / "metrics.jsonl", "a") as log:
-        for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil")):
-            gen = data.step_generator(cfg.seed, step)
+        for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil", disable=rank() > 0)):
+            gen, loss = data.step_generator(cfg.seed, step), 0.0
             if torch.rand(1, generator=gen) < cfg.rollout:
                 # on-policy rollout: K jumps of the student, each from its own last state to where the reference arrives
-                states, cond, rollout_edges = rollout_reference(cfg, gen, network, fp, pictures, cache)
-                loss, K = 0.0, len(rollout_edges) - 1
-                for loss_k in tdpt.rollout_phases(student, path, states, cond, rollout_edges, cfg.on_policy, cfg.huber):
-                    (loss_k / K).backward()
-                    loss += loss_k.item() / K
+                cond, jumps, x_T, states = rollout_start(cfg, gen, network, examples, cache)
+                for rows in parts:
+                    cond_r, jumps_r, share = to(cond, cfg.device, rows), jumps.to(cfg.device), len(rows) * world() / cfg.batch
+                    if x_T is None:
+                        reference = states[:, rows].to(cfg.device)
+                    else:
+                        reference = tdpt.rollout_states(fp, path, x_T[rows].to(cfg.device), cond_r, jumps_r)
+                    for loss_k in tdpt.rollout_phases(learner, path, reference, cond_r, jumps_r, cfg.on_policy, cfg.huber):
+                        (loss_k * share / (len(jumps) - 1)).backward()
+                        loss += loss_k.item() * share / (len(jumps) - 1)
             else:
                 # TDPT: x_t on the path, x_u by one solver step, the stage's target jumps on to the end of the phase
-                x, captions = pictures.batch(cfg.batch, gen)
-                x0, cond = models.to_latents(x)[mine], network.encode(captions[mine])
-                noise = torch.randn(cfg.batch, *network.latent, generator=gen)[mine]
+                x0, cond = examples.latents(cfg.batch, gen, mine)
+                noise = torch.randn(cfg.batch, *x0.shape[1:], generator=gen)[mine]
                 idx = torch.randint(cfg.grid, (cfg.batch,), generator=gen)[mine]
-                networks, phases = (student, anchor, fp, teacher), (grid, edges, cfg.split, targets, cfg.huber)
-                loss, _ = tdpt.tdpt_loss(*networks, path, x0, cond, noise, idx, *phases)
-                loss.backward()
-                loss = loss.item()
+                for rows in parts:
+                    batch = (to(cond, cfg.device, rows) if v is cond else v[rows].to(cfg.device) for v in (x0, cond, noise, idx))
+                    phases, share = (grid, edges, cfg.split, targets, cfg.huber), len(rows) * world() / cfg.batch
+                    loss_r, _ = tdpt.tdpt_loss(learner, anchor, fp, guide, path, *batch, *phases)
+                    (loss_r * share).backward()
+                    loss += loss_r.item() * share
             state.update(step, loss, log)
             bar.set_postfix_str(f"loss {loss:.4f}")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 state.save(step + 1)
 
 
-def train_student(cfg: Config, out: Path, pictures) -> None:
-    network = models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(getattr(torch, cfg.dtype))
-    if rank() == 0 and not (out / "start.safetensors").exists():
-        checkpoint.save_start(out, *quantized_student(cfg, models.fuse(models.load_cm(cfg.model, cfg.teacher, cfg.cm)), pictures))
+def to(cond: dict[str, torch.Tensor], device: str, rows=slice(None)) -> dict[str, torch.Tensor]:
+    return {k: v[rows].to(device) for k, v in cond.items()}
+
+
+def open_cm(cfg: Config, dtype: torch.dtype) -> models.Denoiser:
+    """The teacher with its switchable consistency LoRA, on the CPU."""
+    if cfg.model in models.TINY:
+        return models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
+    network = pretrained.load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.weights, cfg.components, cfg.resolution, dtype)
+    network.guidance = None if network.guidance is None else cfg.guidance
+    return network
+
+
+def examples_of(cfg: Config, out: Path, network: models.Denoiser):
+    """What is trained on: examples.latents(n, gen, mine), .conditions(n, gen, mine), .null(); data.Live or cache.Cache."""
+    if cfg.model in models.TINY:
+        return data.Live(data.source(cfg.data), network)
+    return pretrained.cached_examples(cfg, Path(cfg.cache) if cfg.cache else out / "cache", network)
+
+
+def dtype_of(cfg: Config) -> torch.dtype:
+    return getattr(torch, cfg.dtype)
+
+
+def train_student(cfg: Config, out: Path) -> None:
+    if not (out / "start.safetensors").exists():
+        # 1. - 3. statistics, ranks, split: student.py
+        network = open_cm(cfg, torch.float32 if cfg.model in models.TINY else dtype_of(cfg)).to(cfg.device)
+        examples, mine = examples_of(cfg, out, network), slice(rank(), None, world())
+        gen = data.step_generator(cfg.seed, 0, stream=1)
+        cond = to(examples.conditions(cfg.calibration, gen, mine), cfg.device)
+        x_T = torch.randn(cfg.calibration, *network.latent, generator=gen)[mine].to(cfg.device)
+        built = student.build(cfg, models.fuse(network), cond, x_T)
+        if rank() == 0:
+            checkpoint.save_start(out, *built)
+        del network, built
     if world() > 1:
         dist.barrier()
-    student, table = checkpoint.load_start(out, cfg.model)
-    student.to(getattr(torch, cfg.dtype))
-    hgs_lora.set_backend(student, cfg.backend)
-    params = {k: p.requires_grad_() for k, p in student.named_parameters() if "lora_" in k}
+    packed, table = checkpoint.load_start(out)
+    packed.to(cfg.device, dtype_of(cfg))
+    hgs_lora.set_backend(packed, cfg.backend)
+    params = {k: p.requires_grad_() for k, p in packed.named_parameters() if "lora_" in k}
+    if cfg.checkpointing:
+        packed.net.train().enable_gradient_checkpointing()
+    network = open_cm(cfg, dtype_of(cfg))
+    examples = examples_of(cfg, out, network.to(cfg.device))
+    pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
 
     def anchor(*args):
-        with hgs_lora.anchor(student):
-            return student(*args)
+        with hgs_lora.anchor(packed):
+            return packed(*args)
 
-    distil(cfg, out, student, params, network, pictures, anchor)
+    distil(cfg, out, packed, params, network, examples, anchor)
     if rank() == 0:  # 5. pack, reload, draw, measure
-        checkpoint.save_checkpoint(out, student, table, merged=cfg.deploy == "merged")
+        checkpoint.save_checkpoint(out, packed, table, merged=cfg.deploy == "merged")
+    if cfg.model in models.REAL:
+        evaluate.latent_report(out, network, dataclasses.asdict(cfg), examples, leader=rank() == 0)
+    elif rank() == 0:
         evaluate.closing_report(out, network.to(models.FAST), dataclasses.asdict(cfg))
 
 
-def train_cm(cfg: Config, out: Path, pictures) -> None:
+def train_cm(cfg: Config, out: Path) -> None:
     """The same objective at 16 bits: the LoRA of the full-precision consistency model, MODEL-cm.safetensors."""
-    student = models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, getattr(torch, cfg.dtype))
-    params = {k: p.requires_grad_() for k, p in student.named_parameters() if "lora_" in k}
-    distil(cfg, out, models.as_cm(student), params, student, pictures)
-    if rank() == 0:
-        ship(cfg, out / f"{cfg.model}-cm.safetensors", {k.removeprefix("net."): p for k, p in params.items()}, student, cm=True)
+    if cfg.model in models.TINY:
+        network = models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, dtype_of(cfg)).to(cfg.device)
+    else:
+        network = pretrained.trainable_cm(cfg, dtype_of(cfg)).to(cfg.device)
+    params = {k: p.requires_grad_() for k, p in network.named_parameters() if "lora_" in k}
+    distil(cfg, out, models.as_cm(network), params, network, examples_of(cfg, out, network))
+    path = out / f"{cfg.model}-cm.safetensors"
+    if rank() == 0 and cfg.model in models.TINY:
+        teacher.ship(cfg, path, {k.removeprefix("net."): p for k, p in params.items()}, network, cm=True)
+    elif rank() == 0:
+        pretrained.save_cm(path, network, checkpoint.write)
+        print(f"weights: {path}")
 
 
 def main(argv: list[str]) -> None:
@@ -335,12 +310,22 @@ def main(argv: list[str]) -> None:
     print("\n".join(f"{k:12} {v}" for k, v in dataclasses.asdict(cfg).items()))
     if cfg.dry_run:
         return
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+    if "RANK" in os.environ and not dist.is_initialized():
+        cuda = cfg.device == "cuda"
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=3))  # calibration of FLUX in between
     began, out = time.time(), Path(cfg.out)
+    if cfg.cm == "self":  # the consistency model first, in a folder of its own
+        path = out / "cm" / f"{cfg.model}-cm.safetensors"
+        if not path.exists():
+            main([*argv, "--bits", "16", "--cm", "", "--out", str(out / "cm")])
+        cfg = dataclasses.replace(cfg, cm=str(path))
     checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": ""}, leader=rank() == 0)
-    stage = train_teacher if cfg.stage == "teacher" else train_cm if cfg.bits == 16 else train_student
-    stage(cfg, out, data.source(cfg.data))
+    if cfg.stage == "teacher":
+        teacher.train(cfg, out, data.source(cfg.data))
+    else:
+        (train_cm if cfg.bits == 16 else train_student)(cfg, out)
     if world() > 1:
         dist.barrier()  # a rank that leaves early would break the others' last exchange
     print(f"{time.time() - began:.0f} seconds")

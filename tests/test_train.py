@@ -23,6 +23,7 @@ import evaluate
 import kernels
 import models
 import sample
+import teacher
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -128,14 +129,14 @@ def test_muon_resumes_bit_for_bit_and_leaves_convolutions_to_adamw(tmp_path, mon
     matrices = state.optimizers[1].param_groups[0]["params"]
     assert isinstance(state.optimizers[1], torch.optim.Muon) and len(matrices) > 30 and all(p.dim() == 2 for p in matrices)
 
-    monkeypatch.setattr(train, "ship", lambda *args, **more: None)
+    monkeypatch.setattr(teacher, "ship", lambda *args, **more: None)
     for out in (tmp_path / "a", tmp_path / "b"):
         out.mkdir()
-    train.train_teacher(config, tmp_path / "a", pictures)
+    teacher.train(config, tmp_path / "a", pictures)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_at(3, patch)
-        train.train_teacher(config, tmp_path / "b", pictures)
-    train.train_teacher(config, tmp_path / "b", pictures)
+        teacher.train(config, tmp_path / "b", pictures)
+    teacher.train(config, tmp_path / "b", pictures)
     same_files(tmp_path / "a", tmp_path / "b", "state.safetensors")
 
 
@@ -170,7 +171,7 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("model", models.MODELS)
+@pytest.mark.parametrize("model", models.TINY)
 def test_teacher_then_consistency_lora_are_files_that_the_next_stage_loads(pictures, tmp_path, model):
     """Catches a stage whose output no other stage can read, and a LoRA that is rounded with the network it was scored in."""
     flags = f"--model {model} --data {pictures} --batch 4"
@@ -283,7 +284,7 @@ def test_merged_deployment_has_no_branch_and_draws(weights, finished, tmp_path):
     """Catches a merge that drops the branch without adding it to the weight."""
     out = tmp_path / "merged"
     out.mkdir()
-    student, table = checkpoint.load_start(finished, "tiny")
+    student, table = checkpoint.load_start(finished)
     shutil.copy(finished / "config.json", out)
     checkpoint.save_checkpoint(out, student, table, merged=True)
     merged, about = checkpoint.load_checkpoint(out)
@@ -453,9 +454,12 @@ def test_dry_run_prints_every_field_and_touches_nothing(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ promises about the code
 
 
+READERS = ("train", "teacher", "student", "checkpoint", "pretrained", "sample", "evaluate")
+
+
 def test_every_field_of_the_configuration_has_a_reader():
     """Catches a flag that is parsed and never read."""
-    code = "".join((ROOT / name).read_text() for name in ("train.py", "checkpoint.py", "sample.py", "evaluate.py"))
+    code = "".join((ROOT / f"{name}.py").read_text() for name in READERS)
     for f in dataclasses.fields(train.Config):
         assert re.search(rf"\bcfg\.{f.name}\b|config\[\"{f.name}\"\]|\"config\"\]\[\"{f.name}\"\]", code) or f.name == "recipe", (
             f.name

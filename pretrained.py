@@ -1,0 +1,385 @@
+"""SDXL and FLUX from public weights: the denoiser, its consistency LoRA, text encoders and VAE, each loaded when it is needed.
+
+    base     a hub id, a folder in diffusers' layout, or one .safetensors file (SDXL, FLUX as their authors or user interfaces
+             write them; `components`, a hub id or folder, then has the configs and tokenizers: default the official base)
+    cm       a LoRA that turns the base into a few-step consistency model (TCD, LCM, PCM, Hyper-SD ..), in any format that diffusers
+             reads (its own, PEFT's, kohya's): a hub id, one of its files (OWNER/NAME/FILE.safetensors), a folder or a file. It
+             becomes models.LoRA wrappers, so that one network is teacher and consistency model.
+
+    network = load_network("sdxl", base)            bfloat16, no second copy at any time
+    add_cm(network, "latent-consistency/lcm-lora-sdxl")
+    text = Text("sdxl", base);  cond = text(captions);  del text
+    vae = VAE("sdxl", base);    x0 = vae.encode(pictures);  pictures = vae.decode(x0)
+
+`weights="random"` builds the full-size network, or that of a folder's config, without any weights: for rehearsals.
+
+Everything that fails for a reason the user can mend (no such model, gated, no network, another architecture, a damaged file)
+is a UserError whose sentence names the command that helps.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.hooks import apply_group_offloading
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import cache
+import checkpoint
+import data
+import models
+import tdpt
+from models import UserError
+
+BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "flux": "black-forest-labs/FLUX.1-dev"}
+PART = {"sdxl": "unet", "flux": "transformer"}  # subfolder of the denoiser
+CM_EXAMPLES = {"sdxl": "latent-consistency/lcm-lora-sdxl", "flux": "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors"}
+FACTOR = 8  # pixels to a latent
+
+
+def pipeline_class(name: str):
+    from transformers.utils import logging  # these imports take seconds, and only SDXL and FLUX need them
+
+    logging.set_verbosity_error()  # of image processors that want torchvision, which no part of ours calls
+    from diffusers import FluxPipeline, StableDiffusionXLPipeline
+
+    return {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}[name]
+
+
+@contextlib.contextmanager
+def explained(what: str, base: str):
+    """Errors of diffusers, transformers and the hub -> UserError with the command that mends it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+        chain, e = [], error
+        while e is not None:
+            chain.append(e)
+            e = e.__cause__ or e.__context__
+        text = " ".join(str(e) for e in chain)
+        local = Path(base).exists()
+        if any(isinstance(e, hub.GatedRepoError) for e in chain) or "gated" in text:
+            raise UserError(
+                f"{base} is gated: accept its licence at https://huggingface.co/{base} and run `hf auth login`, then again"
+            ) from None
+        if any(isinstance(e, SafetensorError) for e in chain) or ("safetensors" in text and "header" in text):
+            again = f"copy {base} again" if local else f"run `hf download {base} --force-download`"
+            raise UserError(f"{what} of {base} is truncated or damaged: {again}") from None
+        if local:
+            first = str(error).strip().split("\n")[0][:200]
+            raise UserError(f"{what} could not be read from {base} ({first}): give the folder that `hf download` made") from None
+        if os.path.isabs(base) or base.startswith((".", "~")) or base.count("/") != 1:
+            raise UserError(f"{base} does not exist: give a hub id such as {BASES['sdxl']}, a folder or a file") from None
+        raise UserError(
+            f"{what} of {base} is not on this machine and could not be fetched: run `hf download {base}` where there is a network"
+            " (and check the name), or give a local folder"
+        ) from None
+
+
+def is_file(base: str) -> bool:
+    return base.endswith((".safetensors", ".sft"))
+
+
+def check_architecture(name: str, net: nn.Module | dict, base: str) -> None:
+    """UserError if a network, or its config, is no SDXL UNet or FLUX transformer."""
+    config = net if isinstance(net, dict) else net.config
+    is_sdxl = config.get("addition_embed_type") == "text_time" and config.get("in_channels") == 4
+    is_flux = "joint_attention_dim" in config and "axes_dims_rope" in config and "cross_attention_dim" not in config
+    if not {"sdxl": is_sdxl, "flux": is_flux}[name]:
+        raise UserError(f"{base} is no {name.upper()} model: choose another --teacher or --model")
+
+
+def load_network(
+    name: str, base: str = "", weights: str = "", components: str = "", resolution: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> models.Denoiser:
+    """The denoiser in `dtype` on the CPU, without gradients, without text encoders. weights "random": only configs are read, of a
+    folder, or for base "" none at all. resolution: of pictures, in pixels; 0: the base's own."""
+    if weights == "random" and not base:
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # no float32 copy
+        try:
+            net, scheduler = models.NETWORKS[name](), {}
+        finally:
+            torch.set_default_dtype(before)
+    else:
+        base = base or BASES[name]
+        cls = models.NETWORK_CLASSES[name]
+        with explained("the denoiser", base):
+            if is_file(base):
+                if not Path(base).is_file():
+                    raise UserError(f"{base} does not exist: give a hub id, a folder or a .safetensors file")
+                config = {"config": components, "subfolder": PART[name]} if components else official_config(name)
+                net = cls.from_single_file(base, torch_dtype=dtype, **config)
+            else:
+                if Path(base).is_dir() and not (Path(base) / PART[name]).is_dir():
+                    raise UserError(f"{base} has no {PART[name]} folder: it is no {name}, choose another --teacher or --model")
+                config = cls.load_config(base, subfolder=PART[name])
+                check_architecture(name, config, base)
+                if weights == "random":
+                    torch.manual_seed(0)
+                    net = cls.from_config(config).to(dtype)
+                else:
+                    net = from_pretrained(cls, base, PART[name], dtype)
+        check_architecture(name, net, base)
+        scheduler = load_scheduler(base if not is_file(base) else components or BASES[name])
+    side = (resolution or 8 * int(getattr(net.config, "sample_size", 0) or 128)) // FACTOR
+    channels = net.config.in_channels if name == "sdxl" else net.config.in_channels // 4
+    try:
+        denoiser = models.wrap(name, net, None, scheduler, (channels, side, side))
+    except ValueError as error:
+        raise UserError(f"the noise schedule of {base} cannot be used: {error}") from None
+    denoiser.base = base
+    return denoiser.eval().requires_grad_(False)
+
+
+def official_config(name: str) -> dict:
+    """Arguments of from_single_file that make it build the official architecture without asking the hub for its config."""
+    folder = Path(tempfile.mkdtemp(prefix="cmquant-")) / PART[name]
+    folder.mkdir()
+    with torch.device("meta"):
+        config = models.NETWORKS[name]().config
+    about = {k: v for k, v in config.items() if not k.startswith("_")} | {"_class_name": models.NETWORK_CLASSES[name].__name__}
+    (folder / "config.json").write_text(json.dumps(about))
+    return {"config": str(folder.parent), "subfolder": PART[name]}
+
+
+def from_pretrained(cls, base: str, part: str, dtype: torch.dtype):
+    """Weights of a folder or hub id; where only half-precision files are stored (variant fp16), those."""
+    try:
+        return cls.from_pretrained(base, subfolder=part, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            return cls.from_pretrained(base, subfolder=part, torch_dtype=dtype, use_safetensors=True, variant="fp16")
+        raise error
+
+
+def load_scheduler(base: str) -> dict:
+    with explained("the scheduler's config", base):
+        config = DDIMScheduler.load_config(base, subfolder="scheduler")
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The consistency LoRA
+
+
+def add_cm(denoiser: models.Denoiser, cm: str) -> None:
+    """Wraps the layers that the LoRA file, folder or hub id `cm` has factors for (scale and alpha inside B). UserError as above,
+    or if none of its layers is in the network."""
+    from peft.tuners.lora import LoraLayer  # slow
+
+    pipeline, part = pipeline_class(denoiser.name), PART[denoiser.name]
+    with explained("the consistency LoRA", cm):
+        options = {"unet_config": denoiser.net.config} if denoiser.name == "sdxl" else {"return_alphas": True}
+        where = cm
+        if not Path(cm).exists() and cm.count("/") > 1 and not cm.startswith(("/", ".")):  # a file of a hub id
+            owner, repository, options["weight_name"] = cm.split("/", 2)
+            where = f"{owner}/{repository}"
+        state, alphas = pipeline.lora_state_dict(where, **options)
+        if not any(k.startswith(part) for k in state):
+            raise UserError(f"{cm} has no LoRA for a {part}: choose another --cm")
+        getattr(pipeline, f"load_lora_into_{part}")(state, alphas, denoiser.net, adapter_name="cm")
+    found = {k: v for k, v in denoiser.net.named_modules() if isinstance(v, LoraLayer)}
+    if not found:
+        raise UserError(f"{cm} fits no layer of {denoiser.base or denoiser.name}: choose another --cm or --teacher")
+    for name, layer in found.items():
+        A, B, scale = layer.lora_A["cm"].weight, layer.lora_B["cm"].weight, layer.scaling["cm"]
+        denoiser.net.set_submodule(name, models.LoRA.of(layer.get_base_layer(), A.float(), B.float() * scale))
+    denoiser.net.peft_config, denoiser.net._hf_peft_config_loaded = {}, False
+    denoiser.requires_grad_(False)
+
+
+def random_cm(denoiser: models.Denoiser, rank: int = 4) -> None:
+    """A small random LoRA on every layer, for rehearsals."""
+    models.add_lora(denoiser, rank)
+    gen = torch.Generator().manual_seed(1)
+    for layer in models.loras(denoiser).values():
+        layer.lora_B.data = 1e-2 * torch.randn(layer.lora_B.shape, generator=gen)
+    denoiser.requires_grad_(False)
+
+
+def save_cm(path: Path, denoiser: models.Denoiser, write) -> None:
+    """The network's LoRA in diffusers' format, as any pipeline's load_lora_weights reads it. write(path, tensors, info)."""
+    tensors = {}
+    for name, layer in models.loras(denoiser).items():
+        B = layer.lora_B.detach()
+        tensors[f"{PART[denoiser.name]}.{name}.lora_A.weight"] = layer.lora_A.detach().half()
+        tensors[f"{PART[denoiser.name]}.{name}.lora_B.weight"] = (B if layer.lora_A.dim() == 2 else B[:, :, None, None]).half()
+    write(path, tensors, {})
+
+
+def load_cm(
+    name: str, base: str, cm: str, weights: str = "", components: str = "", resolution: int = 0, dtype=torch.bfloat16
+) -> models.Denoiser:
+    """load_network with its consistency LoRA, switchable by models.as_teacher / as_cm."""
+    denoiser = load_network(name, base, weights, components, resolution, dtype)
+    if cm:
+        add_cm(denoiser, cm)
+    elif weights == "random":
+        random_cm(denoiser)
+    else:
+        raise UserError(f"--cm is missing: name a consistency LoRA, such as {CM_EXAMPLES[name]}, or --cm self to train one first")
+    return denoiser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text encoders and VAE, by the pipelines' own methods
+
+
+class Text:
+    """text(captions) -> cond on the CPU: SDXL tokens (B, 77, 2048), pooled (B, 1280), time_ids; FLUX tokens (B, L, 4096), pooled
+    (B, 768). The empty caption is what the pipeline itself takes for the unconditional one (SDXL base: zeros)."""
+
+    def __init__(self, name: str, base: str, components: str = "", resolution: int = 1024, device="cpu", dtype=torch.bfloat16):
+        self.name, self.resolution, self.device = name, resolution, device
+        base = base or BASES[name]
+        with explained("the text encoders", base):
+            if is_file(base):
+                options = {"config": components or BASES[name], "torch_dtype": dtype}
+                self.pipeline = pipeline_class(name).from_single_file(base, **options)
+                self.pipeline.register_modules(**{PART[name]: None, "vae": None})
+            else:
+                options = {PART[name]: None, "vae": None, "torch_dtype": dtype, "use_safetensors": True}
+                self.pipeline = pipeline_class(name).from_pretrained(base, **options)
+        self.pipeline.to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        if self.name == "flux":
+            longest = min(512, self.pipeline.tokenizer_2.model_max_length)
+            tokens, pooled, _ = self.pipeline.encode_prompt(captions, None, max_sequence_length=longest, device=self.device)
+            return {"tokens": tokens.cpu(), "pooled": pooled.cpu()}
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False, device=self.device)
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([not caption for caption in captions], device=tokens.device)
+            tokens, pooled = tokens.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+        side = self.resolution
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32).expand(len(captions), 6)
+        return {"tokens": tokens.cpu(), "pooled": pooled.cpu(), "time_ids": time_ids.contiguous()}
+
+
+class VAE:
+    """encode: pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), the posterior's mean, scaled as the denoiser expects
+    them; decode: the inverse, clamped. float32: SDXL's VAE overflows in float16."""
+
+    def __init__(self, name: str, base: str, components: str = "", device="cpu"):
+        base = base or BASES[name]
+        with explained("the VAE", base):
+            if is_file(base):
+                self.vae = AutoencoderKL.from_single_file(base, config=components or BASES[name], subfolder="vae")
+            else:
+                self.vae = AutoencoderKL.from_pretrained(base, subfolder="vae", use_safetensors=True)
+        self.vae, self.device = self.vae.float().to(device).eval().requires_grad_(False), device
+        self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        return ((self.vae.encode(pictures.to(self.device)).latent_dist.mode() - self.shift) * self.scale).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents.float().to(self.device) / self.scale + self.shift).sample.clamp(-1, 1).cpu()
+
+
+class RandomText:
+    """Stands for text encoders where there are only random weights: cond is a function of the caption, of the right shape."""
+
+    def __init__(self, denoiser: models.Denoiser, resolution: int):
+        config, self.side, self.sdxl = denoiser.net.config, resolution, denoiser.name == "sdxl"
+        if self.sdxl:
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            self.shapes = {"tokens": (77, config.cross_attention_dim), "pooled": (pooled,)}
+        else:
+            self.shapes = {"tokens": (512, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
+    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        rows = []
+        for caption in captions:
+            gen = torch.Generator().manual_seed(zlib.crc32(caption.encode()))
+            rows.append({k: torch.randn(shape, generator=gen) for k, shape in self.shapes.items()})
+        cond = {k: torch.stack([row[k] for row in rows]) for k in self.shapes}
+        if self.sdxl:
+            cond["time_ids"] = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]]).float().repeat(len(captions), 1)
+        return cond
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What train.py asks for. cfg: its Config
+
+
+def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
+    """The cache of --data: text encoders and VAE are loaded if something is missing in it, and leave memory with this call.
+    Captions without pictures get latents that the consistency model inside `network` draws in 4 steps, if TDPT asks for any."""
+    source, resolution, parts = data.captioned(cfg.data), FACTOR * network.latent[1], {}
+    random = cfg.weights == "random" and not cfg.teacher
+    dtype = network.dtype if cfg.device == "cuda" else torch.float32
+
+    def text(captions):
+        if "text" not in parts:
+            options = (cfg.model, cfg.teacher, cfg.components, resolution, cfg.device, dtype)
+            parts["text"] = RandomText(network, resolution) if random else Text(*options)
+        return parts["text"](captions)
+
+    def pictures(x):
+        if random:
+            raise UserError("--weights random without --teacher has no VAE: give --data prompts")
+        if "vae" not in parts:
+            parts["vae"] = VAE(cfg.model, cfg.teacher, cfg.components, cfg.device)
+        return parts["vae"].encode(x)
+
+    def draw(cond, latent, gen):
+        x_T = torch.randn(len(cond["tokens"]), *latent, generator=gen).to(cfg.device)
+        cond = {k: v.to(cfg.device) for k, v in cond.items()}
+        return tdpt.sample(models.as_cm(network), network.path, x_T, cond, 4)
+
+    alone = next(iter(source.rows()))[2] is None
+    key = {"model": cfg.model, "base": cfg.teacher or cfg.weights or BASES[cfg.model], "components": cfg.components}
+    if draws := alone and cfg.rollout < 1:
+        key["consistency model"] = cfg.cm
+    return cache.Cache.build(
+        folder, source, pictures, text, key, resolution, draw=draw if draws else None, latent=network.latent,
+        rank=checkpoint.rank(), world=checkpoint.world(),
+    )  # fmt: skip
+
+
+def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
+    """The base in `dtype` with a float32 consistency LoRA to train: that of --cm, or a new one of --rank on every layer."""
+    denoiser = load_network(cfg.model, cfg.teacher, cfg.weights, cfg.components, cfg.resolution, dtype)
+    if cfg.cm:
+        add_cm(denoiser, cfg.cm)
+    else:
+        models.add_lora(denoiser, cfg.rank, cfg.seed)
+    return denoiser.requires_grad_(False)
+
+
+def place(network: models.Denoiser, device: str, offload: bool, shard: bool) -> None:
+    """Where a frozen network's weights are: on the device; in main memory, coming layer by layer (`offload`); or a part on
+    every process of the torchrun (`shard`, FSDP2), blocks gathered when they are used."""
+    if shard:
+        for block in network.net.modules():
+            if type(block).__name__ in (
+                "BasicTransformerBlock",
+                "ResnetBlock2D",
+                "FluxTransformerBlock",
+                "FluxSingleTransformerBlock",
+            ):
+                fully_shard(block)
+        fully_shard(network.net)
+    elif offload and device != "cpu":
+        apply_group_offloading(
+            network.net, torch.device(device), offload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True
+        )
+    else:
+        network.to(device)

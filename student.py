@@ -1,0 +1,130 @@
+"""The W4A4 student of a consistency model, before training: statistics, ranks, split. Steps 1 to 3 of the method.
+
+    1. H = E[x x^T] of what each layer reads, G = E[g g^T] of the gradients that reach its output       hessian.py
+    2. a rank per layer under one budget                                                               qra.py
+    3. W ~ Q + B A                                                                                     hgs_lora.py
+
+Scale [O]. All H of SDXL take 60 GB, so layers are worked on in slices: those whose float64 sums fit in `--hessian-mb` at a time,
+each slice with its own pass over the calibration captions. Ranks weigh all layers against each other, so the slices are gone
+through twice, for the spectra and for the splits; where one slice holds everything its statistics stay for the second time.
+The network itself is changed at the very end, since later slices are measured on it.
+
+Processes of a torchrun each drive their own captions; sums and maxima are exchanged (hessian.py), every layer is split by
+one process and sent to the others. Which process does what changes the last bits of the sums, nothing else.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import data
+import hessian
+import hgs_lora
+import models
+import qra
+import quant
+import tdpt
+from models import UserError
+
+
+@torch.no_grad()
+def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[models.Denoiser, dict[str, dict]]:
+    """The consistency model as a plain network -> its packed twin with LoRA, in place, and the table of layers.
+
+    cond, x_T: this process' calibration captions, encoded, and their noises, on the network's device. cfg: train.Config."""
+    kinds = {name: models.precision(name) for name in models.float_layers(base.net)}
+    layers = {name: layer for name, layer in models.float_layers(base.net).items() if kinds[name] != "16bit"}
+    for name, layer in layers.items():
+        if cfg.rank > min(layer.weight.flatten(1).shape):
+            raise UserError(f"--rank {cfg.rank} is larger than layer {name} {tuple(layer.weight.shape)}: choose a smaller one")
+    order = {name: i for i, name in enumerate(layers)}
+    world, rank = checkpoint.world(), checkpoint.rank()
+    shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
+
+    # 1. statistics, a slice of the layers at a time
+    forward, backward = tdpt.calibration(base, base.path, x_T, cond, [int(K) for K in cfg.phases.split(",")], micro=cfg.micro or 16)
+    kept = []
+
+    def slices() -> Iterator[list[tuple[str, hessian.Stats, Tensor | None]]]:
+        if kept:
+            yield from kept
+            return
+        for stats in hessian.collect_passes(base.net, list(layers), forward, cfg.hessian_mb << 20, group_x=cfg.group_x):
+            names, G = sorted(stats, key=order.get), {}
+            if cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform"):
+                G = hessian.collect_outputs(base.net, names, backward, cfg.hessian_mb << 20)
+            part = [(name, stats[name], G.get(name)) for name in names]
+            if len(part) == len(layers):
+                kept.append(part)
+            yield part
+
+    def whitened(part):
+        """(name, layer, W, its Whitener, smoothing factors) of this process' layers in a slice."""
+        cache = {}
+        for name, stats, G_OO in part:
+            if order[name] % world != rank:
+                continue
+            layer, taps = layers[name], layers[name].weight[0, 0].numel()
+            w_OK, lam = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).float(), None
+            key, H_KK = stats, stats.H_KK
+            if cfg.smooth and kinds[name] == "w4a4":
+                lam = quant.smoothing_factors(stats.xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
+                w_OK, key, H_KK = w_OK * lam.repeat(taps), name, hessian.smooth(H_KK, lam)
+            cache[key] = white = cache.get(key) or hgs_lora.Whitener(H_KK)  # q, k, v share theirs
+            noise_K = (stats.noise_I / (1 if lam is None else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
+            yield name, layer, stats, w_OK, white if G_OO is None else white.of_layer(G_OO, noise_K), lam
+
+    # 2. QRA: ranks from the whitened spectrum of what the grid costs and the variation of activations and weights
+    spectra, energy, v_x, v_w = {}, {}, {}, {}
+    for part in slices() if cfg.ranks != "uniform" else ():
+        for name, layer, stats, w_OK, white, _ in whitened(part):
+            gw = quant.quantize_weight(w_OK, cfg.group_w, layer.weight[0, 0].numel())
+            if white.R_OO is not None:  # all layers in the picture's units
+                spectra[name] = hgs_lora.whitened_spectrum(w_OK, hgs_lora.grid_cost(w_OK, white, gw).sqrt().diag(), white.R_OO)
+                energy[name] = 1.0
+            else:
+                spectra[name] = hgs_lora.whitened_spectrum(w_OK - quant.dequantize(gw), white.L_KK)
+                energy[name] = float((w_OK.double() @ white.L_KK).square().sum())
+            v_x[name], v_w[name] = hessian.variation(stats, layer.weight)
+    if world > 1 and cfg.ranks != "uniform":
+        for values in (spectra, energy, v_x, v_w):
+            parts = [None] * world
+            dist.all_gather_object(parts, {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()})
+            values.update({k: v for part in parts for k, v in part.items()})
+    by_name = [{name: values[name] for name in layers if name in values} for values in (spectra, energy, v_x, v_w)]
+    ranks = qra.allocate(shapes, *by_name, cfg.ranks, cfg.rank, r_min=min(4, cfg.rank), r_max=4 * cfg.rank, seed=cfg.seed)
+
+    # 3. HGS-LoRA: W ~ Q + B A; the packed layers take the float layers' places when all are there
+    table, packed, bar = {}, {}, tqdm(total=len(layers), desc=f"split ({cfg.init}, {cfg.rounding})", disable=rank > 0)
+    for part in slices():
+        for name, layer, _, w_OK, white, lam in whitened(part):
+            grid = (cfg.group_w, layer.weight[0, 0].numel(), cfg.rounding, cfg.iters)
+            gen = data.step_generator(cfg.seed, order[name], stream=2)
+            gw, A_rK, B_Or = hgs_lora.decompose(w_OK, white, ranks[name], cfg.init, *grid, generator=gen)
+            packed[name] = checkpoint.packed_class(kinds[name], layer).from_float(layer, gw, A_rK, B_Or, lam, cfg.group_x)
+            table[name] = {"kind": kinds[name], "shape": shapes[name], "rank": ranks[name], "smooth": lam is not None}
+            table[name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x}
+            table[name]["error"] = hgs_lora.relative_error(w_OK, white.L_KK, gw, A_rK, B_Or)
+            bar.update()
+    for name, layer in layers.items():
+        if world > 1:
+            packed[name], table[name] = _sent(packed.get(name), table.get(name), layer, kinds[name], order[name] % world)
+        hgs_lora.replace(base.net, name, packed.pop(name))
+    return base, {name: table[name] for name in layers}
+
+
+def _sent(packed: hgs_lora.PackedLayer | None, row: dict | None, layer: nn.Module, kind: str, owner: int):
+    """The packed layer and its row of the table, of process `owner`, on every process."""
+    rows = [row]
+    dist.broadcast_object_list(rows, src=owner)
+    row = rows[0]
+    if packed is None:
+        packed = checkpoint.packed_class(kind, layer)(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"])
+    for tensor in packed.state_dict().values():
+        dist.broadcast(tensor, src=owner)
+    packed.set_anchor()
+    return packed, row
