@@ -5,6 +5,7 @@
     python bench.py kernels --json rows.json --plot benchmarks/kernels.png
     python bench.py model --model sdxl               a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
                                                      tiny also 4 steps against the teacher's 20 guided ones, and throughput
+    python bench.py train                            an update of training, W4A4 against a LoRA of the 16-bit network
     python bench.py costs                            how time grows with tokens, width and rank
     python bench.py gpu                              all of these on CUDA; what fails is named, the others go on
 
@@ -22,6 +23,7 @@ or refuses a shape is named, and the table goes on without it. (gemlite, for CUD
 import argparse
 import copy
 import ctypes
+import itertools
 import json
 import platform
 import re
@@ -616,6 +618,51 @@ def plot_costs(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+# ------------------------------------------------------------------------------------------------ training
+
+
+def bench_train(args: argparse.Namespace) -> list[dict]:
+    """One update on an on-policy rollout of 4 jumps, by a LoRA of the 16-bit network and by that of the W4A4 one: same layers, same
+    rank, float32 factors, the same reference. "update" is everything, "learner" without drawing the reference."""
+    dense, packed = networks(args, "")
+    fp = copy.deepcopy(dense)
+    gen = torch.Generator().manual_seed(0)
+    for name, layer in models.float_layers(dense.net).items():
+        if models.precision(name) != "16bit":
+            dense.net.set_submodule(name, models.LoRA(layer, args.rank, gen).to(args.device))
+    _, _, _, cond = step_inputs(fp, args.batch, args.device)
+    x_T, edges = torch.randn(args.batch, *fp.latent, device=args.device), fp.path.grid(4, args.device)
+
+    def update(learner: models.Denoiser, reference: bool) -> Callable:
+        params = [p for name, p in learner.named_parameters() if "lora_" in name]
+        for p in params:
+            p.data = p.data.float()
+            p.requires_grad_()
+        optimizer, states = torch.optim.AdamW(params, lr=1e-6), tdpt.rollout_states(fp, fp.path, x_T, cond, edges)
+
+        def call() -> None:
+            z = tdpt.rollout_states(fp, fp.path, x_T, cond, edges) if reference else states
+            with torch.enable_grad():
+                for loss in tdpt.rollout_phases(learner, learner.path, z, cond, edges):
+                    loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return call
+
+    calls = {f"{name}, {what}": update(net, what == "update") for what in ("learner", "update")
+             for name, net in (("fp LoRA", dense), ("W4A4", packed))}  # fmt: skip
+    for call in calls.values():
+        call(), call()
+    rows = [{"what": name, **times} for name, times in interleave(calls, args.rounds, args.device == "cuda").items()]
+    print(f"| {args.model}, batch {args.batch}, rank {args.rank} | fp LoRA ms | W4A4 ms | W4A4 / fp LoRA |\n|---|---|---|---|")
+    for what, (dense, packed) in zip(("learner", "update"), itertools.batched(rows, 2), strict=True):
+        cells = [f"{r['median_ms']:.0f} ({r['q1_ms']:.0f} .. {r['q3_ms']:.0f})" for r in (dense, packed)]
+        print(f"| {what} | {cells[0]} | {cells[1]} | {packed['median_ms'] / dense['median_ms']:.2f} |")
+    print(f"\n{about(args)}; median of {args.rounds} rounds")
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -644,6 +691,7 @@ def main(argv: list[str]) -> None:
     clis = {
         "kernels": commands.add_parser("kernels", allow_abbrev=False, help="layer shapes of SDXL and FLUX, ours against peers"),
         "model": commands.add_parser("model", allow_abbrev=False, help="denoisers, or on a CPU parts of them, 4-bit against bf16"),
+        "train": commands.add_parser("train", allow_abbrev=False, help="an update of training, W4A4 against a LoRA at 16 bits"),
         "costs": commands.add_parser("costs", allow_abbrev=False, help="time over tokens, width and rank"),
     }
     for cli in clis.values():
@@ -660,6 +708,10 @@ def main(argv: list[str]) -> None:
     cli.add_argument("--weights", choices=("random",), default="random", help="random: the speed does not depend on them")
     cli.add_argument("--rank", type=int, default=16)
     cli.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    cli = clis["train"]
+    cli.add_argument("--model", choices=tuple(CONDITION), default="tiny")
+    cli.add_argument("--rank", type=int, default=16)
+    cli.add_argument("--batch", type=int, default=32)
     clis["costs"].add_argument("--plot", default="", metavar="PNG")
     gpu = commands.add_parser("gpu", allow_abbrev=False, help="all of these on CUDA")
     gpu.add_argument("--out", default="benchmarks/gpu", help="folder for the rows as JSON")
@@ -667,7 +719,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device: run kernels, model or costs with --device cpu")
-    rows = {"kernels": bench_kernels, "model": bench_model, "costs": bench_costs, "gpu": bench_gpu}[args.command](args)
+    commands = {"kernels": bench_kernels, "model": bench_model, "train": bench_train, "costs": bench_costs, "gpu": bench_gpu}
+    rows = commands[args.command](args)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

@@ -171,14 +171,16 @@ class Denoiser(nn.Module):
 
     def forward(self, x, t, s, cond):
         dtype = self.dtype
-        y = self._call(x.to(dtype), t, s if self.told else None, {k: v.to(dtype) for k, v in cond.items()})
+        cond = {k: v if k == "time_ids" else v.to(dtype) for k, v in cond.items()}  # bfloat16 would round sizes above 256
+        y = self._call(x.to(dtype), t, s if self.told else None, cond)
         return y.to(x.dtype)
 
 
 class UNetDenoiser(Denoiser):
     def _call(self, x, t, s, cond):
         told = None if s is None else get_timestep_embedding(s, 64).to(x)
-        added = {"text_embeds": cond["pooled"], "time_ids": cond.get("time_ids", x.new_tensor(TIME_IDS).expand(len(x), 6))}
+        sizes = cond["time_ids"] if "time_ids" in cond else t.new_tensor(TIME_IDS).expand(len(x), 6)
+        added = {"text_embeds": cond["pooled"], "time_ids": sizes}
         timestep = self.path.timestep(t)
         return self.net(x, timestep, cond["tokens"], timestep_cond=told, added_cond_kwargs=added, return_dict=False)[0]
 

@@ -185,7 +185,8 @@ def rollout_start(cfg: Config, gen: torch.Generator, network: models.Denoiser, e
 def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], network: models.Denoiser, examples, anchor=None):
     """4. TDPT mixed with on-policy rollouts, on `params`. `network` is the teacher and the fp consistency model, by switch."""
     path, mine, cache = network.path, slice(rank(), None, world()), None
-    null = examples.null() if network.guidance is None else {}  # FLUX has its guidance as an input
+    null = {} if network.guidance else examples.null()  # FLUX has its guidance as an input
+    null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
     guide = tdpt.guided(models.as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
     fp, grid, targets = models.as_cm(network), path.grid(cfg.grid, cfg.device), cfg.targets.split(",")
     edges = tdpt.phase_edges(grid, cfg.edges)
