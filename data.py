@@ -327,8 +327,8 @@ def captioned(spec: str = "") -> Source:
         return _prompts("prompts", ASSETS / "prompts.txt")
     if path.suffix == ".txt":
         return _prompts(spec, path)
-    if path.suffix == ".tar" or glob.has_magic(spec):
-        return _tars(spec, sorted(map(Path, glob.glob(spec, recursive=True))))
+    if (path.suffix == ".tar" or glob.has_magic(spec)) and not path.is_dir():
+        return _tars(spec, [path] if path.is_file() else sorted(map(Path, glob.glob(spec, recursive=True))))
     if path.is_dir():
         if tars := sorted(path.rglob("*.tar")):
             return _tars(spec, tars)

@@ -363,10 +363,10 @@ def test_folders_that_the_datasets_library_knows_are_read_by_it(tmp_path):
     table = "file_name,text\n" + "".join(f"{i}.png,picture {i}\n" for i in range(3)) + "bad.png,bad\n"
     (tmp_path / "a" / "train" / "metadata.csv").write_text(table)
     assert rows(data.captioned(str(tmp_path / "a"))) == [(f"picture {i}", i) for i in range(3)]
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = {"bytes": png(1), "path": "1.png"}
     meta = {b"huggingface": b'{"info": {"features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}}'}
-    arrow = parquet.pa.table({"image": [image], "text": ["picture 1"]}).replace_schema_metadata(meta)
+    arrow = pyarrow.table({"image": [image], "text": ["picture 1"]}).replace_schema_metadata(meta)
     parquet.write_table(arrow, tmp_path / "p.parquet")
     assert rows(data.captioned(str(tmp_path / "p.parquet"))) == [("picture 1", 1)]
 
