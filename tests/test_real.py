@@ -1,0 +1,158 @@
+"""SDXL and FLUX end to end on miniatures in the real formats: train, kill, resume, sample, export, reload; two processes; refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature
+import pytest
+import torch
+from test_train import kill_at, losses, refuse, same_files
+
+import checkpoint
+import models
+import pipeline
+import pretrained
+import sample
+import tdpt
+import train
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [f"a {size} {color} {thing} on the {side}" for size in ("large", "small") for color in ("red", "green")
+           for thing in ("house", "tree") for side in ("left", "right")]  # fmt: skip
+QUICK = (
+    "--steps 3 --batch 4 --micro 2 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 4 --lr 1e-3 --warmup 1"
+    " --save-every 1 --grid 8 --phases 1,2 --rollout 0.5 --eval-n 2 --dtype float32"
+)
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory) -> dict[str, str]:
+    """Flags that name a miniature base, its consistency LoRA in diffusers' format, and prompts."""
+    folder, flags = tmp_path_factory.mktemp("bases"), {}
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    for name in models.REAL:
+        base, cm = miniature.save(name, folder / name), folder / f"{name}-cm.safetensors"
+        network = pretrained.load_network(name, str(base), resolution=64, dtype=torch.float32)
+        pretrained.random_cm(network)
+        pretrained.save_cm(cm, network, checkpoint.write)
+        flags[name] = f"--model {name} --teacher {base} --cm {cm} --resolution 64 --data {folder}/prompts.txt"
+    return flags
+
+
+def run(real: dict[str, str], name: str, out: Path, flags: str = "") -> None:
+    train.main(f"{QUICK} {real[name]} --out {out} {flags}".split())
+
+
+@pytest.fixture(scope="session")
+def finished(real, tmp_path_factory) -> dict[str, Path]:
+    """Runs that nothing disturbed; TDPT and rollouts both."""
+    outs = {name: tmp_path_factory.mktemp("runs") / name for name in models.REAL}
+    for name, out in outs.items():
+        run(real, name, out)
+    return outs
+
+
+@pytest.mark.parametrize("name", models.REAL)
+def test_killed_runs_resume_bit_for_bit(real, finished, tmp_path, monkeypatch, name):
+    """Catches a cache, a start or a state that is not what the undisturbed run had."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at(2, patch)
+        run(real, name, tmp_path / "r")
+    run(real, name, tmp_path / "r")
+    same_files(finished[name], tmp_path / "r", "start.safetensors", "state.safetensors", "model.safetensors")
+    assert losses(tmp_path / "r") == losses(finished[name]) and len(losses(tmp_path / "r")) == 3
+
+
+@pytest.mark.parametrize("name", models.REAL)
+def test_text_encoders_are_not_asked_again_and_micro_batches_change_nothing(real, finished, tmp_path, monkeypatch, name):
+    """Catches encoders that are loaded although the cache is complete, and a micro-batch with a share that is not its own."""
+
+    def asked(*args):
+        raise AssertionError("the text encoders were loaded")
+
+    monkeypatch.setattr(pretrained, "Text", asked)
+    cache = f"--cache {finished[name]}/cache"
+    run(real, name, tmp_path / "whole", f"{cache} --micro 0 --steps 2")
+    for (_, a), (_, b) in zip(losses(tmp_path / "whole"), losses(finished[name])[:1], strict=False):
+        assert abs(a - b) < 1e-3 * abs(b)
+
+
+@pytest.mark.parametrize("name", models.REAL)
+def test_the_finished_run_is_a_pipeline_that_draws_what_was_trained(finished, name):
+    """Catches a checkpoint that another program reads as another network."""
+    student, about = checkpoint.load_checkpoint(finished[name])
+    pipe = pipeline.load_pipeline(finished[name], dtype=torch.float32)
+    text = pretrained.Text(name, about["network"]["base"], resolution=64, dtype=torch.float32)
+    cond, x_T = text(PROMPTS[:1]), torch.randn(1, *student.latent, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = tdpt.sample(student.float(), student.path, x_T, cond, 2)
+    start = x_T if name == "sdxl" else pipe._pack_latents(x_T, 1, *x_T.shape[1:])
+    pipe.set_progress_bar_config(disable=True)
+    guidance = 1.0 if name == "sdxl" else about["config"]["guidance"]
+    size = dict(height=64, width=64, num_inference_steps=2, guidance_scale=guidance, latents=start, output_type="latent")
+    theirs = pipe(PROMPTS[0], **size, **({} if name == "sdxl" else {"max_sequence_length": 32})).images
+    theirs = theirs if name == "sdxl" else pipe._unpack_latents(theirs, 64, 64, pipe.vae_scale_factor)
+    assert (ours - theirs).abs().max() < 0.02 * ours.std()
+
+
+def test_sample_export_and_reload(real, finished, tmp_path):
+    """Catches an exported LoRA that stock pipelines refuse, and a grid that sample.py does not write."""
+    out = finished["sdxl"]
+    sample.main(["--checkpoint", str(out), "--prompt", PROMPTS[0], "--steps", "2", "--out", str(tmp_path / "grid.png")])
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+    pipeline.main(["--checkpoint", str(out), "--export", "lora", "--out", str(tmp_path / "lora.safetensors")])
+    network = pretrained.load_network("sdxl", real["sdxl"].split()[3], resolution=64, dtype=torch.float32)
+    pretrained.add_cm(network, str(tmp_path / "lora.safetensors"))
+    assert len(models.loras(network)) > 100
+
+
+def test_a_consistency_model_of_ones_own_comes_first(real, tmp_path):
+    """Catches --cm self that trains nothing, or whose LoRA the next stage cannot read."""
+    flags = real["flux"].split()
+    flags[flags.index("--cm") + 1] = "self"
+    train.main([*QUICK.split(), *flags, "--cached", "4", "--steps", "1", "--out", str(tmp_path / "r")])
+    assert (tmp_path / "r" / "cm" / "flux-cm.safetensors").exists() and (tmp_path / "r" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name, extra", [("sdxl", "--shard-teacher"), ("flux", "")])
+def test_two_processes_have_the_losses_of_one(real, finished, tmp_path, name, extra):
+    """Catches ranks that draw the same pictures, statistics that are not exchanged, gradients that are not averaged, a teacher
+    whose parts are not gathered."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *QUICK.split(), *real[name].split()]
+    command += ["--out", str(tmp_path / "r"), *extra.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for (_, a), (_, b) in zip(losses(tmp_path / "r"), losses(finished[name]), strict=True):
+        assert abs(a - b) < 2e-3 * abs(b)
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert report["latent_snr_to_fp"] > 10
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (("--teacher", "/nowhere/sdxl"), "does not exist: give a hub id"),
+        (("--teacher", "FLUX"), "has no unet folder: it is no sdxl"),
+        (("--cm", "FLUXCM"), "has no LoRA for a unet|fits no layer"),
+        (("--cm", ""), "--cm is missing: name a consistency LoRA"),
+        (("--data", "nowhere"), "check the path"),
+        (("--teacher", "BROKEN"), "truncated or damaged"),
+        (("--targets", "anchor"), "must be EARLY,LATE"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_sentence(real, tmp_path, capsys, monkeypatch, change, says):
+    """Catches a traceback, and weights of another architecture that are taken."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = dict(zip(real["sdxl"].split()[::2], real["sdxl"].split()[1::2], strict=True))
+    other = dict(zip(real["flux"].split()[::2], real["flux"].split()[1::2], strict=True))
+    if change[1] == "BROKEN":
+        broken = miniature.save("sdxl", tmp_path / "broken")
+        file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[:100_000])
+    value = {"FLUX": other["--teacher"], "FLUXCM": other["--cm"], "BROKEN": str(tmp_path / "broken")}.get(change[1], change[1])
+    argv = [word for pair in (flags | {change[0]: value}).items() for word in pair]
+    refuse([*QUICK.split(), *argv, "--out", str(tmp_path / "r")], capsys, says)
