@@ -171,7 +171,7 @@ def train_teacher(cfg: Config, out: Path, pictures) -> None:
             decay = min(0.999, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
             bar.set_postfix_str(f"loss {loss.item():.4f}")
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            if state.due(step + 1):
                 state.save(step + 1, {f"ema.{k}": v for k, v in ema.items()})
     if rank() == 0:
         model.load_state_dict({k: v.half() for k, v in ema.items()})
@@ -295,13 +295,13 @@ def distil(cfg: Config, out: Path, student, params: dict[str, torch.Tensor], net
                 loss = loss.item()
             state.update(step, loss, log)
             bar.set_postfix_str(f"loss {loss:.4f}")
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            if state.due(step + 1):
                 state.save(step + 1)
 
 
 def train_student(cfg: Config, out: Path, pictures) -> None:
     network = models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(getattr(torch, cfg.dtype))
-    if rank() == 0 and not (out / "start.safetensors").exists():
+    if rank() == 0 and not checkpoint.has_start(out):
         checkpoint.save_start(out, *quantized_student(cfg, models.fuse(models.load_cm(cfg.model, cfg.teacher, cfg.cm)), pictures))
     if world() > 1:
         dist.barrier()
@@ -329,6 +329,7 @@ def train_cm(cfg: Config, out: Path, pictures) -> None:
         ship(cfg, out / f"{cfg.model}-cm.safetensors", {k.removeprefix("net."): p for k, p in params.items()}, student, cm=True)
 
 
+@checkpoint.stoppable
 def main(argv: list[str]) -> None:
     cfg = parse(argv)
     check(cfg)
