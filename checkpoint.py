@@ -373,8 +373,10 @@ class State:
 class Trajectories:
     """The guided teacher's own solutions of n captions, drawn once: states (E, n, C, H, W) fp16 at `times` (E,), captions.
 
-    Kept in `folder` as shards of 128, which the ranks share out; a killed run goes on with those that are missing. Damaged ones
+    Kept in `folder` as shards, which the ranks share out; a killed run goes on with those that are missing. Damaged ones
     are drawn again. UserError if a state is no number."""
+
+    SHARD = 128  # captions
 
     def __init__(self, folder: Path, teacher, network: models.Denoiser, pictures, n: int, times: torch.Tensor, seed: int):
         self.times, self.captions, states, run = times, [], [], run_of(folder.parent)
@@ -382,8 +384,8 @@ class Trajectories:
         def shard(k: int) -> Path:
             return folder / f"{k:06d}.safetensors"
 
-        for i, k in enumerate(tqdm(range(0, n, 128), desc="teacher trajectories")):
-            gen, size = data.step_generator(seed, k, stream=3), min(128, n - k)
+        for i, k in enumerate(tqdm(range(0, n, self.SHARD), desc="teacher trajectories")):
+            gen, size = data.step_generator(seed, k, stream=3), min(self.SHARD, n - k)
             texts = pictures.captions(size, gen)
             if i % world() == rank() and not usable(shard(k), run, "it is drawn again"):
                 x_T, cond = torch.randn(size, *network.latent, generator=gen), network.encode(texts)
@@ -394,7 +396,7 @@ class Trajectories:
             self.captions += texts
         if dist.is_initialized():
             dist.barrier()
-        for k in range(0, n, 128):
+        for k in range(0, n, self.SHARD):
             states.append(read(shard(k), "run the same command again, it will be drawn again", run)[0]["states"])
         self.states = torch.cat(states, 1)
 
