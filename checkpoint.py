@@ -78,7 +78,6 @@ def stoppable(main):
     def wrapped(argv):
         if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
             return main(argv)
-        stop.asked, stop.wait, stop.saved = 0, False, ""
         old = {number: signal.signal(number, handler) for number in CODES}
         try:
             return main(argv)
@@ -89,12 +88,13 @@ def stoppable(main):
                 rank()  # a signal that came while a collective operation failed is handled at this call
             if not stop.asked:
                 raise
+            if rank() == 0:
+                print(f"stopped by {signal.Signals(stop.asked).name}{stop.saved}: the same command goes on from there", flush=True)
+            sys.exit(CODES[stop.asked])
         finally:
             for number, former in old.items():
                 signal.signal(number, former)
-        if rank() == 0:
-            print(f"stopped by {signal.Signals(stop.asked).name}{stop.saved}: the same command goes on from there", flush=True)
-        sys.exit(CODES[stop.asked])
+            stop.asked, stop.wait, stop.saved = 0, False, ""
 
     return wrapped
 
@@ -156,7 +156,7 @@ def verify(path: Path, hint: str, run: str | None = None) -> dict:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}): {hint}") from None
     name, its = info.pop("file"), info.pop("run")
-    if run is not None and (name, its) != (path.name, run):
+    if run is not None and (name, its) != (path.name.replace("-previous", ""), run):
         raise UserError(f"{path} was swapped (it is {name} of {'this' if its == run else 'another'} run): {hint}")
     return {k: v for k, v in info.items() if k != "sha256"}
 
