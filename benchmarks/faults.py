@@ -157,7 +157,7 @@ def poison(kind: str, step: int, at: int) -> None:
         if calls["updates"] == step and kind == "activation" and layer.training is False and not calls["once"]:
             calls["once"] = 1
             output = output.clone()
-            output.view(-1)[at % output.numel()] = float("nan")
+            output[tuple(at % n for n in output.shape)] = float("nan")
         return output
 
     def attach(student):
