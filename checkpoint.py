@@ -155,7 +155,7 @@ def verify(path: Path, hint: str, run: str | None = None) -> dict:
             raise ValueError("it has no checksum")
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}): {hint}") from None
-    name, its = info.pop("file"), info.pop("run")
+    name, its = info.pop("file", ""), info.pop("run", "")
     if run is not None and (name, its) != (path.name.replace("-previous", ""), run):
         raise UserError(f"{path} was swapped (it is {name} of {'this' if its == run else 'another'} run): {hint}")
     return {k: v for k, v in info.items() if k != "sha256"}
