@@ -2,38 +2,105 @@
 
     config.json          format version, every field of Config, versions; after training also the table of layers
     start.safetensors    the packed student before training, with its anchor A0, B0
-    state.safetensors    LoRA parameters and Adam moments after some step: all that resuming needs
-    metrics.jsonl        a line per update
+    cache/*.safetensors  the teacher's trajectories, if rollouts follow them
+    state.safetensors    LoRA parameters and Adam moments after some step, and the lines of metrics.jsonl up to there: all that
+                         resuming needs; state-previous.safetensors is the one before
+    metrics.jsonl        a line per update; written anew from the state when a run goes on, so no line is lost, halved or twice
     model.safetensors    the deployed checkpoint: packed codes uint8, multipliers two to a byte, scales one byte, LoRA, the
                          16-bit layers and the text encoder bfloat16
     samples/*.png
 
 Every file is written under a temporary name, synced and renamed. No pickle is ever loaded.
+
+Damage. config.json and all safetensors files carry their own checksum (integrity.py), the latter also their name and the run
+they belong to (a digest of its configuration): a flipped bit, a cut file and a good file of another run or role are noticed
+when the file is read. What train.py can make again it makes again, and says so: the start (the state knows the checksum of the
+one it was trained from, and refuses any other), cached trajectories, config.json, and at its end the model. Instead of a
+damaged state it takes the previous one. Where that is damaged too, and in sample.py and evaluate.py, a UserError names the file.
+
+Signals. SIGTERM or Ctrl-C during training: the update is finished on all ranks, the state saved, the process ends with code 0
+(SIGTERM) or 130 (Ctrl-C); elsewhere, and when it comes a second time, it ends at once. The same command goes on from there.
 """
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 import data
 import hgs_lora
+import integrity
 import kernels
 import models
 import tdpt
 from models import UserError, read_tensors
 
-FORMAT = 2
+FORMAT = 3
 KINDS = {"w4a16": hgs_lora.W4A16Linear, "w4a4": hgs_lora.W4A4Linear, "w4a4conv": hgs_lora.W4A4Conv2d}
+CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # exit codes
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+class Stopped(BaseException):
+    """Leaves main after a signal; `stoppable` turns it into a sentence and an exit code."""
+
+
+stop = SimpleNamespace(asked=0, wait=False, saved="")  # signal that came, whether an update is to be finished, what was saved
+
+
+def stoppable(main):
+    """Decorator of main(argv): SIGTERM and SIGINT end it with a sentence and their code of CODES."""
+
+    def handler(number, frame):
+        again, stop.asked = stop.asked, number
+        if again or not stop.wait:
+            raise Stopped
+
+    @functools.wraps(main)
+    def wrapped(argv):
+        if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+            return main(argv)
+        old = {number: signal.signal(number, handler) for number in CODES}
+        try:
+            return main(argv)
+        except UserError:
+            raise
+        except BaseException:
+            with contextlib.suppress(Stopped):
+                rank()  # a signal that came while a collective operation failed is handled at this call
+            if not stop.asked:
+                raise
+            if rank() == 0:
+                print(f"stopped by {signal.Signals(stop.asked).name}{stop.saved}: the same command goes on from there", flush=True)
+            sys.exit(CODES[stop.asked])
+        finally:
+            for number, former in old.items():
+                signal.signal(number, former)
+            stop.asked, stop.wait, stop.saved = 0, False, ""
+
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 @contextlib.contextmanager
@@ -41,20 +108,72 @@ def atomic(path: Path):
     """Inside, write the file that is handed out; afterwards it is synced and becomes `path`. UserError if the disk is full."""
     temporary = path.with_suffix(".tmp")
     try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name outlives a power cut too
+        os.close(folder)
     except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path} ({error}): free some space and run the same command again to resume") from None
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path} ({error}): free some space and run the same command again to resume") from None
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
-    """A safetensors file; `info` (JSON) goes into its metadata."""
+def second_name(path: Path, name: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], info: dict, run: str = "") -> None:
+    """A safetensors file; `info` (JSON), checksum, name and `run` go into its metadata. Equal contents are equal bytes."""
+    about = {"sha256": integrity.EMPTY, "file": path.name, "run": run}
     with atomic(path) as file:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, {"info": json.dumps(info)})
+        # one entry of metadata: several would stand in an order that differs between two writers
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, {"info": json.dumps(about | info)})
+        integrity.seal(file)
+
+
+def verify(path: Path, hint: str, run: str | None = None) -> dict:
+    """Info of a file that `write` wrote, all of which was compared with its checksum.
+
+    UserError if it is missing or damaged, or, where `run` is given, if it is another run's or has another name; `hint` says
+    what to do."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {hint}")
+    try:
+        with safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {}).get("info", "{}"))
+        if not integrity.check(path):
+            raise ValueError("it has no checksum")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): {hint}") from None
+    name, its = info.pop("file", ""), info.pop("run", "")
+    if run is not None and (name, its) != (path.name.replace("-previous", ""), run):
+        raise UserError(f"{path} was swapped (it is {name} of {'this' if its == run else 'another'} run): {hint}")
+    return {k: v for k, v in info.items() if k != "sha256"}
+
+
+def read(path: Path, hint: str, run: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and info of a verified file."""
+    info = verify(path, hint, run)
+    return read_tensors(path, hint)[0], info
+
+
+def usable(path: Path, run: str, otherwise: str) -> bool:
+    """Whether a file is there and good. One that is there and is not is named, with what happens otherwise."""
+    try:
+        return path.exists() and verify(path, otherwise, run) is not None
+    except UserError as error:
+        print(error)
+        return False
 
 
 def open_run(out: Path, config: dict, leader: bool) -> None:
@@ -62,40 +181,66 @@ def open_run(out: Path, config: dict, leader: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if leader:
+            for left in (*out.rglob("*.tmp"), *out.rglob(".tmp*")):  # by a killed run; the second are safetensors' own
+                left.unlink()
             with open(out / "probe.tmp", "wb") as probe:
                 probe.write(bytes(64 << 20))  # room for a state
             (out / "probe.tmp").unlink()
     except OSError as error:
         (out / "probe.tmp").unlink(missing_ok=True)
         raise UserError(f"cannot write to the run folder {out} ({error.strerror}): choose another --out or free 64 MB") from None
-    if any((out / f"{name}.safetensors").exists() for name in ("start", "state", "model")):
-        old = read_config(out)["config"]
-        if changed := sorted(k for k in config if old.get(k) != config[k]):
-            raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
-    elif leader:
+    old = None
+    if any((out / f"{name}.safetensors").exists() for name in ("start", "state", "state-previous", "model")):
+        try:
+            old = read_config(out)["config"]
+        except Damaged:  # all of it can be had again; if it was another configuration's, the other files know
+            if leader:
+                print(f"{out}/config.json is missing or damaged: it is written again")
+        else:
+            if changed := sorted(k for k in config if old.get(k) != config[k]):
+                raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
+    if old is None and leader:
         git = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
         write_config(out, {"format": FORMAT, "config": config, "torch": torch.__version__, "commit": commit})
+    if dist.is_initialized():
+        dist.barrier()  # from here on every rank finds a good config.json
+
+
+class Damaged(UserError):
+    """config.json is missing or not what was written."""
 
 
 def write_config(out: Path, about: dict) -> None:
     with atomic(out / "config.json") as file:
-        file.write_text(json.dumps(about, indent=1))
+        file.write_text(json.dumps({"sha256": integrity.EMPTY} | about | {"sha256": integrity.EMPTY}, indent=1))
+        integrity.seal(file)
 
 
 def read_config(folder: Path) -> dict:
-    """config.json. UserError if it is missing, damaged or of another format version."""
+    """config.json. UserError if it is of another format version, Damaged if it is missing or damaged."""
     try:
         about = json.loads((folder / "config.json").read_text())
         if about["format"] != FORMAT:
             raise UserError(
                 f"{folder} has checkpoint format {about['format']}, this code reads {FORMAT}: use the version that wrote it"
             )
+        if not integrity.check(folder / "config.json"):
+            raise ValueError
         return about | {"config": dict(about["config"])}
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no checkpoint: train one with `python train.py --out {folder}`") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(f"{folder}/config.json is damaged: restore it, or delete the folder and train again") from None
+        raise Damaged(f"{folder} holds no checkpoint: train one with `python train.py --out {folder}`") from None
+    except UserError:  # is a ValueError too
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise Damaged(f"{folder}/config.json is damaged: restore it, or run its train.py command again") from None
+
+
+def run_of(folder: Path) -> str:
+    """What the files of a run folder have in common: a digest of its configuration; "" where there is no config.json."""
+    if not (folder / "config.json").exists():
+        return ""
+    return hashlib.sha256(json.dumps(read_config(folder)["config"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def rank() -> int:
@@ -116,7 +261,9 @@ class State:
     MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
     def __init__(self, out: Path, params: dict[str, torch.Tensor], cfg):
-        self.path, self.params, self.cfg = out / "state.safetensors", params, cfg
+        self.path, self.previous = out / "state.safetensors", out / "state-previous.safetensors"
+        self.start, self.params, self.cfg, self.run = out / "start.safetensors", params, cfg, run_of(out)
+        self.lines, self.good, self.stopping = "", False, False  # of metrics.jsonl; whether the newest state is; whether to stop
         inner = {k: p for k, p in params.items() if cfg.optimizer == "muon" and p.dim() == 2 and "block" in k}
         rest = [p for k, p in params.items() if k not in inner]
         self.optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)] if rest else []
@@ -128,15 +275,17 @@ class State:
     def update(self, step: int, loss: float, log) -> None:
         """Average gradients and loss over ranks (one all-reduce), clip, AdamW with warm-up and cosine, one line in metrics.jsonl.
 
-        A loss or gradient that is no number stops the run (UserError); the last saved state stays."""
+        A loss or gradient that is no number stops the run (UserError); the last saved state stays. A signal on any rank goes
+        round with the loss, so all ranks stop after the same update."""
         params = list(self.params.values())
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a layer that this update did not use
+        self.stopping = bool(stop.asked)
         if world() > 1:
-            flat = torch.cat([p.grad.flatten() for p in params] + [params[0].new_tensor([loss])])
+            flat = torch.cat([p.grad.flatten() for p in params] + [params[0].new_tensor([loss, self.stopping])])
             dist.all_reduce(flat)
-            *grads, mean = flat.div_(world()).split([p.numel() for p in params] + [1])
-            loss = mean.item()
+            *grads, mean = flat.div_(world()).split([p.numel() for p in params] + [2])
+            loss, self.stopping = mean[0].item(), bool(mean[1] > 0)
             for p, g in zip(params, grads, strict=True):
                 p.grad.copy_(g.view_as(p))
         warm, decay = min(1.0, (step + 1) / max(1, self.cfg.warmup)), 0.5 * (1 + math.cos(math.pi * step / self.cfg.steps))
@@ -149,9 +298,22 @@ class State:
             optimizer.step()
             optimizer.zero_grad()
         if rank() == 0:
-            print(json.dumps({"step": step, "loss": loss, "norm": norm, "lr": self.cfg.lr * warm * decay}), file=log, flush=True)
+            line = json.dumps({"step": step, "loss": loss, "norm": norm, "lr": self.cfg.lr * warm * decay}) + "\n"
+            self.lines += line
+            try:
+                written = os.write(log.fileno(), line.encode())  # no buffer that is written again when the file is closed
+                error = "disk full" if written < len(line) else ""
+            except OSError as full:
+                error = full
+            if error:
+                raise UserError(f"cannot write {log.name} ({error}): free some space and run the same command again to resume")
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` updates is to be saved."""
+        return self.stopping or step % self.cfg.save_every == 0 or step == self.cfg.steps
 
     def save(self, step: int, extra: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the state; a good one that is there becomes the previous one. If a signal came, this ends the process."""
         if rank() == 0:
             moments = {
                 f"{key}.{k}": value
@@ -159,41 +321,88 @@ class State:
                 for key, value in optimizer.state[self.params[k]].items()
                 if key in self.MOMENTS
             }
-            write(self.path, {f"p.{k}": p for k, p in self.params.items()} | moments | (extra or {}), {"step": step})
+            metrics = {"metrics.jsonl": torch.tensor(list(self.lines.encode()), dtype=torch.uint8)}
+            tensors = {f"p.{k}": p for k, p in self.params.items()} | moments | metrics | (extra or {})
+            if self.good:
+                with atomic(self.previous) as file:
+                    second_name(self.path, file)  # the first one stays until the new state takes it
+            write(self.path, tensors, {"step": step, "start": integrity.recorded(self.start)}, self.run)
+            self.good = True
+        stop.wait = step < self.cfg.steps
+        if self.stopping or (stop.asked and not stop.wait):
+            stop.asked, stop.saved = stop.asked or signal.SIGTERM, f" after update {step}, which is saved"
+            raise Stopped
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """(updates done, every tensor of the file); (0, {}) where there is no file."""
-        if not self.path.exists():
-            return 0, {}
-        tensors, info = read_tensors(self.path, "delete it to begin again")
-        for k, p in self.params.items():
+        """(updates done, every tensor of the file); (0, {}) where there is no file.
+
+        From here to the last save, a signal waits for the end of an update. UserError if no state is good."""
+        tensors, info = self._newest()
+        if info.get("start", "") != (integrity.recorded(self.start) if tensors else ""):
+            raise UserError(f"{self.start} is not what the state was trained from: restore it, or delete the folder to begin again")
+        for k, p in self.params.items() if tensors else ():
             p.data.copy_(tensors[f"p.{k}"])
             moments = {key: tensors[f"{key}.{k}"].clone() for key in self.MOMENTS if f"{key}.{k}" in tensors}
             self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
+        if rank() == 0:
+            self.lines = bytes(tensors["metrics.jsonl"].tolist()).decode() if tensors else ""
+            with atomic(self.path.with_name("metrics.jsonl")) as file:
+                file.write_text(self.lines)
+        stop.wait = info["step"] < self.cfg.steps
         return info["step"], tensors
+
+    def _newest(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Tensors and info of the newest good state; ({}, {"step": 0}) where there is none at all."""
+        found, damage = [path for path in (self.path, self.previous) if path.exists()], []
+        for path in found:
+            try:
+                tensors, info = read(path, "", self.run)
+            except UserError as error:
+                damage.append(str(error).removesuffix(": "))
+            else:
+                self.good = path == self.path
+                if damage and rank() == 0:
+                    print(f"{damage[0]}: going on from {path.name}, {info['step']} updates")
+                return tensors, info
+        if damage:
+            names = " and ".join(path.name for path in found)
+            raise UserError(f"{damage[0]}, and no other state is good: delete {names} to begin again from the start")
+        return {}, {"step": 0}
 
 
 class Trajectories:
-    """The guided teacher's own solutions of n captions, drawn once: states (E, n, C, H, W) fp16 at `times` (E,), the captions' cond.
+    """The guided teacher's own solutions of n captions, drawn once: states (E, n, C, H, W) fp16 at `times` (E,), and cond.
 
-    Kept in `folder` as shards of 128; a killed run goes on with the shard that is missing. `network` says path, device and latents;
-    micro captions are drawn at a time (0: a shard)."""
+    Kept in `folder` as shards, which the ranks share out; a killed run goes on with those that are missing. Damaged ones
+    are drawn again. `network` says path, device and latents; `micro` captions are drawn at a time (0: a shard). UserError if
+    a state is no number."""
+
+    SHARD = 128  # captions
 
     def __init__(self, folder: Path, teacher, network: models.Denoiser, examples, n: int, times, seed: int, micro: int):
-        folder.mkdir(exist_ok=True)
-        self.times, states, conds = times, [], []
-        for k in tqdm(range(0, n, 128), desc="teacher trajectories"):
-            gen, path, size = data.step_generator(seed, k, stream=3), folder / f"{k:06d}.safetensors", min(128, n - k)
+        self.times, states, conds, run = times, [], [], run_of(folder.parent)
+
+        def shard(k: int) -> Path:
+            return folder / f"{k:06d}.safetensors"
+
+        for i, k in enumerate(tqdm(range(0, n, self.SHARD), desc="teacher trajectories")):
+            gen, size = data.step_generator(seed, k, stream=3), min(self.SHARD, n - k)
             conds.append(examples.conditions(size, gen, slice(None)))
-            if not path.exists():
+            if i % world() == rank() and not usable(shard(k), run, "it is drawn again"):
                 x_T, parts = torch.randn(size, *network.latent, generator=gen), []
                 for rows in torch.arange(size).split(micro or size):
-                    cond = {k: v[rows].to(network.device) for k, v in conds[-1].items()}
-                    x = x_T[rows].to(network.device)
-                    parts.append(tdpt.rollout_states(teacher, network.path, x, cond, times.to(network.device)).half().cpu())
-                write(path, {"states": torch.cat(parts, 1)}, {})
-            states.append(read_tensors(path, "delete it, it will be drawn again")[0]["states"])
-        self.states, self.cond = torch.cat(states, 1), {k: torch.cat([cond[k] for cond in conds]) for k in conds[0]}
+                    cond = {name: v[rows].to(network.device) for name, v in conds[-1].items()}
+                    x, at = x_T[rows].to(network.device), times.to(network.device)
+                    parts.append(tdpt.rollout_states(teacher, network.path, x, cond, at).half().cpu())
+                drawn = torch.cat(parts, 1)
+                if not drawn.isfinite().all():
+                    raise UserError(f"the teacher's trajectories {k} to {k + size} are no numbers: look at --teacher or --guidance")
+                write(shard(k), {"states": drawn}, {}, run)
+        if dist.is_initialized():
+            dist.barrier()
+        for k in range(0, n, self.SHARD):
+            states.append(read(shard(k), "run the same command again, it will be drawn again", run)[0]["states"])
+        self.states, self.cond = torch.cat(states, 1), {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,13 +438,19 @@ def network_of(student: models.Denoiser) -> str | dict:
 def save_start(out: Path, student: models.Denoiser, table: dict) -> None:
     """The initialised student and its anchor, so that a killed run does not calibrate again."""
     anchors = {f"anchor/{k}": v for k, v in hgs_lora.anchor_state(student).items()}
-    write(out / "start.safetensors", student.state_dict() | anchors, {"layers": table, "network": network_of(student)})
+    about = {"layers": table, "network": network_of(student)}
+    write(out / "start.safetensors", student.state_dict() | anchors, about, run_of(out))
+
+
+def has_start(out: Path) -> bool:
+    """Whether there is a good start. A damaged one is named; it is to be made again."""
+    return usable(out / "start.safetensors", run_of(out), "it is made again")
 
 
 def load_start(out: Path) -> tuple[models.Denoiser, dict]:
     """Inverse of save_start. UserError for a missing or damaged file."""
     path = out / "start.safetensors"
-    tensors, info = read_tensors(path, "delete it to calibrate again")
+    tensors, info = read(path, "run the same command again, it will be made again", run_of(out))
     student = _packed_model(info["network"], info["layers"], tensors, path)
     hgs_lora.load_anchor_state(student, {k.removeprefix("anchor/"): v for k, v in tensors.items() if k.startswith("anchor/")})
     return student, info["layers"]
@@ -254,7 +469,7 @@ def save_checkpoint(out: Path, student: models.Denoiser, table: dict, merged: bo
             return kernels.pack_scales(tensor)
         return tensor.bfloat16() if tensor.dtype == torch.float32 and not key.endswith(".inv_smooth") else tensor
 
-    write(out / "model.safetensors", {k: stored(k, v) for k, v in student.state_dict().items()}, {"format": FORMAT})
+    write(out / "model.safetensors", {k: stored(k, v) for k, v in student.state_dict().items()}, {"format": FORMAT}, run_of(out))
     write_config(out, read_config(out) | {"layers": table, "network": network_of(student)})
 
 
@@ -262,7 +477,8 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
     """(the packed student in models.FAST, config.json). UserError for a missing, unfinished, truncated or foreign checkpoint."""
     folder = Path(folder)
     about = read_config(folder)
-    tensors, _ = read_tensors(folder / "model.safetensors", "the run is unfinished or damaged, run its train.py command again")
+    hint = "the run is unfinished or damaged, run its train.py command again"
+    tensors, _ = read(folder / "model.safetensors", hint, run_of(folder))
     if "layers" not in about:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
     tensors = {k: kernels.unpack_scales(v) if k.endswith(".scale_O") else v for k, v in tensors.items()}

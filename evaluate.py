@@ -210,10 +210,14 @@ def network_report(network: models.Denoiser, config: dict, cm: bool) -> dict[str
 def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
     """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
     student, _ = checkpoint.load_checkpoint(out)
-    (out / "samples").mkdir(exist_ok=True)
     prompts = list(sample.PROMPTS)
-    sample.grid({"": sample.draw(student, student, prompts, 4, config["seed"])}).save(out / "samples" / "4-steps.png")
-    sample.compare(student, network, prompts, 4, config["seed"], config["guidance"]).save(out / "samples" / "compare.png")
+    drawn = {
+        "4-steps.png": sample.grid({"": sample.draw(student, student, prompts, 4, config["seed"])}),
+        "compare.png": sample.compare(student, network, prompts, 4, config["seed"], config["guidance"]),
+    }
+    for name, image in drawn.items():
+        with checkpoint.atomic(out / "samples" / name) as file:
+            image.save(file, "PNG")
     s = checkpoint.size(student)
     ratio = s["mb"] / s["mb_bf16"]
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
@@ -228,7 +232,8 @@ def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
         fp = judge.draw("fp", models.as_cm(network), network, 4)
         rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
         print(f"4 steps, {config['eval_n']} pictures\n{table(rows)}")
-    (out / "report.json").write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
+    with checkpoint.atomic(out / "report.json") as file:
+        file.write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
     print(f"pictures: {out / 'samples'}")
 
 
@@ -265,7 +270,7 @@ def fp_pictures(file: str, judge: Judge, network: models.Denoiser, steps: int, c
     about = {k: config[k] for k in ("model", "teacher", "cm")} | {"n": len(judge.captions), "seed": judge.seed, "steps": steps}
     about["sum of weights"] = sum(p.double().sum().item() for p in network.parameters())
     if file and Path(file).exists():
-        tensors, info = models.read_tensors(Path(file), "delete it, it will be drawn again")
+        tensors, info = checkpoint.read(Path(file), "delete it, it will be drawn again")
         if info != about:
             raise UserError(f"{file} holds pictures of {info}, not of {about}: name another --fp-pictures")
         return tensors["pictures"]
@@ -310,7 +315,8 @@ def main(argv: list[str]) -> None:
     print(f"{args.n} pictures, seed {args.seed}")
     print(table(rows))
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1))
+        with checkpoint.atomic(Path(args.json)) as file:
+            file.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

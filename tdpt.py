@@ -249,30 +249,33 @@ def pseudo_huber(a, b, c):
 
 
 @torch.no_grad()
-def phased_target(networks, path, x_u, u, s, early_B, cond, targets):
+def phased_target(networks, path, x_u, u, s, early_B, cond, targets, always=False):
     """jump(x_u, T(x_u, u), u, s) with T = networks[targets[0]] on early rows and networks[targets[1]] on late ones.
 
-    Rows with u == s are the solver point itself. A network sees only the rows that need it; without any, no call.
+    Rows with u == s are the solver point itself. A network sees only the rows that need it; without any, no call, unless
+    `always`: the call of a network that processes share between them (FSDP) must be made by all of them.
     """
     target = x_u.clone()
     for name in dict.fromkeys(targets):  # (fp, fp) is one call
         chosen_B = early_B & (targets[0] == name) | ~early_B & (targets[1] == name)
         rows = (chosen_B & (u > s)).nonzero().squeeze(1)
-        if len(rows):
-            x_r, u_r, s_r, cond_r = x_u[rows], u[rows], s[rows], {k: v[rows] for k, v in cond.items()}
-            target[rows] = path.jump(x_r, networks[name](x_r, u_r, s_r, cond_r), u_r, s_r)
+        if len(rows) or always:
+            called = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=u.device)
+            x_r, u_r, s_r, cond_r = x_u[called], u[called], s[called], {k: v[called] for k, v in cond.items()}
+            jumped = path.jump(x_r, networks[name](x_r, u_r, s_r, cond_r), u_r, s_r)
+            target[rows] = jumped[: len(rows)]
     return target
 
 
 def tdpt_loss(
     student, anchor, fp, teacher_guided,
-    path, x0, cond, noise, idx, grid, edges, split, targets=("anchor", "fp"), c=1e-3,
+    path, x0, cond, noise, idx, grid, edges, split, targets=("anchor", "fp"), c=1e-3, always=False,
 ):  # fmt: skip
     """One TDPT step -> (loss, info), equations at the top. Networks that `targets` does not name may be None.
 
     x0, noise (B, ...); idx (B,) int64 in 0..n-1, the grid point that each sample starts at; split: see split_time.
     targets (early, late), each of anchor, fp, self, teacher: (anchor, fp) is the paper's, (self, self) PCM / LCM-style,
-    (fp, fp) plain distillation.  info: detached per-sample loss_B, early_B (bool), t_B.
+    (fp, fp) plain distillation. always: see phased_target.  info: detached per-sample loss_B, early_B (bool), t_B.
     """
     networks = {"anchor": anchor, "fp": fp, "self": student, "teacher": teacher_guided}  # change this to try yours
     if bad := [name for name in targets if networks.get(name) is None]:
@@ -284,7 +287,7 @@ def tdpt_loss(
     with torch.no_grad():
         x_u = path.jump(x_t, teacher_guided(x_t, t, u, cond), t, u)
     early_B = t >= split_time(grid, split)
-    target = phased_target(networks, path, x_u, u, s, early_B, cond, targets)
+    target = phased_target(networks, path, x_u, u, s, early_B, cond, targets, always)
     loss_B = pseudo_huber(path.jump(x_t, student(x_t, t, s, cond), t, s), target, c)
     return loss_B.mean(), {"loss_B": loss_B.detach(), "early_B": early_B, "t_B": t}
 

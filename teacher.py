@@ -40,7 +40,7 @@ def train(cfg, out: Path, pictures) -> None:
             decay = min(0.999, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
             bar.set_postfix_str(f"loss {loss.item():.4f}")
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            if state.due(step + 1):
                 state.save(step + 1, {f"ema.{k}": v for k, v in ema.items()})
     if rank() == 0:
         model.load_state_dict({k: v.half() for k, v in ema.items()})

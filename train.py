@@ -161,6 +161,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--phases {cfg.phases} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)")
     if cfg.edges > cfg.grid:
         raise UserError(f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer")
+    if cfg.shard_teacher and cfg.trajectory == "teacher":
+        raise UserError("--shard-teacher and --trajectory teacher do not go together: draw the trajectories with --offload")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,13 +220,13 @@ def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], net
                 idx = torch.randint(cfg.grid, (cfg.batch,), generator=gen)[mine]
                 for rows in parts:
                     batch = (to(cond, cfg.device, rows) if v is cond else v[rows].to(cfg.device) for v in (x0, cond, noise, idx))
-                    phases, share = (grid, edges, cfg.split, targets, cfg.huber), len(rows) * world() / cfg.batch
+                    phases, share = (grid, edges, cfg.split, targets, cfg.huber, cfg.shard_teacher), len(rows) * world() / cfg.batch
                     loss_r, _ = tdpt.tdpt_loss(learner, anchor, fp, guide, path, *batch, *phases)
                     (loss_r * share).backward()
                     loss += loss_r.item() * share
             state.update(step, loss, log)
             bar.set_postfix_str(f"loss {loss:.4f}")
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            if state.due(step + 1):
                 state.save(step + 1)
 
 
@@ -253,7 +255,7 @@ def dtype_of(cfg: Config) -> torch.dtype:
 
 
 def train_student(cfg: Config, out: Path) -> None:
-    if not (out / "start.safetensors").exists():
+    if not checkpoint.has_start(out):
         # 1. - 3. statistics, ranks, split: student.py
         network = open_cm(cfg, torch.float32 if cfg.model in models.TINY else dtype_of(cfg)).to(cfg.device)
         examples, mine = examples_of(cfg, out, network), slice(rank(), None, world())
@@ -305,6 +307,7 @@ def train_cm(cfg: Config, out: Path) -> None:
         print(f"weights: {path}")
 
 
+@checkpoint.stoppable
 def main(argv: list[str]) -> None:
     cfg = parse(argv)
     check(cfg)

@@ -1,0 +1,563 @@
+"""Nothing is lost: damage, kills, signals, full disks and NaN against small runs. benchmarks/faults.py is the long version."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import data
+import evaluate
+import hessian
+import integrity
+import models
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+TEACHER = "--stage teacher --steps 6 --batch 2 --lr 1e-3 --warmup 1 --save-every 2"
+
+
+# ------------------------------------------------------------------------------------------------ small runs
+
+
+def config(out: Path, flags: str = TEACHER):
+    return train.parse(f"{flags} --out {out}".split())
+
+
+def opened(out: Path, flags: str = TEACHER, **more):
+    """A run folder as train.main leaves it before the first update, and its Config."""
+    cfg = config(out, flags)
+    checkpoint.open_run(out, dict(vars(cfg)) | {"out": ""} | more, leader=True)
+    return cfg
+
+
+def small_state(out: Path, cfg) -> checkpoint.State:
+    return checkpoint.State(out, {"a": torch.nn.Parameter(torch.arange(40.0)), "b": torch.nn.Parameter(torch.ones(3, 2))}, cfg)
+
+
+def go(state: checkpoint.State, out: Path, begin: int, end: int) -> None:
+    """The loop of train.py on a loss of two lines."""
+    with open(out / "metrics.jsonl", "a") as log:
+        for step in range(begin, end):
+            loss = sum(((step + 1) * p - 3).square().mean() for p in state.params.values())
+            loss.backward()
+            state.update(step, loss.item(), log)
+            if state.due(step + 1):
+                state.save(step + 1)
+
+
+def whole_teacher_run(out: Path, patch) -> None:
+    patch.setattr(train, "ship", lambda *args, **more: None)
+    train.main(f"{TEACHER} --out {out}".split())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        whole_teacher_run(out, patch)
+    return out
+
+
+def same(a: Path, b: Path) -> None:
+    """Every file, byte for byte."""
+    left, right = ({f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()} for d in (a, b))
+    assert left.keys() == right.keys()
+    assert [k for k in left if left[k] != right[k]] == []
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+# ------------------------------------------------------------------------------------------------ checksums
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sealed")
+    opened(folder)
+    checkpoint.write(
+        folder / "x.safetensors", {"a": torch.arange(50.0), "b": torch.ones(3)}, {"step": 7}, checkpoint.run_of(folder)
+    )
+    return folder
+
+
+@settings(max_examples=300)
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_every_flipped_bit_of_a_tensor_file_is_noticed(sealed, place, bit):
+    """Catches a checksum of the tensors alone, or one that leaves out its own digits or the header."""
+    path = sealed / "flipped" / "x.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(sealed / "x.safetensors", path)
+    assert checkpoint.read(path, "", checkpoint.run_of(sealed))[1] == {"step": 7}
+    flip(path, place % path.stat().st_size, bit)
+    with pytest.raises(models.UserError, match=r"x.safetensors is truncated or damaged .*: do that"):
+        checkpoint.read(path, "do that", checkpoint.run_of(sealed))
+
+
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_every_flipped_bit_of_the_configuration_is_noticed(sealed, place, bit):
+    """Catches a learning rate that changed on disk."""
+    folder = sealed / "config"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(sealed / "config.json", folder)
+    size, of_format = (folder / "config.json").stat().st_size, (folder / "config.json").read_bytes().index(b'"format"')
+    flip(folder / "config.json", place % size, bit)
+    # the version is read first, so that other versions' folders are told so
+    inside = of_format <= place % size < of_format + 14
+    with pytest.raises(models.UserError, match="config.json is damaged|checkpoint format" if inside else "config.json is damaged"):
+        checkpoint.read_config(folder)
+
+
+@given(size=st.integers(0, 10**6))
+def test_cut_and_grown_files_are_noticed(sealed, size):
+    """Catches a truncated file that is still a valid one."""
+    path, whole = sealed / "cut" / "x.safetensors", (sealed / "x.safetensors").read_bytes()
+    path.parent.mkdir(exist_ok=True)
+    for content in (whole[: size % len(whole)], whole + bytes(1 + size % 9)):
+        path.write_bytes(content)
+        with pytest.raises(models.UserError, match="truncated or damaged"):
+            checkpoint.read(path, "")
+
+
+def test_files_of_another_run_or_role_are_swapped(sealed, tmp_path):
+    """Catches good tensors in the wrong place: the shapes fit, the numbers are another run's."""
+    opened(tmp_path / "other", TEACHER + " --seed 1")
+    run, other = checkpoint.run_of(sealed), checkpoint.run_of(tmp_path / "other")
+    assert run != other
+    with pytest.raises(models.UserError, match=r"x.safetensors was swapped .it is x.safetensors of another run"):
+        checkpoint.read(sealed / "x.safetensors", "", other)
+    shutil.copy(sealed / "x.safetensors", tmp_path / "state.safetensors")
+    with pytest.raises(models.UserError, match=r"state.safetensors was swapped .it is x.safetensors of this run"):
+        checkpoint.read(tmp_path / "state.safetensors", "", run)
+
+
+def test_a_run_file_without_checksum_is_damaged(sealed, tmp_path):
+    """Catches a checksum that is only looked at if the file has one: a flipped bit in its name would switch it off."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((sealed / "x.safetensors").read_bytes().replace(b"sha256", b"sha257", 1))
+    with pytest.raises(models.UserError, match="no checksum"):
+        checkpoint.read(path, "")
+
+
+def test_equal_contents_are_equal_bytes(tmp_path):
+    """Catches metadata in an order of chance: the checksum of a start that is made again could not be compared."""
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        checkpoint.write(tmp_path / name / "x.safetensors", {"t": torch.ones(2)}, {"layers": {"l": 1}, "steps": 3})
+        same(tmp_path / "a", tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------ two generations of state
+
+
+def test_a_kill_between_any_two_file_operations_leaves_a_good_newest_state(tmp_path):
+    """Catches a moment at which no state has its name, or a previous one that replaces the newest."""
+
+    class Killed(BaseException):
+        pass
+
+    def dying(call, counter: list[int]):
+        def wrapped(*args, **more):
+            counter[0] -= 1
+            if counter[0] < 0:  # dead: not even the cleaning up of `finally` happens
+                raise Killed
+            return call(*args, **more)
+
+        return wrapped
+
+    begun = tmp_path / "begun"
+    cfg = opened(begun)
+    go(small_state(begun, cfg), begun, 0, 4)  # saves 2 and 4
+    steps = []
+    for at in range(100):
+        out, counter = tmp_path / str(at), [at]
+        shutil.copytree(begun, out)
+        state = small_state(out, cfg)
+        state.load()
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+            for name in ("replace", "link", "fsync", "unlink"):
+                patch.setattr(os, name, dying(getattr(os, name), counter))
+            go(state, out, 4, 6)
+        again = small_state(out, cfg)
+        steps.append(again.load()[0])
+        assert again.good
+        checkpoint.verify(again.previous, "", again.run)
+        go(again, out, steps[-1], 6)
+        assert all(torch.equal(again.params[k], state.params[k]) for k in "ab")
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == 6
+        if counter[0] >= 0:
+            break
+    assert len(steps) > 6 and steps == sorted(steps) and set(steps) == {4, 6}
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "swap", "missing"])
+def test_a_damaged_newest_state_is_named_and_the_previous_one_goes_on(tmp_path, capsys, how):
+    """Catches a refusal where there is a good state, and a damaged one that becomes the previous one with the next save."""
+    out = tmp_path / "r"
+    cfg = opened(out)
+    state = small_state(out, cfg)
+    state.load()
+    go(state, out, 0, 4)
+    newest, previous = out / "state.safetensors", out / "state-previous.safetensors"
+    end = tmp_path / "end"
+    shutil.copytree(out, end)
+    state = small_state(end, cfg)
+    state.load()
+    go(state, end, 4, 6)
+    if how == "flip":
+        flip(newest, newest.stat().st_size - 5)
+    elif how == "cut":
+        newest.write_bytes(newest.read_bytes()[:-7])
+    elif how == "swap":
+        opened(tmp_path / "other", TEACHER + " --seed 1")
+        checkpoint.write(
+            newest, models.read_tensors(newest, "")[0], {"step": 4, "start": ""}, checkpoint.run_of(tmp_path / "other")
+        )
+    else:
+        newest.unlink()
+    capsys.readouterr()
+    again = small_state(out, cfg)
+    assert again.load()[0] == 2
+    printed = capsys.readouterr().out.strip()
+    assert (
+        printed == ""
+        if how == "missing"
+        else re.fullmatch(r".*/state.safetensors (is|was) .*going on from state-prev.*2 updates", printed)
+    )
+    go(again, out, 2, 4)
+    checkpoint.verify(previous, "", again.run)
+    go(again, out, 4, 6)
+    assert all(torch.equal(again.params[k], state.params[k]) for k in "ab")
+    assert (out / "metrics.jsonl").read_text() == (end / "metrics.jsonl").read_text()
+
+
+def test_two_damaged_states_are_a_refusal_that_says_what_to_delete(tmp_path):
+    """Catches a run that silently begins again, or goes on from garbage."""
+    cfg = opened(tmp_path)
+    state = small_state(tmp_path, cfg)
+    go(state, tmp_path, 0, 4)
+    for name in ("state", "state-previous"):
+        flip(tmp_path / f"{name}.safetensors", 300)
+    with pytest.raises(models.UserError, match=r"delete state.safetensors and state-previous.safetensors to begin again"):
+        small_state(tmp_path, cfg).load()
+
+
+@pytest.mark.parametrize("left", ["", '{"step": 0, "lo', '{"step": 9}\n' * 12, "\x00" * 50])
+def test_metrics_have_each_update_once_whatever_a_kill_left(tmp_path, left):
+    """Catches half lines, lines of updates that are made again, and a log that was damaged or lost."""
+    cfg = opened(tmp_path)
+    go(small_state(tmp_path, cfg), tmp_path, 0, 4)
+    good = (tmp_path / "metrics.jsonl").read_text()
+    with open(tmp_path / "metrics.jsonl", "w") as log:
+        log.write(good[: len(good) // 3] + left)
+    state = small_state(tmp_path, cfg)
+    assert state.load()[0] == 4
+    assert (tmp_path / "metrics.jsonl").read_text() == good
+    go(state, tmp_path, 4, 6)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(6))
+
+
+# ------------------------------------------------------------------------------------------------ what is made again
+
+
+def test_a_start_other_than_the_one_that_was_trained_from_is_refused(tmp_path, capsys):
+    """Catches LoRA of one start on the packed weights of another (made again on another machine, or by other code)."""
+    cfg, start = opened(tmp_path), tmp_path / "start.safetensors"
+    run = checkpoint.run_of(tmp_path)
+    checkpoint.write(start, {"codes": torch.arange(9)}, {"layers": {}}, run)
+    state = small_state(tmp_path, cfg)
+    state.load()
+    go(state, tmp_path, 0, 2)
+    flip(start, start.stat().st_size - 9)
+    assert not checkpoint.has_start(tmp_path)
+    assert re.fullmatch(r".*start.safetensors is truncated or damaged .*: it is made again", capsys.readouterr().out.strip())
+    checkpoint.write(start, {"codes": torch.arange(9)}, {"layers": {}}, run)
+    assert checkpoint.has_start(tmp_path) and small_state(tmp_path, cfg).load()[0] == 2
+    checkpoint.write(start, {"codes": torch.arange(9) + 1}, {"layers": {}}, run)
+    with pytest.raises(models.UserError, match=r"start.safetensors is not what the state was trained from: restore it, or delete"):
+        small_state(tmp_path, cfg).load()
+
+
+def draw(out: Path, teacher, monkeypatch, n: int = 5) -> checkpoint.Trajectories:
+    network = models.build("tiny")
+    network.encode = lambda captions: {}
+    monkeypatch.setattr(checkpoint.Trajectories, "SHARD", 2)
+    return checkpoint.Trajectories(out / "cache", teacher, network, data.Scenes(), n, network.path.grid(4), seed=0)
+
+
+def test_damaged_shards_of_the_cache_are_drawn_again_and_no_others(tmp_path, monkeypatch, capsys):
+    """Catches a cache that trains on garbage, and one that is drawn anew as a whole."""
+    drawn = []
+
+    def teacher(x, t, s, cond):
+        drawn.append(len(x))
+        return x * t.view(-1, 1, 1, 1) / 1000
+
+    opened(tmp_path)
+    first = draw(tmp_path, teacher, monkeypatch)
+    before = {f.name: f.read_bytes() for f in (tmp_path / "cache").iterdir()}
+    assert len(before) == 3 and first.states.shape[1] == len(first.captions) == 5
+    shards = sorted((tmp_path / "cache").iterdir())
+    flip(shards[0], shards[0].stat().st_size - 3)
+    shutil.copy(shards[1], shards[2])  # a good shard, of other captions
+    drawn.clear()
+    again = draw(tmp_path, teacher, monkeypatch)
+    assert set(drawn) == {2, 1} and torch.equal(again.states, first.states)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "cache").iterdir()} == before
+    said = capsys.readouterr().out
+    assert (
+        "000000.safetensors is truncated or damaged" in said
+        and "000004.safetensors was swapped" in said
+        and "cache/000002" not in said
+    )
+    with pytest.raises(models.UserError, match="are no numbers"):
+        draw(tmp_path, lambda x, t, s, cond: x / 0, monkeypatch, 7)
+    assert not (tmp_path / "cache" / "000006.safetensors").exists()
+
+
+def test_a_damaged_configuration_is_written_again_and_a_wrong_one_is_found_out(tmp_path, capsys):
+    """Catches a run that mixes two configurations because config.json, which would have told, is gone."""
+    cfg = opened(tmp_path)
+    go(small_state(tmp_path, cfg), tmp_path, 0, 2)
+    before = (tmp_path / "config.json").read_bytes()
+    for damage in (before[:50], before.replace(b"0.001", b"0.003"), b""):
+        (tmp_path / "config.json").write_bytes(damage)
+        opened(tmp_path)
+        assert (tmp_path / "config.json").read_bytes() == before
+        assert "config.json is missing or damaged: it is written again" in capsys.readouterr().out
+    (tmp_path / "config.json").unlink()
+    other = opened(tmp_path, TEACHER + " --lr 2e-3")
+    with pytest.raises(models.UserError, match=r"state.safetensors was swapped .*another run.*delete state.safetensors"):
+        small_state(tmp_path, other).load()
+
+
+def test_what_killed_writers_leave_is_removed(tmp_path):
+    """Catches a disk that fills up with the halves of killed runs: safetensors has temporary names of its own."""
+    opened(tmp_path)
+    (tmp_path / "cache").mkdir()
+    for name in ("state.tmp", ".tmpAb3dE9", "cache/000000.tmp", "cache/.tmpXXXXXX"):
+        (tmp_path / name).write_bytes(b"half")
+    opened(tmp_path)
+    assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["config.json"]
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def signal_at(step: int, number: int, patch, times: int = 1) -> None:
+    """While update `step` is made, this process gets the signal."""
+    update = checkpoint.State.update
+
+    def hit(self, now, loss, log):
+        for _ in range(times if now == step else 0):
+            os.kill(os.getpid(), number)
+        update(self, now, loss, log)
+
+    patch.setattr(checkpoint.State, "update", hit)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_update_and_the_run_goes_on_to_the_same_end(undisturbed, tmp_path, monkeypatch, capsys, number, code):
+    """Catches a state saved in the middle of an update, EMA that lags one behind, and an exit code that requeues nothing."""
+    handlers = [signal.getsignal(n) for n in checkpoint.CODES]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        signal_at(2, number, patch)
+        whole_teacher_run(tmp_path / "r", patch)
+    assert stop.value.code == code and [signal.getsignal(n) for n in checkpoint.CODES] == handlers
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == f"stopped by {signal.Signals(number).name} after update 3, which is saved: the same command goes on from there"
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 3
+    whole_teacher_run(tmp_path / "r", monkeypatch)
+    same(undisturbed, tmp_path / "r")
+
+
+def test_a_second_signal_does_not_wait(undisturbed, tmp_path, monkeypatch, capsys):
+    """Catches a process that cannot be stopped while an update hangs."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        signal_at(2, signal.SIGINT, patch, times=2)
+        whole_teacher_run(tmp_path / "r", patch)
+    assert stop.value.code == 130 and capsys.readouterr().out.strip().endswith(
+        "stopped by SIGINT: the same command goes on from there"
+    )
+    assert models.read_tensors(tmp_path / "r" / "state.safetensors", "")[1]["step"] == 2
+    whole_teacher_run(tmp_path / "r", monkeypatch)
+    same(undisturbed, tmp_path / "r")
+
+
+@pytest.mark.parametrize("where", ["calibration", "closing report"])
+def test_a_signal_outside_of_training_ends_the_run_at_once_with_code_0(tmp_path, monkeypatch, capsys, where):
+    """Catches SIGTERM that waits for an update that does not come, before the first one and after the last."""
+
+    def hit(*args, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    flags = TEACHER.replace("--steps 6", "--steps 1") if where == "closing report" else "--calibration 1"
+    monkeypatch.setattr(*((train, "ship", hit) if where == "closing report" else (hessian, "collect", hit)))
+    with pytest.raises(SystemExit) as stop:
+        train.main(f"{flags} --out {tmp_path}/r".split())
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "stopped by SIGTERM: the same command goes on from there"
+
+
+RANKS = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from pathlib import Path
+import torch.distributed as dist
+import checkpoint, models, test_faults
+
+def attempt(out, hit):
+    cfg = test_faults.config(out)
+    checkpoint.open_run(out, dict(vars(cfg)) | {{"out": ""}}, leader=checkpoint.rank() == 0)
+    state = test_faults.small_state(out, cfg)
+    update = state.update
+    state.update = lambda step, loss, log: (hit(state, step), update(step, loss, log))
+    test_faults.go(state, out, state.load()[0], 6)
+
+def terminated(state, step):
+    if checkpoint.rank() == 1 and step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def poisoned(state, step):
+    if checkpoint.rank() == 1 and step == 4:
+        state.params["b"].grad[0, 0] = float("nan")
+
+dist.init_process_group("gloo", init_method="file://{folder}/meet", rank=int(os.environ["RANK"]), world_size=2)
+try:
+    checkpoint.stoppable(lambda argv: attempt(Path("{folder}/r"), terminated))([])
+except SystemExit as stop:
+    print("exit code", stop.code)
+models.run_script("train.py", lambda argv: attempt(Path("{folder}/r"), poisoned))
+"""
+
+
+def test_a_signal_or_nan_on_one_rank_stops_all_ranks_at_the_same_update(tmp_path):
+    """Catches a rank that leaves the others waiting in the next exchange, and NaN that only its own rank sees."""
+    (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), folder=str(tmp_path)))
+    env, job = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}, [sys.executable, str(tmp_path / "ranks.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(job, env=env | {"RANK": str(r)}, **pipes) for r in (0, 1)]
+    printed = [rank.communicate(timeout=100) for rank in ranks]
+    stopped = "stopped by SIGTERM after update 3, which is saved: the same command goes on from there\n"
+    for rank, before, (out, err) in zip(ranks, (stopped, ""), printed, strict=True):
+        assert out == before + "exit code 0\n"
+        assert rank.returncode == 2 and re.search(r"step 4: loss .*, gradient norm nan: look at the data", err), err
+    assert models.read_tensors(tmp_path / "r" / "state.safetensors", "")[1]["step"] == 4
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+# ------------------------------------------------------------------------------------------------ NaN, full disks
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_stops_the_run_and_the_same_command_goes_on_to_the_same_end(undisturbed, tmp_path, monkeypatch, what):
+    """Catches NaN that reaches Adam's moments, a state or the log."""
+    update = checkpoint.State.update
+
+    def poisoned(self, step, loss, log):
+        if step == 3 and what == "gradient":
+            next(iter(self.params.values())).grad.view(-1)[0] = float("inf")
+        update(self, step, float("nan") if step == 3 and what == "loss" else loss, log)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(models.UserError, match=r"step 3: .*state.safetensors keeps an earlier step"),
+    ):
+        patch.setattr(checkpoint.State, "update", poisoned)
+        whole_teacher_run(tmp_path / "r", patch)
+    whole_teacher_run(tmp_path / "r", monkeypatch)
+    same(undisturbed, tmp_path / "r")
+
+
+def no_space(*args, **more):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("writer", ["the log", "half a line", "state", "previous state", "configuration", "pictures", "report"])
+def test_a_full_disk_is_one_sentence_for_every_writer_and_loses_nothing(tmp_path, monkeypatch, writer):
+    """Catches a traceback, a buffer that is written again when the file closes, and a good file that is gone."""
+    cfg = opened(tmp_path)
+    state = small_state(tmp_path, cfg)
+    go(state, tmp_path, 0, 2)
+    with monkeypatch.context() as patch, pytest.raises(models.UserError, match=r"cannot write .*free some space and run the same"):
+        if writer == "half a line":
+            write = os.write
+            patch.setattr(os, "write", lambda file, text: write(file, text[:9]))
+        elif writer == "the log":
+            patch.setattr(os, "write", no_space)
+        elif writer == "previous state":
+            patch.setattr(os, "link", no_space)
+            patch.setattr(shutil, "copyfile", no_space)
+        elif writer == "state":
+            patch.setattr(checkpoint, "save_file", no_space)
+        else:
+            patch.setattr(Path, "write_text", no_space)
+        if writer == "configuration":
+            checkpoint.write_config(tmp_path, checkpoint.read_config(tmp_path))
+        elif writer in ("pictures", "report"):
+            if writer == "pictures":
+                patch.setattr(os, "fsync", no_space)
+            closing_report(tmp_path, patch)
+        else:
+            go(state, tmp_path, 2, 4)
+    checkpoint.read_config(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "report.json").exists()
+    state = small_state(tmp_path, cfg)
+    assert state.load()[0] == 2 and state.good
+    go(state, tmp_path, 2, 4)
+
+
+def closing_report(out: Path, patch) -> None:
+    """evaluate.closing_report without networks."""
+
+    class Judge:
+        def __init__(self, *args, **more):
+            pass
+
+        def draw(self, *args):
+            return None
+
+        def score(self, *args):
+            return {"frechet": 0.0, "prompt_accuracy": 0.0}
+
+    sheet = sample.grid({"": torch.zeros(1, 3, 32, 32)})
+    patch.setattr(evaluate, "Judge", Judge)
+    patch.setattr(checkpoint, "load_checkpoint", lambda out: (models.build("tiny"), {}))
+    patch.setattr(sample, "draw", lambda *args: torch.zeros(1, 3, 32, 32))
+    patch.setattr(sample, "compare", lambda *args: sheet)
+    patch.setattr(checkpoint, "size", lambda *args: dict.fromkeys(("bits_per_weight", "mb", "mb_bf16", "mb_lora"), 1.0))
+    evaluate.closing_report(out, models.build("tiny"), {"seed": 0, "guidance": 1.0, "eval_n": 4, "data": ""})
+
+
+# ------------------------------------------------------------------------------------------------ promises about the code
+
+
+def test_nothing_unpickles():
+    """Catches torch.load and its relatives: a file of somebody else's must not run code."""
+    for file in (*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
+        assert not re.search(r"\btorch\.(load|save)\(|\bpickle\b(?! is| anywhere)|np\.load\(", file.read_text()), file
+
+
+def test_a_checksum_says_when_there_is_no_place_for_it(tmp_path):
+    """Catches a writer that forgets the zeros: its files would never be checked."""
+    (tmp_path / "x").write_text("{}")
+    with pytest.raises(ValueError, match="no place"):
+        integrity.seal(tmp_path / "x")
+    assert integrity.check(tmp_path / "x") == integrity.recorded(tmp_path / "x") == integrity.recorded(tmp_path / "none") == ""
