@@ -296,9 +296,10 @@ def test_a_start_other_than_the_one_that_was_trained_from_is_refused(tmp_path, c
 
 def draw(out: Path, teacher, monkeypatch, n: int = 5) -> checkpoint.Trajectories:
     network = models.build("tiny")
-    network.encode = lambda captions: {}
+    network.encode = lambda captions: {"length": torch.tensor([len(caption) for caption in captions])}
     monkeypatch.setattr(checkpoint.Trajectories, "SHARD", 2)
-    return checkpoint.Trajectories(out / "cache", teacher, network, data.Scenes(), n, network.path.grid(4), seed=0)
+    examples = data.Live(data.Scenes(), network)
+    return checkpoint.Trajectories(out / "cache", teacher, network, examples, n, network.path.grid(4), seed=0, micro=0)
 
 
 def test_damaged_shards_of_the_cache_are_drawn_again_and_no_others(tmp_path, monkeypatch, capsys):
@@ -312,7 +313,7 @@ def test_damaged_shards_of_the_cache_are_drawn_again_and_no_others(tmp_path, mon
     opened(tmp_path)
     first = draw(tmp_path, teacher, monkeypatch)
     before = {f.name: f.read_bytes() for f in (tmp_path / "cache").iterdir()}
-    assert len(before) == 3 and first.states.shape[1] == len(first.captions) == 5
+    assert len(before) == 3 and first.states.shape[1] == len(first.cond["length"]) == 5
     shards = sorted((tmp_path / "cache").iterdir())
     flip(shards[0], shards[0].stat().st_size - 3)
     shutil.copy(shards[1], shards[2])  # a good shard, of other captions
