@@ -229,7 +229,8 @@ def from_blueprint(about: dict, device: str = "meta") -> Denoiser:
     """The float denoiser without text encoders; weights are uninitialised (on "meta": absent)."""
     network = {"UNet2DConditionModel": UNet2DConditionModel, "FluxTransformer2DModel": FluxTransformer2DModel}[about["class"]]
     with torch.device(device):
-        denoiser = wrap(about["model"], network.from_config(about["config"]))
+        net = network.from_config(about["config"])
+    denoiser = wrap(about["model"], net)
     denoiser.latent = tuple(about["latent"])
     denoiser.path = noise_path(about["scheduler"], denoiser.latent)
     return denoiser
