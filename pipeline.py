@@ -34,6 +34,7 @@ import itertools
 import json
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum
@@ -239,6 +240,11 @@ def is_hub_id(base: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
 
 
+def reason(error: Exception) -> str:
+    """The beginning of a library's message, on one line."""
+    return textwrap.shorten(str(error), 200, placeholder=" ..")
+
+
 def read_base(cls, base: str, hint: str = "", **kwargs):
     """cls.from_pretrained, or from_single_file. Whatever keeps the files from being read becomes a UserError with `hint`."""
     download = f"run `hf download {base}` where there is a network, or " if is_hub_id(base) else ""
@@ -251,7 +257,7 @@ def read_base(cls, base: str, hint: str = "", **kwargs):
             raise ValueError(f"it is a {found}, not a {cls.__name__}")
         return cls.from_pretrained(base, **kwargs)
     except Exception as error:  # the hub's, httpx's, safetensors', transformers': no common class, only the text differs
-        raise UserError(f"{base} cannot be loaded ({str(error).strip().splitlines()[0]}): {hint}") from error
+        raise UserError(f"{base} cannot be loaded ({reason(error)}): {hint}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +290,7 @@ def export_lora(folder: str | Path, out: str | Path) -> int:
     branches = {name: branch(layer) for name, layer in hgs_lora.packed_layers(denoiser.net) if layer.rank}
     if not branches:
         raise UserError(f"{folder} was deployed merged and has no LoRA: train with --deploy branch")
-    layers = {f"{name}.lora_{ab}.weight": t for name, pair in branches.items() for ab, t in zip("AB", pair, strict=True)}
+    layers = {f"{k}.lora_{ab}.weight": t.contiguous() for k, pair in branches.items() for ab, t in zip("AB", pair, strict=True)}
     if all(lossless_half(t).dtype == torch.bfloat16 for t in layers.values()):
         layers = {k: t.bfloat16() for k, t in layers.items()}
     with checkpoint.atomic(Path(out)) as file:
@@ -300,7 +306,7 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
 
     file: any format that diffusers converts (PEFT's, kohya's, its own older ones; safetensors only), hub id or state dict.
     No tensor of the network changes: the branch is a forward hook, on packed and on 16-bit layers, and several add up. A
-    pipeline's text encoders get theirs by PEFT. save_pretrained does not store it. UserError if the file fits no layer."""
+    pipeline's text encoders get theirs by PEFT. Remove styles before save_pretrained. UserError if the file fits no layer."""
     pipe = pipe_or_net if isinstance(pipe_or_net, diffusers.DiffusionPipeline) else None
     net = pipe_or_net if pipe is None else getattr(pipe, "unet", None) or pipe.transformer
     (cls, part), name = family(net), f"style_{next(_STYLES)}"
@@ -314,8 +320,7 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
         if net._compiled_call_impl is not None:
             torch.compiler.reset()  # compiled code does not look for hooks
 
-    with torch.device("meta"):
-        twin = type(net).from_config(net.config)  # a float twin without weights: diffusers and PEFT find names, ranks, scales on it
+    twin = weightless(net)  # diffusers and PEFT find names, ranks and scales on it
     try:
         options = dict(use_safetensors=True, return_alphas=True, return_lora_metadata=True, unet_config=net.config)
         state, alphas, metadata = cls.lora_state_dict(dict(file) if isinstance(file, dict) else str(file), **options)
@@ -325,12 +330,17 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
         for prefix in ("text_encoder", "text_encoder_2"):
             text = getattr(pipe, prefix, None)
             if text is not None and any(key.startswith(f"{prefix}.") for key in state):
-                cls.load_lora_into_text_encoder(state, text_encoder=text, prefix=prefix, lora_scale=scale, **about)
+                cls.load_lora_into_text_encoder(state, text_encoder=text, prefix=prefix, **about)
                 texts.append(text)
+                for layer in text.modules():
+                    if name in getattr(layer, "lora_A", {}):
+                        layer.set_adapter([*layer.lora_A])  # beside earlier styles
+                        layer.set_scale(name, scale)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         remove()
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
+        raise UserError(
+            f"{shown} cannot be loaded onto this model ({reason(error)}): choose a LoRA that was made for it"
+        ) from error
     for key, layer in twin.named_modules():
         if name in getattr(layer, "lora_A", {}):
             target, A, B = net.get_submodule(key), layer.lora_A[name], layer.lora_B[name].weight.data
@@ -340,6 +350,16 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
     if net._compiled_call_impl is not None:
         torch.compiler.reset()
     return remove
+
+
+def weightless(net: nn.Module) -> nn.Module:
+    """The float network of `net`'s configuration, each weight a view of one zero on the CPU: no memory, yet not meta."""
+    with torch.device("meta"):
+        twin = type(net).from_config(net.config)
+    for layer in twin.modules():
+        for key, p in layer._parameters.items():
+            layer._parameters[key] = None if p is None else nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
+    return twin
 
 
 def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:

@@ -70,7 +70,7 @@ def guided_teacher(network: models.Denoiser, guidance: float):
 
 
 def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
-    """One row of pictures (n, 3, H, W) in [-1, 1] per entry, enlarged without smoothing, the entry's name at its left ("": none)."""
+    """A row of pictures (n, 3, H, W) in [-1, 1] per entry, enlarged without smoothing, the entry's name at its left ("": none)."""
     height, width = (scale * n for n in next(iter(rows.values())).shape[2:])
     gap, left = 4, 96 if any(rows) else 0
     columns = max(len(pictures) for pictures in rows.values())
