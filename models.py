@@ -17,7 +17,6 @@ Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 """
 
 import json
-import math
 import re
 import sys
 import zlib
@@ -197,42 +196,6 @@ def build(name: str) -> Denoiser:
     denoiser = wrap(name, NETWORKS[name](), TinyText())
     if name == "tiny":
         nn.init.zeros_(denoiser.net.time_embedding.cond_proj.weight)  # so that a CM starts from the teacher's function
-    return denoiser
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Blueprints of real networks: what a checkpoint writes down to build them again without their weights
-
-
-def noise_path(scheduler: dict, latent: tuple[int, int, int]):
-    """The path of a diffusers scheduler's configuration; a shift that depends on the resolution is that of `latent`."""
-    if "use_dynamic_shifting" in scheduler:
-        if not scheduler["use_dynamic_shifting"]:
-            return FlowPath(scheduler["shift"])
-        slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (
-            scheduler["max_image_seq_len"] - scheduler["base_image_seq_len"]
-        )
-        tokens = latent[1] * latent[2] // 4
-        return FlowPath(math.exp(scheduler["base_shift"] + slope * (tokens - scheduler["base_image_seq_len"])))
-    betas = (scheduler["beta_start"], scheduler["beta_end"])
-    return VPPath.from_betas(scheduler["prediction_type"], scheduler.get("rescale_betas_zero_snr", False), betas)
-
-
-def blueprint(denoiser: Denoiser, base: str, scheduler: dict) -> dict:
-    """JSON that from_blueprint reads. base: hub id or folder of the pipeline; scheduler: its scheduler's configuration."""
-    config = {k: v for k, v in denoiser.net.config.items() if not k.startswith("_")}
-    about = {"model": denoiser.name, "base": base, "class": type(denoiser.net).__name__, "config": config}
-    return json.loads(json.dumps(about | {"scheduler": dict(scheduler), "latent": list(denoiser.latent)}))
-
-
-def from_blueprint(about: dict, device: str = "meta") -> Denoiser:
-    """The float denoiser without text encoders; weights are uninitialised (on "meta": absent)."""
-    network = {"UNet2DConditionModel": UNet2DConditionModel, "FluxTransformer2DModel": FluxTransformer2DModel}[about["class"]]
-    with torch.device(device):
-        net = network.from_config(about["config"])
-    denoiser = wrap(about["model"], net)
-    denoiser.latent = tuple(about["latent"])
-    denoiser.path = noise_path(about["scheduler"], denoiser.latent)
     return denoiser
 
 

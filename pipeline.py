@@ -11,11 +11,10 @@
 diffusers.  Importing this file adds the quantization method "cmquant" to the two mappings of diffusers.quantizers.auto. From
 then on `save_pretrained` of a packed network and `from_pretrained` of network or pipeline are diffusers' own; without the
 import from_pretrained says "Unknown quantization type, got cmquant". config.json carries the table of layers, from which
-packed layers take the place of float ones before weights are read. Stored, beside what a layer holds in memory:
+packed layers take the place of float ones before weights are read. Stored:
 
-    scale_O           kernels.pack_scales: one byte (float32 in memory)
-    lora_A, lora_B    bfloat16 if that loses nothing, as after a run folder, else as they are (float32 in memory)
-    everything else   as it is.  torch_dtype casts the 16-bit layers alone; a round trip is equal bit for bit.
+    scale_O            kernels.pack_scales: one byte (float32 in memory)
+    everything else    as it is.  torch_dtype casts the 16-bit layers alone; a round trip is equal bit for bit.
 
 Scheduler.  The pipeline's steps are the jumps of tdpt.sample on path.grid(steps), the last one to clean data:
 
@@ -59,37 +58,15 @@ import tdpt
 from models import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packed layers by table, and the tensors they are stored as
+# Packed layers by table
 
 
 def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
     """Packed layers, contents uninitialised, where `table` says so. ValueError or AttributeError if it is not this network's."""
     for name, row in table.items():
         layer = net.get_submodule(name)
-        packed = checkpoint.packed_class(row["kind"], layer)
-        net.set_submodule(name, packed(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"]))
-
-
-def lossless_half(tensor: torch.Tensor) -> torch.Tensor:
-    """In bfloat16 if that is the same number everywhere, else as it is."""
-    half = tensor.bfloat16()
-    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
-
-
-def to_stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A packed layer's tensor as files hold it; `key` ends in its name."""
-    name = key.rpartition(".")[2]
-    if name == "scale_O":
-        return kernels.pack_scales(tensor)
-    return lossless_half(tensor) if name in ("lora_A", "lora_B") and tensor.dtype == torch.float32 else tensor
-
-
-def from_stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Inverse of to_stored, bit for bit."""
-    name = key.rpartition(".")[2]
-    if name == "scale_O" and tensor.dtype == torch.uint8:
-        return kernels.unpack_scales(tensor)
-    return tensor.float() if name in ("lora_A", "lora_B") and tensor.dtype == torch.bfloat16 else tensor
+        packed, form = checkpoint.packed_class(row["kind"], layer), {"lora_bits": 8} if row.get("lora") == 8 else {}
+        net.set_submodule(name, packed(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"], **form))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,11 +78,12 @@ class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a 
 
 
 class CMQuantConfig(QuantizationConfigMixin):
-    """layers: the table of layers of a checkpoint; base: the pipeline that was quantized; backend: of the kernels."""
+    """layers: the table of layers of a checkpoint; base: the pipeline that was quantized; backend: of the kernels; latent: the
+    shape of the pictures' latents in training."""
 
-    def __init__(self, layers: dict[str, dict], base: str = "", backend: str = "native", quant_method: str = Method.CMQUANT):
-        self.quant_method = Method(quant_method)
-        self.layers, self.base, self.backend = layers, base, backend
+    def __init__(self, layers: dict, base: str = "", backend: str = "native", latent=(0, 128, 128), quant_method=Method.CMQUANT):
+        self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers, base, backend
+        self.latent = list(latent)
 
     to_diff_dict = QuantizationConfigMixin.to_dict  # what repr prints
 
@@ -133,8 +111,9 @@ class CMQuantQuantizer(DiffusersQuantizer):
     def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, *args, **kwargs):
         """The tensor as it was saved: `param_value` was already cast to torch_dtype."""
         module, _, name = param_name.rpartition(".")
-        tensor = from_stored(name, state_dict[param_name]).to(target_device)
-        layer = model.get_submodule(module)
+        layer, tensor = model.get_submodule(module), state_dict[param_name].to(target_device)
+        if name == "scale_O" and layer.scale_O.is_floating_point():
+            tensor = kernels.unpack_scales(tensor)
         setattr(layer, name, nn.Parameter(tensor, requires_grad=False) if name in layer._parameters else tensor)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -143,9 +122,8 @@ class CMQuantQuantizer(DiffusersQuantizer):
         hgs_lora.set_backend(model, self.quantization_config.backend)
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
-        layers = self.quantization_config.layers
-        stored = {k: to_stored(k, v) if k.rpartition(".")[0] in layers else v for k, v in state_dict.items()}
-        return stored, {}
+        floats = {k: v for k, v in state_dict.items() if k.endswith(".scale_O") and v.is_floating_point()}
+        return state_dict | {k: kernels.pack_scales(v) for k, v in floats.items()}, {}
 
 
 auto.AUTO_QUANTIZER_MAPPING[Method.CMQUANT.value] = CMQuantQuantizer
@@ -156,6 +134,10 @@ def mark_quantized(net: nn.Module, config: CMQuantConfig) -> None:
     """A packed network that from_pretrained did not make becomes one that save_pretrained can write."""
     net.hf_quantizer, net.is_quantized, net.quantization_method = CMQuantQuantizer(config), True, config.quant_method
     net.register_to_config(quantization_config=config)
+
+
+def quantization_config(net: nn.Module) -> CMQuantConfig:
+    return net.hf_quantizer.quantization_config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,29 +167,19 @@ def read_run(folder: Path) -> dict:
     about = checkpoint.read_config(folder)
     if "layers" not in about:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
-    if "network" not in about:
+    if not isinstance(about.get("network"), dict):
         raise UserError(f"{folder} holds a tiny model, no pipeline's: draw with `python sample.py --checkpoint {folder}`")
     return about
 
 
-def load_denoiser(folder: Path, dtype: torch.dtype) -> tuple[models.Denoiser, dict]:
-    """(the packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`; config.json). UserError if damaged."""
+def load_denoiser(folder: Path, dtype: torch.dtype) -> models.Denoiser:
+    """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError as read_run's and load_checkpoint's."""
     about = read_run(folder)
-    hint = "the run is unfinished or damaged, run its train.py command again"
-    tensors, _ = models.read_tensors(folder / "model.safetensors", hint)
-    denoiser, table = models.from_blueprint(about["network"], "meta"), about["layers"]
-    state = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
-    for k, v in state.items():
-        state[k] = from_stored(k, v) if k.rpartition(".")[0] in table else v.to(dtype) if v.is_floating_point() else v
-    try:
-        place_packed(denoiser.net, table)
-        denoiser.net.load_state_dict(state, assign=True)
-    except (RuntimeError, AttributeError, KeyError, ValueError):
-        raise UserError(f"{folder}/model.safetensors does not fit its table of layers: restore both, or train again") from None
-    backend = about["config"].get("backend", "native")
-    hgs_lora.set_backend(denoiser.net, backend)
-    mark_quantized(denoiser.net, CMQuantConfig(table, about["network"]["base"], backend))
-    return denoiser.eval().requires_grad_(False), about
+    denoiser, _ = checkpoint.load_checkpoint(folder)
+    denoiser.to(dtype)
+    config = CMQuantConfig(about["layers"], about["network"]["base"], about["config"].get("backend", "native"), denoiser.latent)
+    mark_quantized(denoiser.net, config)
+    return denoiser
 
 
 def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype: torch.dtype | None = None, base: str = ""):
@@ -223,12 +195,11 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
         if part is None or not any(hgs_lora.packed_layers(getattr(pipe, part))):
             raise UserError(f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --base {folder}`")
     else:
-        denoiser, about = load_denoiser(folder, dtype)
+        denoiser = load_denoiser(folder, dtype)
         cls, part = family(denoiser.net)
-        base = base or about["network"]["base"]
-        scheduler = few_step_scheduler(about["network"]["scheduler"], denoiser.path)
+        base, scheduler = base or denoiser.base, few_step_scheduler(denoiser.scheduler, denoiser.path)
         pipe = read_base(cls, base, torch_dtype=dtype, scheduler=scheduler, **{part: denoiser.net})
-        pipe.default_sample_size = max(denoiser.latent[1:])  # the size that it was trained at, where a call names none
+    pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
     pipe.to(device)
     if compile:
         hgs_lora.set_backend(getattr(pipe, part), "compile")
@@ -285,13 +256,13 @@ def export_lora(folder: str | Path, out: str | Path) -> int:
     here it is added a second time. So it is for reading ranks, directions and norms with PEFT's tools, for averaging or
     comparing runs, for a 16-bit network whose weights were replaced by the dequantized Q (kernels.dequantize), where it is
     the deployed network without rounding of activations. It is not an acceleration LoRA for pictures from W: that is --cm."""
-    denoiser, _ = load_denoiser(Path(folder), torch.float32)
+    denoiser = load_denoiser(Path(folder), torch.float32)
     cls, part = family(denoiser.net)
     branches = {name: branch(layer) for name, layer in hgs_lora.packed_layers(denoiser.net) if layer.rank}
     if not branches:
         raise UserError(f"{folder} was deployed merged and has no LoRA: train with --deploy branch")
     layers = {f"{k}.lora_{ab}.weight": t.contiguous() for k, pair in branches.items() for ab, t in zip("AB", pair, strict=True)}
-    if all(lossless_half(t).dtype == torch.bfloat16 for t in layers.values()):
+    if all(torch.equal(t.bfloat16().float(), t) for t in layers.values()):
         layers = {k: t.bfloat16() for k, t in layers.items()}
     with checkpoint.atomic(Path(out)) as file:
         cls.save_lora_weights(file.parent, **{f"{part}_lora_layers": layers}, weight_name=file.name)

@@ -140,7 +140,7 @@ def main_real(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     rows = {}
     if args.compare:
         net = getattr(pipe, "unet", None) or pipe.transformer
-        twin = real_base(pipe, args.base or net.hf_quantizer.quantization_config.base)
+        twin = real_base(pipe, args.base or pipeline.quantization_config(net).base)
         if twin is None:
             print("the 16-bit base does not fit beside the packed model: its row is left out")
         else:
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--base", default="", help="sdxl, flux: another copy of the base pipeline (hub id, folder or single file)")
     args = parser.parse_args(argv)
     folder = Path(args.checkpoint)
-    real = (folder / "model_index.json").is_file() or "network" in checkpoint.read_config(folder)
+    real = (folder / "model_index.json").is_file() or isinstance(checkpoint.read_config(folder).get("network"), dict)
     prompts = args.prompt or list(REAL_PROMPTS if real else PROMPTS)
     image = (main_real if real else main_tiny)(args, prompts)
     try:

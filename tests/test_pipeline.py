@@ -30,10 +30,13 @@ PROMPT = "a large red house on the left"
 
 
 def write_run(folder: Path, name: str, base: Path) -> Path:
-    """What train.py would leave: the miniature's layers rounded to nearest, random A, B, ranks 2 to 5, each third smoothed."""
+    """What train.py would leave: the miniature's layers rounded to nearest, random A, B, ranks 2 to 5, each third one smoothed."""
     gen = torch.Generator().manual_seed(0)
     pipe = diffusers.DiffusionPipeline.from_pretrained(base)
-    net, table = pipe.unet if name == "sdxl" else pipe.transformer, {}
+    net, table = denoiser_of(pipe), {}
+    plan = {"model": name, "base": str(base), "class": type(net).__name__, "scheduler": dict(pipe.scheduler.config)}
+    plan |= {"latent": [4, 8, 8] if name == "sdxl" else [16, 8, 8], "config": dict(net.config)}
+    plan["config"].pop("_name_or_path")
     for i, (key, layer) in enumerate(models.float_layers(net).items()):
         if (kind := models.precision(key)) == "16bit":
             continue
@@ -44,12 +47,11 @@ def write_run(folder: Path, name: str, base: Path) -> Path:
         A, B = torch.randn(rank, K, generator=gen) / K**0.5, 0.1 * torch.randn(O, rank, generator=gen)
         net.set_submodule(key, checkpoint.packed_class(kind, layer).from_float(layer, gw, A, B, lam, 16))
         table[key] = {"kind": kind, "shape": [O, K], "rank": rank, "smooth": lam is not None, "group_w": 64, "group_x": 16}
-    denoiser = models.wrap(name, net)
-    denoiser.latent = (4, 8, 8) if name == "sdxl" else (16, 8, 8)
+    denoiser = models.from_blueprint(plan)
+    denoiser.net = net
     folder.mkdir()
-    plan = models.blueprint(denoiser, str(base), pipe.scheduler.config)
     config = dataclasses.asdict(train.Config()) | {"backend": "eager"}
-    checkpoint.write_config(folder, {"format": checkpoint.FORMAT, "config": config, "network": plan})
+    checkpoint.write_config(folder, {"format": checkpoint.FORMAT, "config": config})
     checkpoint.save_checkpoint(folder, denoiser, table, merged=False)
     return folder
 
@@ -74,6 +76,11 @@ def runs(bases, tmp_path_factory) -> dict[str, Path]:
 
 def denoiser_of(pipe) -> torch.nn.Module:
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def factors(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """A, B as they are trained, or as 8-bit ones stand for."""
+    return layer.factors() if hasattr(layer, "factors") else (layer.lora_A, layer.lora_B)
 
 
 def quiet(pipe):
@@ -161,7 +168,7 @@ def test_a_pipeline_draws_pictures_in_bfloat16(runs):
         pipe = load(runs[name], dtype=torch.bfloat16)
         net = denoiser_of(pipe)
         layer = next(layer for _, layer in hgs_lora.packed_layers(net) if layer.inv_smooth is not None)
-        assert layer.scale_O.dtype == layer.lora_A.dtype == layer.inv_smooth.dtype == torch.float32
+        assert torch.bfloat16 not in (layer.scale_O.dtype, layer.inv_smooth.dtype)
         assert net.dtype == pipe.vae.dtype == torch.bfloat16
         picture = pipe(PROMPT, num_inference_steps=1, **STEPS[name]).images[0]  # the size is that of the run
         assert picture.size == (64, 64) and len(set(picture.get_flattened_data())) > 100
@@ -203,10 +210,10 @@ def test_saved_pipelines_come_back_bit_for_bit(runs, tmp_path, name):
         assert (latents(again) - before).norm() < 0.01 * before.norm()  # mapped files are aligned otherwise: BLAS sums otherwise
 
 
-def test_networks_come_back_from_shards_and_unrounded_factors_too(runs, tmp_path):
-    """Catches factors rounded to bfloat16 on the way, and a quantizer that expects all tensors in one file."""
+def test_networks_come_back_from_shards_too(runs, tmp_path):
+    """Catches packed tensors rounded to torch_dtype on the way, and a quantizer that expects all tensors in one file."""
     net = load(runs["flux"]).transformer
-    next(layer for _, layer in hgs_lora.packed_layers(net)).lora_A.data.mul_(1 / 3)
+    next(layer for _, layer in hgs_lora.packed_layers(net) if layer.inv_smooth is not None).inv_smooth.mul_(1 / 3)
     net.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert same_tensors(net, diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32))
@@ -216,12 +223,14 @@ def test_networks_come_back_from_shards_and_unrounded_factors_too(runs, tmp_path
     assert again.x_embedder.weight.dtype == torch.bfloat16 and "cmquant" in repr(again.config["quantization_config"])
 
 
-def test_scales_are_a_byte_and_factors_two_on_disk(runs, tmp_path):
-    """Catches a saved folder larger than the run folder's file."""
-    load(runs["sdxl"]).unet.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    assert {v.dtype for k, v in tensors.items() if k.endswith("scale_O")} == {torch.uint8}
-    assert {v.dtype for k, v in tensors.items() if "lora_" in k} == {torch.bfloat16}
+def test_a_saved_network_is_no_larger_than_the_run_folders_file(runs, tmp_path):
+    """Catches scales or factors that are stored wider than in the run folder."""
+    for name in ("sdxl", "flux"):
+        denoiser_of(load(runs[name], dtype=torch.bfloat16)).save_pretrained(tmp_path / name)
+        saved, run = (
+            load_file(f) for f in (tmp_path / name / "diffusion_pytorch_model.safetensors", runs[name] / "model.safetensors")
+        )
+        assert {f"net.{k}": v.nbytes for k, v in saved.items()} == {k: v.nbytes for k, v in run.items()}
 
 
 def test_without_our_import_diffusers_names_the_method(runs, tmp_path, monkeypatch):
@@ -277,10 +286,11 @@ def test_the_exported_lora_is_w_plus_ba_in_stock_diffusers(runs, bases, tmp_path
         x1 = x = torch.randn(2, layer.channels, *((6, 6) if isinstance(layer, hgs_lora.W4A4Conv2d) else ()), generator=gen)
         if layer.inv_smooth is not None:
             x1 = x * layer.inv_smooth.view(-1, *(1,) * (x.ndim - 2))
+        ba_OK = layer.merged_weight(*factors(layer)) - layer.merged_weight(None, None)
         if x.ndim == 2:
-            by_hand = x1 @ layer.lora_A.mT @ layer.lora_B.mT
+            by_hand = x1 @ ba_OK.mT
         else:
-            ba_OIhw = quant.unflatten_conv(layer.lora_B @ layer.lora_A, layer.kernel_size)
+            ba_OIhw = quant.unflatten_conv(ba_OK, layer.kernel_size)
             by_hand = F.conv2d(x1, ba_OIhw, None, layer.stride, layer.padding)
         added = stock(x) - stock.base_layer(x)
         assert (added - by_hand).norm() < 1e-4 * by_hand.norm(), kind
@@ -416,7 +426,7 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
         folder.mkdir()
         about = checkpoint.read_config(runs["sdxl"])
         about["network"]["base"] = base
-        (folder / "config.json").write_text(json.dumps(about))
+        checkpoint.write_config(folder, about)
         (folder / "model.safetensors").symlink_to(runs["sdxl"] / "model.safetensors")
         (folder / "report.json").write_text(json.dumps({"steps": 4, "n": 256, "mb": 1.0, "w4a4": {"psnr_to_fp": 31.25}}))
         text = pipeline.write_card(folder).read_text()
@@ -469,15 +479,11 @@ def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases,
     bent = style("flux")
     bent |= {k: v[:, ::2].contiguous() for k, v in bent.items() if "x_embedder.lora_A" in k}
     about = checkpoint.read_config(runs["flux"])
-    for folder in (broken, tiny, merged):
+    longer, none = ({k: row | {"rank": rank} for k, row in about["layers"].items()} for rank in (9, 0))
+    for folder, change in ((broken, {"layers": longer}), (merged, {"layers": none}), (tiny, {"network": "tiny-flux"})):
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(about))
-    (tiny / "config.json").write_text(json.dumps({k: v for k, v in about.items() if k != "network"}))
-    tensors = load_file(runs["flux"] / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if "x_embedder" not in k}, broken / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if "lora_" not in k}, merged / "model.safetensors")
-    layers = {k: row | {"rank": 0} for k, row in about["layers"].items()}
-    (merged / "config.json").write_text(json.dumps(about | {"layers": layers}))
+        checkpoint.write_config(folder, about | change)
+        (folder / "model.safetensors").symlink_to(runs["flux"] / "model.safetensors")
     cases = {
         r"hf download black-forest-labs/FLUX\.1-dev": lambda: load(runs["flux"], base="black-forest-labs/FLUX.1-dev"),
         "StableDiffusionXLPipeline, not a FluxPipeline.*--base": lambda: load(runs["flux"], base=str(bases["sdxl"])),
