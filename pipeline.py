@@ -5,7 +5,8 @@
     image = pipe("a house by a river", num_inference_steps=4, guidance_scale=1.0).images[0]
 
     python pipeline.py --checkpoint runs/sdxl --export diffusers --out FOLDER     a pipeline folder with a model card
-    python pipeline.py --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B: see export_lora
+    python pipeline.py --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B for stock diffusers
+    python pipeline.py --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed: see export_lora
     python pipeline.py --checkpoint runs/sdxl --export card                       README.md beside the weights
 
 diffusers.  Importing this file adds the quantization method "cmquant" to the two mappings of diffusers.quantizers.auto. From
@@ -29,6 +30,7 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -53,6 +55,7 @@ import checkpoint
 import hgs_lora
 import kernels
 import models
+import pretrained
 import quant
 import tdpt
 from models import UserError
@@ -152,12 +155,13 @@ def family(net: nn.Module):
 
 
 def few_step_scheduler(scheduler: dict, path):
-    """The scheduler whose steps are `path.jump`s over path.grid; `scheduler`: the configuration of the base's own."""
+    """The scheduler whose steps are `path.jump`s over path.grid; `scheduler`: the configuration of the base's own, {}: SDXL's."""
     if isinstance(path, tdpt.FlowPath):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=path.shift)
-    schedule = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": path.start}
+    schedule["rescale_betas_zero_snr"] = False
     return diffusers.DDIMScheduler(
-        **{k: scheduler[k] for k in schedule if k in scheduler}, prediction_type=path.prediction,
+        **{k: scheduler.get(k, v) for k, v in schedule.items()}, prediction_type=path.prediction,
         timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
     )  # fmt: skip
 
@@ -173,7 +177,7 @@ def read_run(folder: Path) -> dict:
 
 
 def load_denoiser(folder: Path, dtype: torch.dtype) -> models.Denoiser:
-    """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError as read_run's and load_checkpoint's."""
+    """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError if the run is none, or damaged."""
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
     denoiser.to(dtype)
@@ -190,7 +194,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
     bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser. UserError with what to do."""
     folder, dtype = Path(folder), dtype or (models.FAST if torch.device(device).type == "cpu" else torch.bfloat16)
     if (folder / "model_index.json").is_file():
-        pipe = read_base(diffusers.DiffusionPipeline, str(folder), "copy the folder again", torch_dtype=dtype)
+        pipe = read_base(diffusers.DiffusionPipeline, str(folder), torch_dtype=dtype)
         part = next((part for part in ("unet", "transformer") if hasattr(pipe, part)), None)
         if part is None or not any(hgs_lora.packed_layers(getattr(pipe, part))):
             raise UserError(f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --base {folder}`")
@@ -211,35 +215,35 @@ def is_hub_id(base: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
 
 
-def reason(error: Exception) -> str:
-    """The beginning of a library's message, on one line."""
-    return textwrap.shorten(str(error), 200, placeholder=" ..")
-
-
-def read_base(cls, base: str, hint: str = "", **kwargs):
-    """cls.from_pretrained, or from_single_file. Whatever keeps the files from being read becomes a UserError with `hint`."""
-    download = f"run `hf download {base}` where there is a network, or " if is_hub_id(base) else ""
-    hint = hint or f"{download}name a folder that holds the base with --base FOLDER"
-    try:
-        if Path(base).is_file():
+def read_base(cls, base: str, **kwargs):
+    """cls.from_pretrained, or from_single_file, of a pipeline. UserError with what to do if that fails or it is of another class."""
+    if not base:
+        raise UserError(
+            "the run was made from random weights, not from a base: name a folder with its text encoders and VAE by --base"
+        )
+    with pretrained.explained("the pipeline", base):
+        if pretrained.is_file(base):
             return cls.from_single_file(base, **kwargs)
         found = cls.load_config(base)["_class_name"]
         if cls is not diffusers.DiffusionPipeline and not found.startswith(cls.__name__.removesuffix("Pipeline")):
-            raise ValueError(f"it is a {found}, not a {cls.__name__}")
-        return cls.from_pretrained(base, **kwargs)
-    except Exception as error:  # the hub's, httpx's, safetensors', transformers': no common class, only the text differs
-        raise UserError(f"{base} cannot be loaded ({reason(error)}): {hint}") from error
+            raise UserError(f"{base} is a {found}, not a {cls.__name__}: name the one that was quantized by --base")
+        try:
+            return cls.from_pretrained(base, **kwargs)
+        except (OSError, ValueError) as error:
+            with contextlib.suppress(OSError, ValueError):
+                return cls.from_pretrained(base, variant="fp16", **kwargs)  # where only half-precision files are stored
+            raise error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
 
-def branch(layer: hgs_lora.PackedLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """A, B of `layer` as a LoRA of the float layer's geometry, float32: (r, I), (O, r) or (r, I, kh, kw), (O, r, 1, 1).
+def as_lora(layer: hgs_lora.PackedLayer, A_rK: torch.Tensor, B_Or: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of `layer` as a LoRA of the float layer's geometry, float32: (r, I), (O, r) or (r, I, kh, kw), (O, r, 1, 1).
 
-    Ours reads x' = x * inv_smooth; this A reads x."""
-    A_rK, B_Or = layer.lora_A.detach().float(), layer.lora_B.detach().float()
+    Ours read x' = x * inv_smooth; this A reads x."""
+    A_rK, B_Or = A_rK.detach().float(), B_Or.detach().float()
     if layer.inv_smooth is not None:
         A_rK = A_rK * layer.inv_smooth.repeat(layer.taps)
     if not isinstance(layer, hgs_lora.W4A4Conv2d):
@@ -247,26 +251,38 @@ def branch(layer: hgs_lora.PackedLayer) -> tuple[torch.Tensor, torch.Tensor]:
     return quant.unflatten_conv(A_rK, layer.kernel_size), B_Or[:, :, None, None]
 
 
-def export_lora(folder: str | Path, out: str | Path) -> int:
-    """Writes A, B of a run folder as a LoRA in diffusers' format (PEFT's keys), float32 or, where that loses nothing, bfloat16.
-    Returns the number of layers; a layer's own rank is inferred on load. UserError for a checkpoint without branch.
+def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> int:
+    """Writes the branch of a run folder as a LoRA in diffusers' format (PEFT's keys), bfloat16 if that loses nothing, else
+    float32. Returns the number of layers; each layer's rank is inferred on load. UserError for a checkpoint without branch.
 
-    `pipe.load_lora_weights(out)` of stock diffusers makes W + B A of the 16-bit base W. That is not the deployed network, which
-    is Q + B A with Q = round(W - B0 A0): the initial B0 A0 holds the principal part of W that was kept off the grid, and
-    here it is added a second time. So it is for reading ranks, directions and norms with PEFT's tools, for averaging or
-    comparing runs, for a 16-bit network whose weights were replaced by the dequantized Q (kernels.dequantize), where it is
-    the deployed network without rounding of activations. It is not an acceleration LoRA for pictures from W: that is --cm."""
-    denoiser = load_denoiser(Path(folder), torch.float32)
+    `pipe.load_lora_weights(out)` of stock diffusers adds it to the 16-bit base W. What that is good for:
+
+    branch   A, B as deployed. The deployed network is Q + B A with Q = round(W - B0 A0): the initial B0 A0 is the principal part
+             of W that was kept off the grid, so W + B A has it twice and draws no better pictures. It is the deployed network,
+             but for the rounding of activations, on a base whose weights are the dequantized Q (kernels.dequantize); with
+             --init zero, where B0 = 0, it is the update. Else: to read ranks and directions with PEFT's tools, to compare runs.
+    update   B A - B0 A0, what training changed (at twice the rank, with the A0, B0 of start.safetensors): meant for the 16-bit
+             consistency model, that is the base with the --cm LoRA. Part of it repairs rounding that the base does not have."""
+    folder = Path(folder)
+    denoiser, start, layers = load_denoiser(folder, torch.float32), {}, {}
+    if update:
+        start = dict(hgs_lora.packed_layers(checkpoint.load_start(folder)[0].net))
     cls, part = family(denoiser.net)
-    branches = {name: branch(layer) for name, layer in hgs_lora.packed_layers(denoiser.net) if layer.rank}
-    if not branches:
+    for name, layer in hgs_lora.packed_layers(denoiser.net):
+        if layer.rank:
+            A_rK, B_Or = layer.lora_A, layer.lora_B
+            if update:
+                A_rK = torch.cat([A_rK, start[name].anchor_A])
+                B_Or = torch.cat([B_Or, -start[name].anchor_B], 1)
+            A, B = as_lora(layer, A_rK, B_Or)
+            layers |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
+    if not layers:
         raise UserError(f"{folder} was deployed merged and has no LoRA: train with --deploy branch")
-    layers = {f"{k}.lora_{ab}.weight": t.contiguous() for k, pair in branches.items() for ab, t in zip("AB", pair, strict=True)}
     if all(torch.equal(t.bfloat16().float(), t) for t in layers.values()):
-        layers = {k: t.bfloat16() for k, t in layers.items()}
+        layers = {k: t.bfloat16() for k, t in layers.items()}  # one dtype for all: PEFT multiplies B by A
     with checkpoint.atomic(Path(out)) as file:
         cls.save_lora_weights(file.parent, **{f"{part}_lora_layers": layers}, weight_name=file.name)
-    return len(branches)
+    return len(layers) // 2
 
 
 _STYLES = itertools.count()  # names for PEFT, which keeps adapters apart by name
@@ -309,9 +325,8 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
                         layer.set_scale(name, scale)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         remove()
-        raise UserError(
-            f"{shown} cannot be loaded onto this model ({reason(error)}): choose a LoRA that was made for it"
-        ) from error
+        why = textwrap.shorten(str(error), 200, placeholder=" ..")
+        raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
     for key, layer in twin.named_modules():
         if name in getattr(layer, "lora_A", {}):
             target, A, B = net.get_submodule(key), layer.lora_A[name], layer.lora_B[name].weight.data
@@ -481,14 +496,14 @@ def main(argv: list[str]) -> None:
         "pipeline.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="folder that train.py wrote")
-    parser.add_argument("--export", required=True, choices=("diffusers", "lora", "card"))
-    parser.add_argument("--out", help="folder (diffusers) or .safetensors file (lora)")
+    parser.add_argument("--export", required=True, choices=("diffusers", "lora", "update", "card"))
+    parser.add_argument("--out", help="folder (diffusers) or .safetensors file (lora, update)")
     parser.add_argument("--base", default="", help="another copy of the base pipeline: folder, hub id or single file")
     args = parser.parse_args(argv)
     if args.export != "card" and not args.out:
         raise UserError(f"--export {args.export} writes what --out names: add it")
-    if args.export == "lora":
-        print(f"{export_lora(args.checkpoint, args.out)} layers: {args.out}")
+    if args.export in ("lora", "update"):
+        print(f"{export_lora(args.checkpoint, args.out, args.export == 'update')} layers: {args.out}")
     elif args.export == "diffusers":
         save_pipeline(load_pipeline(args.checkpoint, dtype=torch.bfloat16, base=args.base), args.out)
         print(f"pipeline: {args.out}")
