@@ -197,7 +197,9 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
         pipe = read_base(diffusers.DiffusionPipeline, str(folder), torch_dtype=dtype)
         part = next((part for part in ("unet", "transformer") if hasattr(pipe, part)), None)
         if part is None or not any(hgs_lora.packed_layers(getattr(pipe, part))):
-            raise UserError(f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --base {folder}`")
+            raise UserError(
+                f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --teacher {folder}`"
+            )
     else:
         denoiser = load_denoiser(folder, dtype)
         cls, part = family(denoiser.net)
@@ -216,7 +218,7 @@ def is_hub_id(base: str) -> bool:
 
 
 def read_base(cls, base: str, **kwargs):
-    """cls.from_pretrained, or from_single_file, of a pipeline. UserError with what to do if that fails or it is of another class."""
+    """cls.from_pretrained, or from_single_file, of a pipeline. UserError if that fails or it is of another class."""
     if not base:
         raise UserError(
             "the run was made from random weights, not from a base: name a folder with its text encoders and VAE by --base"
@@ -419,7 +421,7 @@ def write_card(folder: str | Path) -> Path:
     if (folder / "model_index.json").is_file():
         part = next((p.parent for p in folder.glob("*/config.json") if '"quant_method": "cmquant"' in p.read_text()), None)
         if part is None:
-            raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --base {folder}`")
+            raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --teacher {folder}`")
         config = json.loads((part / "config.json").read_text())
         network, table, base = config["_class_name"], config["quantization_config"]["layers"], config["quantization_config"]["base"]
         files, imports = (
@@ -467,18 +469,17 @@ def _sizes(files: list[Path], table: dict[str, dict]) -> tuple[int, int]:
 
 
 def _metrics(report: dict) -> str:
-    """The rows of report.json as a table; "" if there is none."""
-    rows = {name: row for name, row in report.items() if isinstance(row, dict)}
-    if not rows:
+    """report.json for the card: its numbers as a list, its rows of scores as a table; "" if there is none."""
+    if not report:
         return ""
-    names = list(dict.fromkeys(k for row in rows.values() for k in row))
-    lines = [["", *names], ["---"] * (len(names) + 1)]
-    lines += [
-        [name, *(f"{row[k]:.3f}" if isinstance(row.get(k), float) else str(row.get(k, "")) for k in names)]
-        for name, row in rows.items()
-    ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"\n## Metrics\n\n{report['steps']} steps, {report['n']} pictures, measured by CMQuant's evaluate.py.\n\n{table}\n"
+    text = f"\n## Metrics\n\nMeasured by CMQuant's evaluate.py on {report['n']} pictures of {report['steps']} steps.\n\n"
+    text += "".join(f"- {name}: {value:.3f}\n" for name, value in report.items() if isinstance(value, float))
+    if rows := {name: row for name, row in report.items() if isinstance(row, dict)}:
+        names = list(dict.fromkeys(k for row in rows.values() for k in row))
+        cells = [[name, *(f"{row[k]:.3f}" if isinstance(row.get(k), float) else "" for k in names)] for name, row in rows.items()]
+        lines = [["", *names], ["---"] * (len(names) + 1), *cells]
+        text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

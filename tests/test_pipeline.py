@@ -330,15 +330,21 @@ STYLED = {
 }  # fmt: skip
 
 
+TEXT_KEY = "encoder.layers.0.self_attn.q_proj"
+
+
+def text_layer(pipe) -> torch.nn.Module:
+    """A layer of the first text encoder, whose class is flat in newer versions of transformers."""
+    return getattr(pipe.text_encoder, "text_model", pipe.text_encoder).get_submodule(TEXT_KEY)
+
+
 def style(name: str, texts: bool = False) -> dict[str, torch.Tensor]:
     """Somebody's LoRA: PEFT's keys, ranks 3 and 5."""
     gen, part = torch.Generator().manual_seed(2), {"sdxl": "unet", "flux": "transformer"}[name]
     pipe = miniature.PIPELINES[name]()
     layers = {f"{part}.{key}": denoiser_of(pipe).get_submodule(key) for key in STYLED[name]}
     if texts:
-        key = "encoder.layers.0.self_attn.q_proj"
-        encoder = pipe.text_encoder.text_model if hasattr(pipe.text_encoder, "text_model") else pipe.text_encoder
-        layers[f"text_encoder.text_model.{key}"] = encoder.get_submodule(key)
+        layers[f"text_encoder.text_model.{TEXT_KEY}"] = text_layer(pipe)
     state = {}
     for i, (key, layer) in enumerate(layers.items()):
         (O, *shape), rank = layer.weight.shape, 3 + i % 2 * 2
@@ -374,6 +380,9 @@ def test_a_style_lora_adds_its_branch_to_each_layer_and_can_be_taken_away(runs, 
         assert (y - layer.forward(x) - 0.5 * added).norm() < 1e-4 * added.norm(), key
     remove_second = pipeline.add_style_lora(pipe, style(name, texts=True), scale=-0.25)
     assert not torch.equal(latents(pipe), styled)
+    layer, A, B = text_layer(pipe), *(state[f"text_encoder.text_model.{TEXT_KEY}.lora_{ab}.weight"] for ab in "AB")
+    x = torch.randn(3, A.shape[1], generator=torch.Generator().manual_seed(4))
+    assert (layer(x) - layer.base_layer(x) - (0.5 - 0.25) * x @ A.mT @ B.mT).norm() < 1e-4 * layer(x).norm()
     remove_second()
     assert torch.equal(latents(pipe), styled)
     remove()
@@ -436,7 +445,7 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
         about["network"]["base"] = base
         checkpoint.write_config(folder, about)
         (folder / "model.safetensors").symlink_to(runs["sdxl"] / "model.safetensors")
-        (folder / "report.json").write_text(json.dumps({"steps": 4, "n": 256, "mb": 1.0, "w4a4": {"psnr_to_fp": 31.25}}))
+        (folder / "report.json").write_text(json.dumps({"steps": 4, "n": 256, "snr": 24.5, "w4a4": {"psnr": 31.25}}))
         text = pipeline.write_card(folder).read_text()
         front = text.split("---\n")[1]
         assert (
@@ -445,7 +454,7 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
             and "library_name: diffusers\n" in front
             and "- cmquant\n" in front
         )
-        assert "31.250" in text and "groups of 64 (weights), 16 (activations)" in text
+        assert "- snr: 24.500\n" in text and "| w4a4 | 31.250 |" in text and "groups of 64 (weights), 16 (activations)" in text
         assert base.startswith("someone") == ("see someone/else" in text)
         size = sum(v.nbytes for v in load_file(folder / "model.safetensors").values())
         floats = 2 * sum(p.numel() for p in miniature.sdxl().unet.parameters())
