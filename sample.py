@@ -2,21 +2,28 @@
 
     python sample.py --checkpoint runs/tiny --prompt "a large red ring on the left, gray background" --steps 4 --out grid.png
     python sample.py --checkpoint runs/tiny --compare          rows: guided teacher (25 steps), fp consistency model, 4 bit
+    python sample.py --checkpoint runs/sdxl --prompt "a house by a river" --seed 3          SDXL and FLUX, by diffusers' pipeline
+    python sample.py --checkpoint runs/sdxl --compare          rows: the 16-bit base (25 steps) where it fits into memory, 4 bit
 
 Picture i of a call starts from the noise of seed + i, whatever the number of prompts, so a picture can be drawn again alone.
 """
 
 import argparse
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 import checkpoint
 import data
+import hgs_lora
 import models
+import pipeline
 import tdpt
 from models import UserError
+from pipeline import load_pipeline
 
 PROMPTS = (
     "a large red ring on the left, gray background",
@@ -27,6 +34,17 @@ PROMPTS = (
     "a small yellow ring on the top, grainy tan background",
     "a large white circle on the bottom and a small red cross on the top, gray background",
     "a large striped green triangle on the center, black background",
+)
+
+REAL_PROMPTS = (  # of pictures as SDXL and FLUX know them
+    "a photo of a red fox sitting in fresh snow, morning light",
+    "an old wooden house by a river in autumn, oil painting",
+    "a glass of orange juice on a kitchen table, a lemon beside it, studio photo",
+    "a portrait of an elderly fisherman with a white beard, black and white photo",
+    "a small robot watering flowers on a balcony, children's book illustration",
+    "a narrow street in an old town at night, wet cobblestones, neon signs",
+    "a bowl of ramen with an egg, seen from above, food photo",
+    "a sign that says OPEN in the window of a book shop",
 )
 
 
@@ -52,15 +70,16 @@ def guided_teacher(network: models.Denoiser, guidance: float):
 
 
 def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
-    """One row of pictures per entry, enlarged without smoothing, the entry's name at its left ("" : no names)."""
-    side, gap, left = models.SIDE * scale, 4, 96 if any(rows) else 0
+    """A row of pictures (n, 3, H, W) in [-1, 1] per entry, enlarged without smoothing, the entry's name at its left ("": none)."""
+    height, width = (scale * n for n in next(iter(rows.values())).shape[2:])
+    gap, left = 4, 96 if any(rows) else 0
     columns = max(len(pictures) for pictures in rows.values())
-    sheet = Image.new("RGB", (left + columns * (side + gap), len(rows) * (side + gap)), "white")
+    sheet = Image.new("RGB", (left + columns * (width + gap), len(rows) * (height + gap)), "white")
     for r, (name, pictures) in enumerate(rows.items()):
-        ImageDraw.Draw(sheet).multiline_text((6, r * (side + gap) + side // 2 - 12), name, fill="black")
+        ImageDraw.Draw(sheet).multiline_text((6, r * (height + gap) + height // 2 - 12), name, fill="black")
         for c, picture in enumerate(((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()):
-            tile = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + c * (side + gap), r * (side + gap)))
+            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + c * (width + gap), r * (height + gap)))
     return sheet
 
 
@@ -75,24 +94,87 @@ def compare(student: models.Denoiser, network: models.Denoiser, prompts, steps: 
     return grid(rows)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# SDXL and FLUX
+
+
+def draw_real(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: float | None = None) -> torch.Tensor:
+    """Pictures (n, 3, H, W) in [-1, 1] by a diffusers pipeline, one at a time. guidance: default that of a consistency model."""
+    unet, side = getattr(pipe, "unet", None), pipe.default_sample_size
+    if guidance is None:
+        guidance = 3.5 if unet is None else 1.0
+    channels = pipe.transformer.config.in_channels // 4 if unet is None else unet.config.in_channels
+    size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor}
+    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        noise = start_noise(1, (channels, side, side), seed + i)  # on the CPU in float32: the same one for every device and dtype
+        if unet is None:
+            noise = pipe._pack_latents(noise, 1, channels, side, side)
+        noise = noise.to(pipe.vae.device, pipe.vae.dtype)
+        picture = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **size).images[0]
+        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1)
+    return torch.stack(pictures)
+
+
+def real_base(pipe, base: str):
+    """The 16-bit pipeline that `pipe` was quantized from, its scheduler too, or None where memory lacks room for its denoiser."""
+    cls, part = pipeline.family(net := getattr(pipe, "unet", None) or pipe.transformer)
+    packed = dict(hgs_lora.packed_layers(net))
+    values = sum(layer.out * layer.taps * layer.channels for layer in packed.values())
+    values += sum(t.numel() for key, t in net.state_dict().items() if key.rpartition(".")[0] not in packed)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if net.device.type == "cuda":
+        free = torch.cuda.mem_get_info(net.device)[0]
+    if values * net.dtype.itemsize > 0.8 * free:
+        return None
+    shared = {k: v for k, v in pipe.components.items() if k not in (part, "scheduler")}
+    twin = pipeline.read_base(cls, base, torch_dtype=net.dtype, **shared).to(net.device)
+    twin.default_sample_size = pipe.default_sample_size
+    return twin
+
+
+def main_real(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = load_pipeline(args.checkpoint, device, base=args.base)
+    rows = {}
+    if args.compare:
+        net = getattr(pipe, "unet", None) or pipe.transformer
+        twin = real_base(pipe, args.base or pipeline.quantization_config(net).base)
+        if twin is None:
+            print("the 16-bit base does not fit beside the packed model: its row is left out")
+        else:
+            rows["16-bit base\n25 steps"] = draw_real(twin, prompts, 25, args.seed, 5.0 if hasattr(pipe, "unet") else 3.5)
+            del twin
+    rows[f"W4A4\n{args.steps} steps" if rows else ""] = draw_real(pipe, prompts, args.steps, args.seed)
+    return grid(rows, scale=1)
+
+
+def main_tiny(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
+    student, about = checkpoint.load_checkpoint(args.checkpoint)
+    config = about["config"]
+    if not args.compare:
+        return grid({"": draw(student, student, prompts, args.steps, args.seed)})
+    network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(models.FAST)
+    return compare(student, network, prompts, args.steps, args.seed, config["guidance"])
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "sample.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py wrote")
+    parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py or save_pretrained wrote")
     parser.add_argument("--prompt", action="append", help="caption; repeat for several (default: eight of our own)")
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="grid.png")
     parser.add_argument("--compare", action="store_true", help="teacher, fp consistency model and the checkpoint in rows")
+    parser.add_argument("--base", default="", help="sdxl, flux: another copy of the base pipeline (hub id, folder or single file)")
     args = parser.parse_args(argv)
-    student, about = checkpoint.load_checkpoint(args.checkpoint)
-    config, prompts = about["config"], args.prompt or PROMPTS
-    if args.compare:
-        network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(models.FAST)
-        image = compare(student, network, prompts, args.steps, args.seed, config["guidance"])
-    else:
-        image = grid({"": draw(student, student, list(prompts), args.steps, args.seed)})
+    folder = Path(args.checkpoint)
+    real = (folder / "model_index.json").is_file() or isinstance(checkpoint.read_config(folder).get("network"), dict)
+    prompts = args.prompt or list(REAL_PROMPTS if real else PROMPTS)
+    image = (main_real if real else main_tiny)(args, prompts)
     try:
         image.save(args.out)
     except (OSError, ValueError) as error:

@@ -1,0 +1,516 @@
+"""Checkpoints that travel: packed networks of SDXL and FLUX in diffusers' pipelines, and LoRAs in and out of them.
+
+    import pipeline
+    pipe = pipeline.load_pipeline("runs/sdxl")            from a run folder, or from a folder that save_pretrained wrote
+    image = pipe("a house by a river", num_inference_steps=4, guidance_scale=1.0).images[0]
+
+    python pipeline.py --checkpoint runs/sdxl --export diffusers --out FOLDER     a pipeline folder with a model card
+    python pipeline.py --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B for stock diffusers
+    python pipeline.py --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed: see export_lora
+    python pipeline.py --checkpoint runs/sdxl --export card                       README.md beside the weights
+
+diffusers.  Importing this file adds the quantization method "cmquant" to the two mappings of diffusers.quantizers.auto. From
+then on `save_pretrained` of a packed network and `from_pretrained` of network or pipeline are diffusers' own; without the
+import from_pretrained says "Unknown quantization type, got cmquant". config.json carries the table of layers, from which
+packed layers take the place of float ones before weights are read. Stored:
+
+    scale_O            kernels.pack_scales: one byte (float32 in memory)
+    everything else    as it is.  torch_dtype casts the 16-bit layers alone; a round trip is equal bit for bit.
+
+Scheduler.  The pipeline's steps are the jumps of tdpt.sample on path.grid(steps), the last one to clean data:
+
+    SDXL   DDIMScheduler, trailing spacing, set_alpha_to_one, eta 0: its timesteps are grid - 1. It finds the time to arrive at
+           by subtracting 1000 // steps, so steps must divide 1000: 1, 2, 4, 5, 8.
+    FLUX   FlowMatchEulerDiscreteScheduler with the path's shift, not that of the picture's size.
+
+SDXL takes guidance_scale=1.0 (no second call: guidance is distilled into the network), FLUX 3.5 (its default: an input of the
+network, constant in training). States are rounded to the pipeline's dtype between steps; in float32 they are tdpt.sample's.
+
+Left out on purpose: device_map and offloading of single layers, pipelines for inpainting and image-to-image (from_pipe gives them).
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import delete_adapter_layers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn import functional as F
+
+import checkpoint
+import hgs_lora
+import kernels
+import models
+import pretrained
+import quant
+import tdpt
+from models import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed layers by table
+
+
+def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
+    """Packed layers, contents uninitialised, where `table` says so. ValueError or AttributeError if it is not this network's."""
+    for name, row in table.items():
+        layer = net.get_submodule(name)
+        packed, form = checkpoint.packed_class(row["kind"], layer), {"lora_bits": 8} if row.get("lora") == 8 else {}
+        net.set_submodule(name, packed(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"], **form))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusers' quantization interface
+
+
+class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a str)
+    CMQUANT = "cmquant"
+
+
+class CMQuantConfig(QuantizationConfigMixin):
+    """layers: the table of layers of a checkpoint; base: the pipeline that was quantized; backend: of the kernels; latent: the
+    shape of the pictures' latents in training."""
+
+    def __init__(self, layers: dict, base: str = "", backend: str = "native", latent=(0, 128, 128), quant_method=Method.CMQUANT):
+        self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers, base, backend
+        self.latent = list(latent)
+
+    to_diff_dict = QuantizationConfigMixin.to_dict  # what repr prints
+
+
+class CMQuantQuantizer(DiffusersQuantizer):
+    """What diffusers calls while it loads and saves a network with a CMQuantConfig."""
+
+    is_serializable, is_trainable, is_compileable = True, False, True
+
+    def validate_environment(self, *args, **kwargs):
+        if not self.pre_quantized:
+            raise ValueError("CMQuant does not quantize while loading: make a checkpoint with train.py and load that")
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        place_packed(model, self.quantization_config.layers)
+
+    def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), hgs_lora.PackedLayer)
+
+    def check_quantized_param_shape(self, param_name, current_param, loaded_param):
+        raise ValueError(
+            f"{param_name} has shape {tuple(loaded_param.shape)}, its table of layers says {tuple(current_param.shape)}"
+        )
+
+    def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, *args, **kwargs):
+        """The tensor as it was saved: `param_value` was already cast to torch_dtype."""
+        module, _, name = param_name.rpartition(".")
+        layer, tensor = model.get_submodule(module), state_dict[param_name].to(target_device)
+        if name == "scale_O" and layer.scale_O.is_floating_point():
+            tensor = kernels.unpack_scales(tensor)
+        setattr(layer, name, nn.Parameter(tensor, requires_grad=False) if name in layer._parameters else tensor)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if absent := [k for k, v in model.state_dict().items() if v.is_meta]:
+            raise ValueError(f"the weights lack {absent[0]} and {len(absent) - 1} more tensors: copy the whole folder again")
+        hgs_lora.set_backend(model, self.quantization_config.backend)
+
+    def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
+        floats = {k: v for k, v in state_dict.items() if k.endswith(".scale_O") and v.is_floating_point()}
+        return state_dict | {k: kernels.pack_scales(v) for k, v in floats.items()}, {}
+
+
+auto.AUTO_QUANTIZER_MAPPING[Method.CMQUANT.value] = CMQuantQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.CMQUANT.value] = CMQuantConfig
+
+
+def mark_quantized(net: nn.Module, config: CMQuantConfig) -> None:
+    """A packed network that from_pretrained did not make becomes one that save_pretrained can write."""
+    net.hf_quantizer, net.is_quantized, net.quantization_method = CMQuantQuantizer(config), True, config.quant_method
+    net.register_to_config(quantization_config=config)
+
+
+def quantization_config(net: nn.Module) -> CMQuantConfig:
+    return net.hf_quantizer.quantization_config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipelines
+
+
+def family(net: nn.Module):
+    """(pipeline class, name of the denoiser in it)."""
+    if isinstance(net, diffusers.UNet2DConditionModel):
+        return diffusers.StableDiffusionXLPipeline, "unet"
+    return diffusers.FluxPipeline, "transformer"
+
+
+def few_step_scheduler(scheduler: dict, path):
+    """The scheduler whose steps are `path.jump`s over path.grid; `scheduler`: the configuration of the base's own, {}: SDXL's."""
+    if isinstance(path, tdpt.FlowPath):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=path.shift)
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": path.start}
+    schedule["rescale_betas_zero_snr"] = False
+    return diffusers.DDIMScheduler(
+        **{k: scheduler.get(k, v) for k, v in schedule.items()}, prediction_type=path.prediction,
+        timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
+    )  # fmt: skip
+
+
+def read_run(folder: Path) -> dict:
+    """config.json of a finished run on SDXL or FLUX. UserError for any other."""
+    about = checkpoint.read_config(folder)
+    if "layers" not in about:
+        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
+    if not isinstance(about.get("network"), dict):
+        raise UserError(f"{folder} holds a tiny model, no pipeline's: draw with `python sample.py --checkpoint {folder}`")
+    return about
+
+
+def load_denoiser(folder: Path, dtype: torch.dtype) -> models.Denoiser:
+    """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError if the run is none, or damaged."""
+    about = read_run(folder)
+    denoiser, _ = checkpoint.load_checkpoint(folder)
+    denoiser.to(dtype)
+    config = CMQuantConfig(about["layers"], about["network"]["base"], about["config"].get("backend", "native"), denoiser.latent)
+    mark_quantized(denoiser.net, config)
+    return denoiser
+
+
+def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype: torch.dtype | None = None, base: str = ""):
+    """StableDiffusionXLPipeline or FluxPipeline with the packed denoiser and a scheduler for few steps.
+
+    folder: a run folder of train.py, whose other components come from the base that it names (`base`: another copy of it, a
+    hub id, folder or single file), or a pipeline folder of save_pretrained. dtype: of everything that is not packed; default
+    bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser. UserError with what to do."""
+    folder, dtype = Path(folder), dtype or (models.FAST if torch.device(device).type == "cpu" else torch.bfloat16)
+    if (folder / "model_index.json").is_file():
+        pipe = read_base(diffusers.DiffusionPipeline, str(folder), torch_dtype=dtype)
+        part = next((part for part in ("unet", "transformer") if hasattr(pipe, part)), None)
+        if part is None or not any(hgs_lora.packed_layers(getattr(pipe, part))):
+            raise UserError(
+                f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --teacher {folder}`"
+            )
+    else:
+        denoiser = load_denoiser(folder, dtype)
+        cls, part = family(denoiser.net)
+        base, scheduler = base or denoiser.base, few_step_scheduler(denoiser.scheduler, denoiser.path)
+        pipe = read_base(cls, base, torch_dtype=dtype, scheduler=scheduler, **{part: denoiser.net})
+    pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
+    pipe.to(device)
+    if compile:
+        hgs_lora.set_backend(getattr(pipe, part), "compile")
+        getattr(pipe, part).compile()
+    return pipe
+
+
+def is_hub_id(base: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+
+
+def read_base(cls, base: str, **kwargs):
+    """cls.from_pretrained, or from_single_file, of a pipeline. UserError if that fails or it is of another class."""
+    if not base:
+        raise UserError(
+            "the run was made from random weights, not from a base: name a folder with its text encoders and VAE by --base"
+        )
+    with pretrained.explained("the pipeline", base):
+        if pretrained.is_file(base):
+            return cls.from_single_file(base, **kwargs)
+        found = cls.load_config(base)["_class_name"]
+        if cls is not diffusers.DiffusionPipeline and not found.startswith(cls.__name__.removesuffix("Pipeline")):
+            raise UserError(f"{base} is a {found}, not a {cls.__name__}: name the one that was quantized by --base")
+        try:
+            return cls.from_pretrained(base, **kwargs)
+        except (OSError, ValueError) as error:
+            with contextlib.suppress(OSError, ValueError):
+                return cls.from_pretrained(base, variant="fp16", **kwargs)  # where only half-precision files are stored
+            raise error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def as_lora(layer: hgs_lora.PackedLayer, A_rK: torch.Tensor, B_Or: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of `layer` as a LoRA of the float layer's geometry, float32: (r, I), (O, r) or (r, I, kh, kw), (O, r, 1, 1).
+
+    Ours read x' = x * inv_smooth; this A reads x."""
+    A_rK, B_Or = A_rK.detach().float(), B_Or.detach().float()
+    if layer.inv_smooth is not None:
+        A_rK = A_rK * layer.inv_smooth.repeat(layer.taps)
+    if not isinstance(layer, hgs_lora.W4A4Conv2d):
+        return A_rK, B_Or
+    return quant.unflatten_conv(A_rK, layer.kernel_size), B_Or[:, :, None, None]
+
+
+def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> int:
+    """Writes the branch of a run folder as a LoRA in diffusers' format (PEFT's keys), bfloat16 if that loses nothing, else
+    float32. Returns the number of layers; each layer's rank is inferred on load. UserError for a checkpoint without branch.
+
+    `pipe.load_lora_weights(out)` of stock diffusers adds it to the 16-bit base W. What that is good for:
+
+    branch   A, B as deployed. The deployed network is Q + B A with Q = round(W - B0 A0): the initial B0 A0 is the principal part
+             of W that was kept off the grid, so W + B A has it twice and draws no better pictures. It is the deployed network,
+             but for the rounding of activations, on a base whose weights are the dequantized Q (kernels.dequantize); with
+             --init zero, where B0 = 0, it is the update. Else: to read ranks and directions with PEFT's tools, to compare runs.
+    update   B A - B0 A0, what training changed (at twice the rank, with the A0, B0 of start.safetensors): meant for the 16-bit
+             consistency model, that is the base with the --cm LoRA. Part of it repairs rounding that the base does not have."""
+    folder = Path(folder)
+    denoiser, start, layers = load_denoiser(folder, torch.float32), {}, {}
+    if update:
+        start = dict(hgs_lora.packed_layers(checkpoint.load_start(folder)[0].net))
+    cls, part = family(denoiser.net)
+    for name, layer in hgs_lora.packed_layers(denoiser.net):
+        if layer.rank:
+            A_rK, B_Or = layer.lora_A, layer.lora_B
+            if update:
+                A_rK = torch.cat([A_rK, start[name].anchor_A])
+                B_Or = torch.cat([B_Or, -start[name].anchor_B], 1)
+            A, B = as_lora(layer, A_rK, B_Or)
+            layers |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
+    if not layers:
+        raise UserError(f"{folder} was deployed merged and has no LoRA: train with --deploy branch")
+    if all(torch.equal(t.bfloat16().float(), t) for t in layers.values()):
+        layers = {k: t.bfloat16() for k, t in layers.items()}  # one dtype for all: PEFT multiplies B by A
+    with checkpoint.atomic(Path(out)) as file:
+        cls.save_lora_weights(file.parent, **{f"{part}_lora_layers": layers}, weight_name=file.name)
+    return len(layers) // 2
+
+
+_STYLES = itertools.count()  # names for PEFT, which keeps adapters apart by name
+
+
+def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> Callable[[], None]:
+    """A LoRA on top of a packed pipeline or network: y + scale (alpha / r) B A x, beside our branch. Call the result to remove it.
+
+    file: any format that diffusers converts (PEFT's, kohya's, its own older ones; safetensors only), hub id or state dict.
+    No tensor of the network changes: the branch is a forward hook, on packed and on 16-bit layers, and several add up. A
+    pipeline's text encoders get theirs by PEFT. Remove styles before save_pretrained. UserError if the file fits no layer."""
+    pipe = pipe_or_net if isinstance(pipe_or_net, diffusers.DiffusionPipeline) else None
+    net = pipe_or_net if pipe is None else getattr(pipe, "unet", None) or pipe.transformer
+    (cls, part), name = family(net), f"style_{next(_STYLES)}"
+    shown, handles, texts = "the LoRA" if isinstance(file, dict) else str(file), [], []
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+        for text in texts:
+            delete_adapter_layers(text, name)
+        if net._compiled_call_impl is not None:
+            torch.compiler.reset()  # compiled code does not look for hooks
+
+    twin = weightless(net)  # diffusers and PEFT find names, ranks and scales on it
+    try:
+        options = dict(use_safetensors=True, return_alphas=True, return_lora_metadata=True, unet_config=net.config)
+        state, alphas, metadata = cls.lora_state_dict(dict(file) if isinstance(file, dict) else str(file), **options)
+        about = dict(network_alphas=alphas, metadata=metadata, adapter_name=name, low_cpu_mem_usage=True)
+        if any(key.startswith(f"{part}.") for key in state):
+            twin.load_lora_adapter(state, prefix=part, **about)
+        for prefix in ("text_encoder", "text_encoder_2"):
+            text = getattr(pipe, prefix, None)
+            if text is not None and any(key.startswith(f"{prefix}.") for key in state):
+                cls.load_lora_into_text_encoder(state, text_encoder=text, prefix=prefix, **about)
+                texts.append(text)
+                for layer in text.modules():
+                    if name in getattr(layer, "lora_A", {}):
+                        layer.set_adapter([*layer.lora_A])  # beside earlier styles
+                        layer.set_scale(name, scale)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+        remove()
+        why = textwrap.shorten(str(error), 200, placeholder=" ..")
+        raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
+    for key, layer in twin.named_modules():
+        if name in getattr(layer, "lora_A", {}):
+            target, A, B = net.get_submodule(key), layer.lora_A[name], layer.lora_B[name].weight.data
+            handles.append(target.register_forward_hook(_branch_hook(A, scale * layer.scaling[name] * B, net)))
+    if not handles and not texts:
+        raise UserError(f"{shown} holds no LoRA for {type(net).__name__}: choose a LoRA that was made for it")
+    if net._compiled_call_impl is not None:
+        torch.compiler.reset()
+    return remove
+
+
+def weightless(net: nn.Module) -> nn.Module:
+    """The float network of `net`'s configuration, each weight a view of one zero on the CPU: no memory, yet not meta."""
+    with torch.device("meta"):
+        twin = type(net).from_config(net.config)
+    for layer in twin.modules():
+        for key, p in layer._parameters.items():
+            layer._parameters[key] = None if p is None else nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
+    return twin
+
+
+def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
+    """y + up(down(x)), a forward hook. down: PEFT's layer A, with the geometry of the layer; up: B times its scale."""
+    A, B = (t.detach().to(net.device, net.dtype) for t in (down.weight, up))
+
+    def hook(layer, args, y):
+        x = args[0]
+        if isinstance(down, nn.Conv2d):
+            return y + F.conv2d(F.conv2d(x, A.to(x), None, down.stride, down.padding), B.to(x))
+        return y + F.linear(F.linear(x, A.to(x)), B.to(x))
+
+    return hook
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model card
+
+LICENSES = {  # of the base: YAML, sentence
+    "stable-diffusion-xl": (
+        "license: openrail++",
+        "CreativeML Open RAIL++-M License (https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md)",
+    ),
+    "FLUX.1-dev": (
+        "license: other\nlicense_name: flux-1-dev-non-commercial-license\n"
+        "license_link: https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+        "FLUX.1 [dev] Non-Commercial License (https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md)",
+    ),
+}
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+
+CARD = """---
+{front}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- cmquant
+- consistency-model
+- w4a4
+- quantized
+---
+
+# {title}
+
+A few-step consistency model with 4-bit weights and 4-bit activations, made with CMQuant from {base}.
+
+- **Method.** Distilled while it was quantized (TDPT: targets by stage of the trajectory); the LoRA beside the packed
+  weights starts from a Hessian-guided split of each weight (HGS-LoRA) with ranks by layer (QRA). Pictures in 1, 2 or 4 steps.
+- **Base and licence.** {base}. Its licence holds for these weights too: {licence}.
+- **Number format.** Two-level INT4: weight = scale[row] * multiplier[row, group] * code, codes -8..7, multipliers 1..16, {groups};
+  activations the same way, at run time. {counts}. Computed as one int8 product with int32 sums.
+- **Memory.** {mb:.1f} MB of the {network} on disk, {ratio:.1%} of its {twin:.1f} MB in bfloat16.
+{metrics}
+## Use
+
+With CMQuant's files on the Python path:
+
+```python
+{use}
+image.save("picture.png")
+```
+
+The first call on a CPU compiles the kernels (20 seconds).
+"""
+
+
+def write_card(folder: str | Path) -> Path:
+    """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
+    folder = Path(folder)
+    report, call = {}, "guidance_scale=1.0"
+    if (folder / "model_index.json").is_file():
+        part = next((p.parent for p in folder.glob("*/config.json") if '"quant_method": "cmquant"' in p.read_text()), None)
+        if part is None:
+            raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --teacher {folder}`")
+        config = json.loads((part / "config.json").read_text())
+        network, table, base = config["_class_name"], config["quantization_config"]["layers"], config["quantization_config"]["base"]
+        files, imports = (
+            sorted(part.glob("*.safetensors")),
+            "from diffusers import DiffusionPipeline\n\nimport pipeline  # registers cmquant\n",
+        )
+        load = f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)'
+        imports = f"import torch\n{imports}"
+    else:
+        about = read_run(folder)
+        network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
+        files, imports, load = [folder / "model.safetensors"], "import pipeline\n", f'pipeline.load_pipeline("{folder.name}")'
+        report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
+    if network != "UNet2DConditionModel":
+        call = "guidance_scale=3.5"
+    size, twin = _sizes(files, table)
+    yaml, licence = next((v for k, v in LICENSES.items() if k in base), ("license: other", f"see {base}"))
+    kinds = Counter(row["kind"] for row in table.values())
+    groups = sorted({(row["group_w"], row["group_x"]) for row in table.values()})
+    text = CARD.format(
+        front=yaml + (f"\nbase_model: {base}\nbase_model_relation: quantized" if is_hub_id(base) else ""),
+        title=f"{Path(base).name}, W4A4 in few steps",
+        base=base, licence=licence, network=network, mb=size / 1e6, twin=twin / 1e6, ratio=size / twin, metrics=_metrics(report),
+        groups=" and ".join(f"groups of {w} (weights), {x} (activations)" for w, x in groups),
+        counts=", ".join(f"{n} layers {kind.upper()}" for kind, n in sorted(kinds.items())) + ", the first and last ones 16 bit",
+        use=f'{imports}\npipe = {load}\nimage = pipe("a large red house", num_inference_steps=4, {call}).images[0]',
+    )  # fmt: skip
+    with checkpoint.atomic(folder / "README.md") as file:
+        file.write_text(text)
+    return folder / "README.md"
+
+
+def _sizes(files: list[Path], table: dict[str, dict]) -> tuple[int, int]:
+    """(bytes of the tensors in `files`, bytes of the network that was quantized in bfloat16), from the files' headers."""
+    size, twin = 0, sum(2 * math.prod(row["shape"]) for row in table.values())
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                view = file.get_slice(key)
+                values = math.prod(view.get_shape())
+                size += values * BYTES[view.get_dtype()]
+                layer, _, name = key.removeprefix("net.").rpartition(".")
+                twin += 2 * values if layer not in table or name == "bias" else 0
+    return size, twin
+
+
+def _metrics(report: dict) -> str:
+    """report.json for the card: its numbers as a list, its rows of scores as a table; "" if there is none."""
+    if not report:
+        return ""
+    text = f"\n## Metrics\n\nMeasured by CMQuant's evaluate.py on {report['n']} pictures of {report['steps']} steps.\n\n"
+    text += "".join(f"- {name}: {value:.3f}\n" for name, value in report.items() if isinstance(value, float))
+    if rows := {name: row for name, row in report.items() if isinstance(row, dict)}:
+        names = list(dict.fromkeys(k for row in rows.values() for k in row))
+        cells = [[name, *(f"{row[k]:.3f}" if isinstance(row.get(k), float) else "" for k in names)] for name, row in rows.items()]
+        lines = [["", *names], ["---"] * (len(names) + 1), *cells]
+        text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def save_pipeline(pipe, out: str | Path) -> None:
+    """save_pretrained and the card."""
+    pipe.save_pretrained(out)
+    write_card(out)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "pipeline.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="folder that train.py wrote")
+    parser.add_argument("--export", required=True, choices=("diffusers", "lora", "update", "card"))
+    parser.add_argument("--out", help="folder (diffusers) or .safetensors file (lora, update)")
+    parser.add_argument("--base", default="", help="another copy of the base pipeline: folder, hub id or single file")
+    args = parser.parse_args(argv)
+    if args.export != "card" and not args.out:
+        raise UserError(f"--export {args.export} writes what --out names: add it")
+    if args.export in ("lora", "update"):
+        print(f"{export_lora(args.checkpoint, args.out, args.export == 'update')} layers: {args.out}")
+    elif args.export == "diffusers":
+        save_pipeline(load_pipeline(args.checkpoint, dtype=torch.bfloat16, base=args.base), args.out)
+        print(f"pipeline: {args.out}")
+    else:
+        print(f"model card: {write_card(args.checkpoint)}")
+
+
+if __name__ == "__main__":
+    models.run_script("pipeline.py", main)

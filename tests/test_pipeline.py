@@ -1,0 +1,522 @@
+"""pipeline.py and sample.py on SDXL and FLUX in miniature: run folders, diffusers' own loading and saving, LoRAs, model card."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import miniature
+import pytest
+import torch
+from diffusers.quantizers import auto
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import checkpoint
+import hgs_lora
+import kernels
+import models
+import pipeline
+import quant
+import sample
+import tdpt
+import train
+from models import UserError
+
+STEPS = {"sdxl": {"guidance_scale": 1.0}, "flux": {"guidance_scale": 3.5}}
+PROMPT = "a large red house on the left"
+
+
+def write_run(folder: Path, name: str, base: Path) -> Path:
+    """What train.py would leave: the miniature's layers rounded to nearest, random A, B, ranks 2 to 5, each third one smoothed."""
+    gen = torch.Generator().manual_seed(0)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base)
+    net, table = denoiser_of(pipe), {}
+    plan = {"model": name, "base": str(base), "class": type(net).__name__, "scheduler": dict(pipe.scheduler.config)}
+    plan |= {"latent": [4, 8, 8] if name == "sdxl" else [16, 8, 8], "config": dict(net.config)}
+    plan["config"].pop("_name_or_path")
+    for i, (key, layer) in enumerate(models.float_layers(net).items()):
+        if (kind := models.precision(key)) == "16bit":
+            continue
+        w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).detach()
+        (O, K), taps, rank = w_OK.shape, layer.weight[0, 0].numel(), 2 + i % 4
+        lam = torch.rand(K // taps, generator=gen) + 0.5 if i % 3 == 0 else None
+        gw = quant.quantize_weight(w_OK if lam is None else w_OK * lam.repeat(taps), 64, taps)
+        A, B = torch.randn(rank, K, generator=gen) / K**0.5, 0.1 * torch.randn(O, rank, generator=gen)
+        net.set_submodule(key, checkpoint.packed_class(kind, layer).from_float(layer, gw, A, B, lam, 16))
+        table[key] = {"kind": kind, "shape": [O, K], "rank": rank, "smooth": lam is not None, "group_w": 64, "group_x": 16}
+    denoiser = models.from_blueprint(plan)
+    denoiser.net = net
+    folder.mkdir()
+    config = dataclasses.asdict(train.Config()) | {"backend": "eager"}
+    checkpoint.write_config(folder, {"format": checkpoint.FORMAT, "config": config})
+    checkpoint.save_start(folder, denoiser, table)
+    for _, layer in hgs_lora.packed_layers(net):
+        layer.lora_B.data.mul_(1.5)  # training
+    checkpoint.save_checkpoint(folder, denoiser, table, merged=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """Miniature pipelines on disk: sdxl (eps), sdxl-v (v prediction, zero terminal SNR), flux."""
+    root = tmp_path_factory.mktemp("bases")
+    miniature.save("sdxl", root / "sdxl")
+    miniature.save("flux", root / "flux")
+    pipe = miniature.sdxl("v_prediction")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
+    pipe.save_pretrained(root / "sdxl-v")
+    return {name: root / name for name in ("sdxl", "sdxl-v", "flux")}
+
+
+@pytest.fixture(scope="session")
+def runs(bases, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return {name: write_run(root / name, name.partition("-")[0], base) for name, base in bases.items()}
+
+
+def denoiser_of(pipe) -> torch.nn.Module:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def factors(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """A, B as they are trained, or as 8-bit ones stand for."""
+    return layer.factors() if hasattr(layer, "factors") else (layer.lora_A, layer.lora_B)
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(folder: Path, **kwargs):
+    return quiet(pipeline.load_pipeline(folder, **({"dtype": torch.float32} | kwargs)))
+
+
+def start(pipe, seed: int = 0) -> torch.Tensor:
+    """The noise of one picture, as the pipeline holds it."""
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn((1, 4, 8, 8) if hasattr(pipe, "unet") else (1, 16, 64), generator=gen)
+
+
+def latents(pipe, steps: int = 2, prompt: str = PROMPT) -> torch.Tensor:
+    guidance = STEPS["sdxl" if hasattr(pipe, "unet") else "flux"]
+    x_T = start(pipe).to(denoiser_of(pipe).dtype)
+    return pipe(prompt, num_inference_steps=steps, latents=x_T, output_type="latent", height=64, width=64, **guidance).images
+
+
+def same_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipelines of run folders
+
+
+@pytest.mark.parametrize("steps", (1, 2, 4))
+@pytest.mark.parametrize("name", ("sdxl", "sdxl-v", "flux"))
+@torch.no_grad()
+def test_the_pipelines_steps_are_the_jumps_of_tdpt_sample(runs, name, steps):
+    """Catches another spacing of timesteps, a last step that stops before clean data, clipping, a shift by the picture's size,
+    a prediction type or zero-SNR schedule that is lost. Predictions are recorded, so that no rounding of activations hides it."""
+    pipe = load(runs[name])
+    path = models.from_blueprint(checkpoint.read_config(runs[name])["network"]).path
+    assert path.prediction == {"sdxl": "epsilon", "sdxl-v": "v_prediction", "flux": "flow"}[name]
+    times, predictions = [], []
+
+    def record(net, args, kwargs, output):
+        t = kwargs["timestep"] if name == "flux" else args[1]
+        times.append(t.reshape(1).clone())
+        predictions.append(output[0].clone())
+
+    denoiser_of(pipe).register_forward_hook(record, with_kwargs=True)
+    end = latents(pipe, steps)
+    torch.testing.assert_close(torch.cat(times), path.timestep(path.grid(steps)[:-1]), rtol=1e-6, atol=0)
+    replay = iter(predictions)
+    expected = tdpt.sample(lambda x, t, s, cond: next(replay), path, start(pipe), {}, steps)
+    assert (end - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@torch.no_grad()
+def test_the_pipeline_draws_what_tdpt_sample_draws(runs, name):
+    """Catches a prompt, size or guidance that reaches the network otherwise than in training. 1%: rounding flips single codes."""
+    pipe, net = load(runs[name]), denoiser_of(load(runs[name]))
+    path = models.from_blueprint(checkpoint.read_config(runs[name])["network"]).path
+    if name == "sdxl":
+        tokens, _, pooled, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+
+        def model(x, t, s, cond):
+            return net(x, path.timestep(t), tokens, added_cond_kwargs=added, return_dict=False)[0]
+    else:
+        tokens, pooled, text_ids = pipe.encode_prompt(PROMPT, None)
+        _, ids = pipe.prepare_latents(1, 16, 64, 64, torch.float32, "cpu", None)
+
+        def model(x, t, s, cond):
+            time, guidance = path.timestep(t), torch.tensor([3.5])
+            return net(x, tokens, pooled, time, ids, text_ids, guidance, return_dict=False)[0]
+
+    for steps in (1, 2, 4):
+        expected = tdpt.sample(model, path, start(pipe), {}, steps)
+        assert (latents(pipe, steps) - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_pipeline_draws_pictures_in_bfloat16(runs):
+    """Catches a component in another dtype than the latents, and scales or factors that were cast with the 16-bit layers."""
+    for name in ("sdxl", "flux"):
+        pipe = load(runs[name], dtype=torch.bfloat16)
+        net = denoiser_of(pipe)
+        layer = next(layer for _, layer in hgs_lora.packed_layers(net) if layer.inv_smooth is not None)
+        assert torch.bfloat16 not in (layer.scale_O.dtype, layer.inv_smooth.dtype)
+        assert net.dtype == pipe.vae.dtype == torch.bfloat16
+        picture = pipe(PROMPT, num_inference_steps=1, **STEPS[name]).images[0]  # the size is that of the run
+        assert picture.size == (64, 64) and len(set(picture.get_flattened_data())) > 100
+
+
+def test_compiled_pipelines_draw_the_same_and_feel_a_style(runs, monkeypatch):
+    """Catches a denoiser that torch.compile cannot take, and a style LoRA that compiled code does not see, or keeps."""
+    compile, reset, resets = torch.nn.Module.compile, torch.compiler.reset, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile(net, backend="eager"))  # traced; Inductor takes minutes
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(reset()))
+    pipe, eager = load(runs["flux"], compile=True), load(runs["flux"])
+    assert pipe.transformer._compiled_call_impl is not None
+    compiled, plain = latents(pipe, 1), latents(eager, 1)
+    assert (compiled - plain).norm() < 0.01 * plain.norm()
+    remove, _ = pipeline.add_style_lora(pipe, style("flux")), pipeline.add_style_lora(eager, style("flux"))
+    styled = latents(eager, 1)
+    assert (styled - plain).norm() > 0.05 * plain.norm()
+    assert (latents(pipe, 1) - styled).norm() < 0.01 * plain.norm() and len(resets) == 1
+    remove()
+    assert len(resets) == 2 and not any(module._forward_hooks for module in pipe.transformer.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusers' own saving and loading
+
+
+@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@torch.no_grad()
+def test_saved_pipelines_come_back_bit_for_bit(runs, tmp_path, name):
+    """Catches a stored form that loses bits, torch_dtype cast onto packed tensors, a table without a field, a lost scheduler."""
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = load(runs[name], dtype=dtype)
+        pipeline.save_pipeline(pipe, tmp_path / str(dtype))
+        again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / str(dtype), torch_dtype=dtype))
+        assert type(again) is type(pipe) and same_tensors(denoiser_of(pipe), denoiser_of(again))
+        backends = {layer.backend for _, layer in hgs_lora.packed_layers(denoiser_of(again))}
+        assert backends == {"eager"}  # as the run's
+        before = latents(pipe)
+        assert (latents(again) - before).norm() < 0.01 * before.norm()  # mapped files are aligned otherwise: BLAS sums otherwise
+
+
+def test_networks_come_back_from_shards_too(runs, tmp_path):
+    """Catches packed tensors rounded to torch_dtype on the way, and a quantizer that expects all tensors in one file."""
+    net = load(runs["flux"]).transformer
+    next(layer for _, layer in hgs_lora.packed_layers(net) if layer.inv_smooth is not None).inv_smooth.mul_(1 / 3)
+    net.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert same_tensors(net, diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32))
+    again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    packed = [dict(hgs_lora.packed_layers(n)) for n in (net, again)]
+    assert packed[0].keys() == packed[1].keys() and all(same_tensors(layer, packed[1][k]) for k, layer in packed[0].items())
+    assert again.x_embedder.weight.dtype == torch.bfloat16 and "cmquant" in repr(again.config["quantization_config"])
+
+
+def test_a_saved_network_is_no_larger_than_the_run_folders_file(runs, tmp_path):
+    """Catches scales or factors that are stored wider than in the run folder."""
+    for name in ("sdxl", "flux"):
+        denoiser_of(load(runs[name], dtype=torch.bfloat16)).save_pretrained(tmp_path / name)
+        saved, run = (
+            load_file(f) for f in (tmp_path / name / "diffusion_pytorch_model.safetensors", runs[name] / "model.safetensors")
+        )
+        assert {f"net.{k}": v.nbytes for k, v in saved.items()} == {k: v.nbytes for k, v in run.items()}
+
+
+def test_without_our_import_diffusers_names_the_method(runs, tmp_path, monkeypatch):
+    """Catches a config that diffusers would take for another method's, or load as a network of random floats."""
+    load(runs["flux"]).transformer.save_pretrained(tmp_path)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "cmquant")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "cmquant")
+    with pytest.raises(ValueError, match="cmquant"):
+        diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_saved_networks_that_lack_or_bend_a_tensor_are_refused(runs, bases, tmp_path):
+    """Catches layers left on meta, and codes of another shape taken as they are."""
+    load(runs["flux"]).transformer.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("codes_OP"))
+    save_file({k: v for k, v in tensors.items() if k != key}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=key):
+        diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+    save_file(tensors | {key: tensors[key][:, ::2].contiguous()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=key):
+        diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"train\.py"):
+        config = pipeline.CMQuantConfig({})
+        diffusers.FluxTransformer2DModel.from_pretrained(bases["flux"], subfolder="transformer", quantization_config=config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA out
+
+
+@pytest.mark.parametrize("update", (False, True), ids=("branch", "update"))
+@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@torch.no_grad()
+def test_the_exported_lora_is_w_plus_ba_in_stock_diffusers(runs, bases, tmp_path, name, update):
+    """Catches a forgotten or inverted smoothing, tap-major A taken as it is, ranks or scales that PEFT infers otherwise; an
+    update with the initial factors added instead of subtracted."""
+    file = tmp_path / "lora.safetensors"
+    table = checkpoint.read_config(runs[name])["layers"]
+    assert pipeline.export_lora(runs[name], file, update) == len(table)
+    ours = dict(hgs_lora.packed_layers(denoiser_of(load(runs[name]))))
+    start = dict(hgs_lora.packed_layers(checkpoint.load_start(runs[name])[0].net))
+    pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(bases[name]))
+    before = latents(pipe)
+    pipe.load_lora_weights(file)
+    assert (latents(pipe) - before).norm() > 0.003 * before.norm()
+    gen, seen = torch.Generator().manual_seed(1), set()
+    for key, layer in ours.items():
+        stock = denoiser_of(pipe).get_submodule(key)
+        assert stock.r["default_0"] == table[key]["rank"] * (1 + update)
+        kind = (type(layer), getattr(layer, "kernel_size", None), layer.inv_smooth is not None)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        x1 = x = torch.randn(2, layer.channels, *((6, 6) if isinstance(layer, hgs_lora.W4A4Conv2d) else ()), generator=gen)
+        if layer.inv_smooth is not None:
+            x1 = x * layer.inv_smooth.view(-1, *(1,) * (x.ndim - 2))
+        ba_OK = layer.merged_weight(*factors(layer)) - layer.merged_weight(None, None)
+        if update:
+            ba_OK = ba_OK - start[key].anchor_B @ start[key].anchor_A
+        if x.ndim == 2:
+            by_hand = x1 @ ba_OK.mT
+        else:
+            ba_OIhw = quant.unflatten_conv(ba_OK, layer.kernel_size)
+            by_hand = F.conv2d(x1, ba_OIhw, None, layer.stride, layer.padding)
+        added = stock(x) - stock.base_layer(x)
+        assert (added - by_hand).norm() < 1e-4 * by_hand.norm(), kind
+    assert len(seen) >= (6 if name == "sdxl" else 3)
+
+
+def test_the_exported_lora_loads_onto_a_bfloat16_base(runs, bases, tmp_path):
+    """Catches factors in two dtypes, which PEFT cannot multiply."""
+    pipeline.export_lora(runs["sdxl"], tmp_path / "lora.safetensors")
+    pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(bases["sdxl"], torch_dtype=torch.bfloat16))
+    before = latents(pipe)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    assert not torch.equal(latents(pipe), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA in
+
+STYLED = {
+    "sdxl": (
+        "conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.time_emb_proj",
+        "down_blocks.0.downsamplers.0.conv", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "mid_block.attentions.0.proj_in",
+    ),
+    "flux": (
+        "x_embedder", "transformer_blocks.0.norm1.linear", "transformer_blocks.0.attn.to_q",
+        "single_transformer_blocks.1.proj_out",
+    ),
+}  # fmt: skip
+
+
+TEXT_KEY = "encoder.layers.0.self_attn.q_proj"
+
+
+def text_layer(pipe) -> torch.nn.Module:
+    """A layer of the first text encoder, whose class is flat in newer versions of transformers."""
+    return getattr(pipe.text_encoder, "text_model", pipe.text_encoder).get_submodule(TEXT_KEY)
+
+
+def style(name: str, texts: bool = False) -> dict[str, torch.Tensor]:
+    """Somebody's LoRA: PEFT's keys, ranks 3 and 5."""
+    gen, part = torch.Generator().manual_seed(2), {"sdxl": "unet", "flux": "transformer"}[name]
+    pipe = miniature.PIPELINES[name]()
+    layers = {f"{part}.{key}": denoiser_of(pipe).get_submodule(key) for key in STYLED[name]}
+    if texts:
+        layers[f"text_encoder.text_model.{TEXT_KEY}"] = text_layer(pipe)
+    state = {}
+    for i, (key, layer) in enumerate(layers.items()):
+        (O, *shape), rank = layer.weight.shape, 3 + i % 2 * 2
+        state[f"{key}.lora_A.weight"] = torch.randn(rank, *shape, generator=gen) / layer.weight[0].numel() ** 0.5
+        state[f"{key}.lora_B.weight"] = 0.3 * torch.randn(O, rank, *(1 for _ in shape[1:]), generator=gen)
+    return state
+
+
+@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@torch.no_grad()
+def test_a_style_lora_adds_its_branch_to_each_layer_and_can_be_taken_away(runs, tmp_path, name):
+    """Catches a branch that reads the smoothed input, a lost scale or stride, packed tensors that change, a hook left behind."""
+    pipe, file = load(runs[name]), tmp_path / "style.safetensors"
+    net, part = denoiser_of(pipe), "unet" if name == "sdxl" else "transformer"
+    state, before, tensors = (
+        style(name, texts=True),
+        latents(pipe),
+        {k: v.clone() for k, v in denoiser_of(pipe).state_dict().items()},
+    )
+    save_file(state, file)
+    remove = pipeline.add_style_lora(pipe, file, scale=0.5)
+    calls = {}
+    for key in STYLED[name]:
+        net.get_submodule(key).register_forward_hook(lambda layer, args, y, key=key: calls.update({key: (args[0], y)}))
+    styled = latents(pipe)
+    assert (styled - before).norm() > 0.05 * before.norm() and calls.keys() == set(STYLED[name])
+    for key, (x, y) in calls.items():
+        layer, A, B = net.get_submodule(key), *(state[f"{part}.{key}.lora_{ab}.weight"] for ab in "AB")
+        if A.ndim == 2:
+            added = x @ A.mT @ B.mT
+        else:
+            added = F.conv2d(x, torch.einsum("or,rihw->oihw", B[:, :, 0, 0], A), None, layer.stride, layer.padding)
+        assert (y - layer.forward(x) - 0.5 * added).norm() < 1e-4 * added.norm(), key
+    remove_second = pipeline.add_style_lora(pipe, style(name, texts=True), scale=-0.25)
+    assert not torch.equal(latents(pipe), styled)
+    layer, A, B = text_layer(pipe), *(state[f"text_encoder.text_model.{TEXT_KEY}.lora_{ab}.weight"] for ab in "AB")
+    x = torch.randn(3, A.shape[1], generator=torch.Generator().manual_seed(4))
+    assert (layer(x) - layer.base_layer(x) - (0.5 - 0.25) * x @ A.mT @ B.mT).norm() < 1e-4 * layer(x).norm()
+    remove_second()
+    assert torch.equal(latents(pipe), styled)
+    remove()
+    assert torch.equal(latents(pipe), before)
+    assert all(torch.equal(tensors[k], v) for k, v in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_kohya_keys_and_alphas_and_text_encoders_are_understood(runs):
+    """Catches alpha / rank left out, and a LoRA of the text encoders that is dropped."""
+    pipe = load(runs["sdxl"])
+    key = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer, gen = pipe.unet.get_submodule(key), torch.Generator().manual_seed(3)
+    A, B = torch.randn(4, layer.channels, generator=gen), torch.randn(layer.out, 4, generator=gen)
+    A_text, B_text = torch.randn(4, 32, generator=gen), torch.randn(32, 4, generator=gen)
+    kohya = {}
+    for name, down, up in ((f"lora_unet_{key}", A, B), ("lora_te1_text_model.encoder.layers.0.self_attn.out_proj", A_text, B_text)):
+        name = name.replace(".", "_")
+        kohya |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    x, tokens = torch.randn(5, layer.channels, generator=gen), pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)[0]
+    remove = pipeline.add_style_lora(pipe, kohya)
+    added = x @ A.mT @ B.mT / 4
+    assert (layer(x) - layer.forward(x) - added).norm() < 1e-4 * added.norm()
+    assert not torch.equal(pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)[0], tokens)
+    remove()
+    assert torch.equal(layer(x), layer.forward(x))
+    assert torch.equal(pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)[0], tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model card, sample.py, what users do wrong
+
+
+@pytest.mark.parametrize("name", ("sdxl", "flux"))
+def test_the_cards_snippet_draws_a_picture(runs, tmp_path, monkeypatch, name):
+    """Catches a card whose code does not run: on a run folder and on a saved pipeline."""
+    (tmp_path / "run").symlink_to(runs[name])
+    pipe = load(runs[name], dtype=torch.bfloat16)
+    pipeline.save_pipeline(pipe, tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernels, "_has_native", lambda: False)
+    for card in (pipeline.write_card("run"), Path("saved/README.md")):
+        code = re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
+        if name == "flux":
+            code = code.replace("guidance_scale", "height=64, width=64, guidance_scale")  # FLUX's own default is 1024
+        exec(code, {})
+        Path("picture.png").unlink()
+
+
+def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
+    """Catches a licence of another base, and numbers that are not those of the files."""
+    for base, licence in (
+        ("stabilityai/stable-diffusion-xl-base-1.0", "license: openrail++"),
+        ("black-forest-labs/FLUX.1-dev", "license_name: flux-1-dev-non-commercial-license"),
+        ("someone/else", "license: other"),
+    ):
+        folder = tmp_path / base.replace("/", "-")
+        folder.mkdir()
+        about = checkpoint.read_config(runs["sdxl"])
+        about["network"]["base"] = base
+        checkpoint.write_config(folder, about)
+        (folder / "model.safetensors").symlink_to(runs["sdxl"] / "model.safetensors")
+        (folder / "report.json").write_text(json.dumps({"steps": 4, "n": 256, "snr": 24.5, "w4a4": {"psnr": 31.25}}))
+        text = pipeline.write_card(folder).read_text()
+        front = text.split("---\n")[1]
+        assert (
+            licence in front
+            and f"base_model: {base}\n" in front
+            and "library_name: diffusers\n" in front
+            and "- cmquant\n" in front
+        )
+        assert "- snr: 24.500\n" in text and "| w4a4 | 31.250 |" in text and "groups of 64 (weights), 16 (activations)" in text
+        assert base.startswith("someone") == ("see someone/else" in text)
+        size = sum(v.nbytes for v in load_file(folder / "model.safetensors").values())
+        floats = 2 * sum(p.numel() for p in miniature.sdxl().unet.parameters())
+        assert f"{size / 1e6:.1f} MB" in text and f"{size / floats:.1%} of its {floats / 1e6:.1f} MB" in text
+
+
+@pytest.mark.parametrize("name", ("sdxl", "flux"))
+def test_sample_draws_picture_i_from_the_noise_of_seed_plus_i(runs, tmp_path, name, monkeypatch):
+    """Catches noise that depends on the batch, and a base row that is drawn with the few-step scheduler."""
+    pipe = load(runs[name])
+    two = sample.draw_real(pipe, [PROMPT, "a cat"], 2, seed=5)
+    assert two.shape == (2, 3, 64, 64) and torch.equal(two[1:], sample.draw_real(pipe, ["a cat"], 2, seed=6))
+    twin = sample.real_base(pipe, str(checkpoint.read_config(runs[name])["network"]["base"]))
+    assert not any(hgs_lora.packed_layers(denoiser_of(twin))) and twin.vae is pipe.vae
+    assert twin.scheduler.config.get("use_dynamic_shifting", False) == (name == "flux")
+    assert type(twin.scheduler).__name__ == ("EulerDiscreteScheduler" if name == "sdxl" else "FlowMatchEulerDiscreteScheduler")
+    monkeypatch.setattr(sample, "REAL_PROMPTS", (PROMPT,))
+    sample.main(["--checkpoint", str(runs[name]), "--steps", "1", "--compare", "--out", str(tmp_path / "grid.png")])
+    assert sample.Image.open(tmp_path / "grid.png").size == (96 + 68, 2 * 68)
+
+
+def test_commands_export_lora_pipeline_and_card(runs, tmp_path):
+    """Catches an option that is not wired to its function."""
+    run = str(runs["sdxl"])
+    pipeline.main(["--checkpoint", run, "--export", "lora", "--out", str(tmp_path / "lora.safetensors")])
+    pipeline.main(["--checkpoint", run, "--export", "diffusers", "--out", str(tmp_path / "saved")])
+    assert all(k.startswith("unet.") for k in load_file(tmp_path / "lora.safetensors"))
+    assert (tmp_path / "saved" / "README.md").is_file() and (tmp_path / "saved" / "model_index.json").is_file()
+    with pytest.raises(UserError, match="--out names: add it"):
+        pipeline.main(["--checkpoint", run, "--export", "lora"])
+
+
+def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases, tmp_path, monkeypatch):
+    """Catches tracebacks of diffusers and PEFT, pipelines with the wrong base's text encoders, and silent acceptance."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    pipe = load(runs["flux"])
+    foreign, broken, tiny, merged = tmp_path / "foreign.safetensors", tmp_path / "broken", tmp_path / "tiny", tmp_path / "merged"
+    save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 3), "unet.nothing.lora_B.weight": torch.zeros(3, 2)}, foreign)
+    bent = style("flux")
+    bent |= {k: v[:, ::2].contiguous() for k, v in bent.items() if "x_embedder.lora_A" in k}
+    about = checkpoint.read_config(runs["flux"])
+    longer, none = ({k: row | {"rank": rank} for k, row in about["layers"].items()} for rank in (9, 0))
+    for folder, change in ((broken, {"layers": longer}), (merged, {"layers": none}), (tiny, {"network": "tiny-flux"})):
+        folder.mkdir()
+        checkpoint.write_config(folder, about | change)
+        (folder / "model.safetensors").symlink_to(runs["flux"] / "model.safetensors")
+    cases = {
+        r"hf download black-forest-labs/FLUX\.1-dev": lambda: load(runs["flux"], base="black-forest-labs/FLUX.1-dev"),
+        "is a StableDiffusionXLPipeline, not a FluxPipeline.*--base": lambda: load(runs["flux"], base=str(bases["sdxl"])),
+        "/nowhere does not exist": lambda: load(runs["flux"], base="/nowhere"),
+        r"no packed pipeline.*train\.py": lambda: load(bases["sdxl"]),
+        r"tiny model.*sample\.py": lambda: load(tiny),
+        r"does not fit its table": lambda: load(broken),
+        "has no LoRA.*--deploy branch": lambda: pipeline.export_lora(merged, tmp_path / "x.safetensors"),
+        "holds no LoRA for FluxTransformer2DModel": lambda: pipeline.add_style_lora(pipe, foreign),
+        "missing.safetensors cannot be loaded": lambda: pipeline.add_style_lora(pipe, tmp_path / "missing.safetensors"),
+        "size mismatch|shape": lambda: pipeline.add_style_lora(pipe, bent),
+        "holds no checkpoint": lambda: pipeline.write_card(tmp_path / "none"),
+        "holds no packed network": lambda: pipeline.write_card(bases["sdxl"]),
+    }
+    for sentence, call in cases.items():
+        with pytest.raises(UserError, match=sentence) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not any(module._forward_hooks for module in pipe.transformer.modules())
