@@ -323,7 +323,8 @@ def main(argv: list[str]) -> None:
     if cfg.cm == "self":  # the consistency model first, in a folder of its own
         path = out / "cm" / f"{cfg.model}-cm.safetensors"
         if not path.exists():
-            main([*argv, "--bits", "16", "--cm", "", "--out", str(out / "cm")])
+            first = {"bits": 16, "cm": "", "rollout": 1, "trajectory": "teacher", "targets": "fp,fp", "out": out / "cm"}
+            main([*argv, *(word for k, v in first.items() for word in (f"--{k}", str(v)))])
         cfg = dataclasses.replace(cfg, cm=str(path))
     checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": ""}, leader=rank() == 0)
     if cfg.stage == "teacher":
