@@ -44,9 +44,9 @@ Deployment: the branch in 8 bits, or `merge(layer)`: Q(Q + BA) without a branch.
 
     A_rk ~= a_r qA_rk,  a_r = max_k |A_rk| / 127        B_or ~= b_r qB_or,  b_r = max_o |B_or| / 127        q int8
 
-an entry moves by at most half a step and a component of BA by less than a_r b_r (127 + 1/4). One scale a_r b_r would do for
-the product; two keep A and B as they are, balanced, within the range of float16. Against them, sharing a scale among ranks costs the
-weak ones. On the layer of the test, the error that 8 bits add to the output is under 1% of the error that 4 bits made.
+an entry moves by at most half a step and a component of BA by at most a_r b_r (127 + 1/4). One scale a_r b_r would do for the
+product; two keep A and B themselves, balanced and in float16's range. A scale for several ranks would cost the weak ones.
+On Gaussian layers of 192 x 256 the error of the output grows by 0.002% to 0.13% at rank 16, by 1% at rank 64.
 Left out on purpose: correlation of x with its rounding error, randomized SVD, training of grid, bias or scales, higher derivatives.
 Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
 """
@@ -291,15 +291,13 @@ class PackedLayer(nn.Module):
     """What the three layers share. Everything but A and B is a buffer, so state_dict() is what safetensors saves:
     codes_OP, mult_P uint8; scale_O, inv_smooth (if smoothed) float32; bias (if any); Parameters lora_A, lora_B float32
     (if rank > 0). anchor_A, anchor_B are not part of it, a deployed checkpoint has no use for them: see anchor_state.
-    In the deployed form (store_8bit, or lora_bits=8) scale_O is kernels.pack_scales' byte, exactly the same number; lora_A and lora_B
-    are int8 buffers, and lora_scale (2, rank) float32 is beside them. Only x has a gradient then.
+    In the deployed form (store_8bit, or lora_bits=8) scale_O is the byte of kernels.pack_scales, the same number exactly;
+    lora_A and lora_B are int8 buffers, lora_scale (2, rank) float32 is beside them, and only x has a gradient.
 
     The layer follows the dtype of its input. .to(dtype), .half() .. move it but cast nothing: bfloat16 scales would
     change the weights, and bfloat16 A, B would not take small updates."""
 
-    def __init__(
-        self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16
-    ):
+    def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
         """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
         lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
         super().__init__()
@@ -435,9 +433,7 @@ class W4A16Linear(W4A4Linear):
 
 
 class W4A4Conv2d(PackedLayer):
-    def __init__(
-        self, layer: nn.Conv2d, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16
-    ):
+    def __init__(self, layer: nn.Conv2d, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
         plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
         if not plain or isinstance(layer.padding, str):
             raise ValueError("W4A4Conv2d needs an ungrouped, undilated convolution with explicit zero padding")

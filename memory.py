@@ -58,7 +58,7 @@ STATES = 5  # latents of a rollout that are kept, four phases
 
 
 def parse_bytes(text: str) -> int:
-    """"24GB" -> 24e9, "24GiB" -> 24 * 2^30. UserError for anything else."""
+    """ "24GB" -> 24e9, "24GiB" -> 24 * 2^30. UserError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     if not found or found[2] not in UNITS:
         raise UserError(f"{text!r} is no amount of memory: write it as 24GB or 24GiB")
@@ -133,7 +133,12 @@ def format_table(rows: list[Row]) -> str:
         lines.append(f"{len(layers):5d} {kind:6s}{' x '.join(map(str, shape)):>20s}{rank or '-':>6}{size:10.2f}  {names}")
     counts = ", ".join(f"{sum(row.kind == kind and row.shape != () for row in rows)} {kind}" for kind in ("w4a4", "w4a16", "16bit"))
     bf16 = sum(row.bf16 for row in rows)
-    totals = {"quantized weights": "codes", "their scales": "scales", "LoRA, 8 bits": "lora", "16-bit layers, biases, norms": "other"}
+    totals = {
+        "quantized weights": "codes",
+        "their scales": "scales",
+        "LoRA, 8 bits": "lora",
+        "16-bit layers, biases, norms": "other",
+    }
     sums = {what: sum(getattr(row, field) for row in rows) for what, field in totals.items()}
     lines.append(f"\n{counts}; {bf16 / 2e9:.3f} B parameters, {bf16 / 1e6:,.1f} MB in bfloat16")
     for what, size in (sums | {"packed network": sum(sums.values())}).items():
@@ -188,7 +193,13 @@ def inputs(net: nn.Module, latent: tuple[int, int, int], tokens: int, batch: int
     told = torch.zeros(batch, cfg.time_cond_proj_dim, dtype=dtype) if cfg.time_cond_proj_dim else None
     text = torch.zeros(batch, tokens, cfg.cross_attention_dim, dtype=dtype)
     x = torch.zeros(batch, C, H, W, dtype=dtype)
-    return {"sample": x, "timestep": torch.ones(batch), "encoder_hidden_states": text, "added_cond_kwargs": added, "timestep_cond": told}
+    return {
+        "sample": x,
+        "timestep": torch.ones(batch),
+        "encoder_hidden_states": text,
+        "added_cond_kwargs": added,
+        "timestep_cond": told,
+    }
 
 
 def step(net: nn.Module, given: dict, gradients: bool) -> list[int]:
