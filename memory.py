@@ -24,11 +24,12 @@ Training.  Planned peak = what stays + the most that is alive besides, in the wo
 
 Activations are not fitted to anything: the real modules run forward and backward on fake tensors (FakeTensorMode: shapes and
 lifetimes, no numbers) under a mode that follows which storages are alive. The layer's int8 weights, float32 copies in its backward,
-im2col and the recomputation of gradient checkpointing are in it because they happen. All sizes are affine in the batch and the
-operations are the same, so the curves of micro-batches 1 and 2 give that of every other exactly.
+im2col and the recomputation of gradient checkpointing are in it because they happen. From two samples on the operations are the
+same and their sizes affine in the batch, so the curves of 2 and 3 samples give all others exactly (one alone skips some copies).
 
-Kernels are the eager ones, which run on CUDA. Not in it: the CUDA context and the allocator's fragments (leave 1.5 GB; 24GB is
-24e9 bytes and a 24 GB card has 25.8e9), workspaces inside of an operation, and kernels that fuse (they need less).
+Kernels are the eager ones, which run on CUDA; attention never holds the scores of all tokens (flash). Not in it: the CUDA context
+and the allocator's fragments (24GB is 24e9 bytes, a 24 GB card has 25.8e9), workspaces inside of an operation, and what fused
+kernels save. Checked against resident memory on the CPU; on a GPU not yet.
 """
 
 import argparse
@@ -344,33 +345,36 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, shard: bool = 
 
 
 def report(
-    model: str, rank: int = 16, batch: int = 8, limit: str = "", world: int = 1, shard: bool = False, group_w: int = 64,
-    build=None, shapes=None, training: bool = True,
+    model: str, rank: int = 16, batch: int = 8, limit: str = "", world: int = 1, shard: bool = False, micro_batch: int = 1,
+    checkpointing: bool = False, group_w: int = 64, build=None, shapes=None, training: bool = True,
 ) -> None:  # fmt: skip
     """Print the table of layers, the planned peak of training and, last, `memory_ratio: 0.xxx`.
 
-    limit: such as 24GB; "" plans the fastest way. build: () -> network on the meta device and shapes: (latent, tokens), where the
-    network is not the one of models.NETWORKS. UserError if training does not fit the limit, after the table."""
+    limit: such as 24GB; "" plans what micro_batch and checkpointing say, with the teacher resident. build: () -> network on the
+    meta device and shapes: (latent, tokens), where the network is not the one of models.NETWORKS. training=False: no plan.
+    UserError, after the table, if training does not fit the limit."""
     build, shapes = build or (lambda: meta_network(model)), shapes or SHAPES[model]
     rows = layer_table(build(), rank, group_w=group_w)
     print(f"{model}, rank {rank}, groups of {group_w}\n\n{format_table(rows)}")
     print(f"{'merged, without a branch':30s}{'':15s} {ratio(layer_table(build(), rank, group_w=group_w, merged=True)):8.2%}\n")
     if training:
         fp = Footprint(build, *shapes, rank, group_w=group_w)
-        best = choose(parse_bytes(limit) if limit else 1 << 62, fp, batch, world, shard)
-        print(f"{best}\n")
+        fixed = None if limit else plan(fp, batch, micro_batch, checkpointing, world=world)
+        print(f"{fixed or choose(parse_bytes(limit), fp, batch, world, shard)}\n")
     print(f"memory_ratio: {ratio(rows):.3f}")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("memory.py", allow_abbrev=False)
-    parser.add_argument("--model", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument("--model", choices=tuple(SHAPES), default="tiny-flux")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--limit", default="", help="such as 24GB")
     parser.add_argument("--world", type=int, default=1, help="GPUs that share the batch")
     parser.add_argument("--shard", action="store_true", help="share the teacher among them")
     args = parser.parse_args(argv)
+    if min(args.rank, args.batch, args.world) < 1 or args.batch % args.world:
+        raise UserError("--rank, --batch and --world must be at least 1, and --batch must divide among --world")
     report(args.model, args.rank, args.batch, args.limit, args.world, args.shard)
 
 
