@@ -153,13 +153,14 @@ def format_table(rows: list[Row]) -> str:
 class Live(TorchDispatchMode):
     """Inside: bytes of the storages that operations made and that are still alive, after each operation (`curve`).
 
-    existing: modules whose tensors are no news. Works on real tensors as on fake ones."""
+    existing: modules whose tensors and gradients are no news. Works on real tensors as on fake ones."""
 
     def __init__(self, *existing: nn.Module):
         super().__init__()
         self.now, self.curve, self.known = 0, [0], {}
         for module in existing:
-            for t in (*module.parameters(), *module.buffers()):
+            gradients = (p.grad for p in module.parameters() if p.grad is not None)
+            for t in (*module.parameters(), *module.buffers(), *gradients):
                 self.known[id(t.untyped_storage())] = t.untyped_storage()
 
     def _freed(self, key: int, size: int, _) -> None:
@@ -206,7 +207,10 @@ def inputs(net: nn.Module, latent: tuple[int, int, int], tokens: int, batch: int
 
 
 def step(net: nn.Module, given: dict, gradients: bool) -> list[int]:
-    """The curve of one forward (and backward) of `net`: real if its tensors are real, simulated if they are fake."""
+    """The curve of one forward (and backward) of `net`: real if its tensors are real, simulated if they are fake. Gradients of
+    parameters are there before."""
+    for p in net.parameters() if gradients else ():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
     with Live(net) as live, torch.set_grad_enabled(gradients):
         y = net(**given, return_dict=False)[0]
         if gradients:
@@ -271,8 +275,7 @@ class Footprint:
                     (net.enable_gradient_checkpointing if what == "checkpointed" else net.disable_gradient_checkpointing)()
                 pair = []
                 for n in (2, 3):
-                    pair.append(step(net, inputs(net, *self.shapes, n, self.dtype), what != "teacher"))
-                    net.zero_grad()
+                    pair.append(step(net, inputs(net, *self.shapes, n, self.dtype), gradients=what != "teacher"))
             two, three = map(torch.tensor, pair)  # int64, the same operations
             self.curves[what] = (3 * two - 2 * three, three - two)
         fixed, each = self.curves[what]

@@ -163,8 +163,8 @@ def test_planned_activations_are_within_15_percent_of_resident_memory(name, batc
     resident, tracked = map(int, out.split())
     fp = memory.Footprint(lambda: float_network(name), *memory.SHAPES[name], 16, cm_rank=0, dtype=torch.float32)
     planned = fp.activations("checkpointed" if checkpointing else "student", batch)
-    assert planned == pytest.approx(resident, rel=0.15)
-    assert planned == pytest.approx(tracked, rel=0.01)  # real tensors, the same operations
+    assert planned == pytest.approx(resident, rel=0.15), tracked
+    assert planned == pytest.approx(tracked, rel=0.001)  # real tensors, the same operations
 
 
 def float_network(name: str) -> nn.Module:
