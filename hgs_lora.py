@@ -40,7 +40,13 @@ float32. The mask is zero outside of the activation quantizer's clip range. The 
 largest value, so the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial A0, B0:
 anchor(model).
 
-Deployment: the branch as trained, or `merge(layer)`: Q(Q + BA) without a branch.
+Deployment: the branch in 8 bits, or `merge(layer)`: Q(Q + BA) without a branch.  With a scale for each rank on either side,
+
+    A_rk ~= a_r qA_rk,  a_r = max_k |A_rk| / 127        B_or ~= b_r qB_or,  b_r = max_o |B_or| / 127        q int8
+
+an entry moves by at most half a step and a component of BA by at most a_r b_r (127 + 1/4). One scale a_r b_r would do for the
+product; two keep A and B themselves, balanced and in float16's range. A scale for several ranks would cost the weak ones.
+On Gaussian layers of 192 x 256 the error of the output grows by 0.002% to 0.13% at rank 16, by 1% at rank 64.
 Left out on purpose: correlation of x with its rounding error, randomized SVD, training of grid, bias or scales, higher derivatives.
 Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
 """
@@ -246,6 +252,23 @@ def decompose(
     return gw, A_rK.float(), B_Or.float()
 
 
+def quantize_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(qA_rK int8, qB_Or int8, scale_2r float32): a_r and b_r of the module docstring, 0 for a factor of zeros.
+
+    ValueError for inf or NaN."""
+    A_rK, B_Or = A_rK.detach().float(), B_Or.detach().float()
+    if not (torch.isfinite(A_rK).all() and torch.isfinite(B_Or).all()):
+        raise ValueError("LoRA factors contain inf or NaN")
+    scale_2r = torch.stack([torch.linalg.vector_norm(A_rK, torch.inf, 1), torch.linalg.vector_norm(B_Or, torch.inf, 0)]) / 127
+    a_r, b_r = torch.where(scale_2r > 0, scale_2r, 1.0)
+    return (A_rK / a_r[:, None]).round_().to(torch.int8), (B_Or / b_r).round_().to(torch.int8), scale_2r
+
+
+def dequantize_lora(qA_rK: Tensor, qB_Or: Tensor, scale_2r: Tensor) -> tuple[Tensor, Tensor]:
+    """(A_rK, B_Or), float32."""
+    return qA_rK * scale_2r[0][:, None], qB_Or * scale_2r[1]
+
+
 # ------------------------------------------------------------------------------------------------ layers
 
 
@@ -268,13 +291,18 @@ class PackedLayer(nn.Module):
     """What the three layers share. Everything but A and B is a buffer, so state_dict() is what safetensors saves:
     codes_OP, mult_P uint8; scale_O, inv_smooth (if smoothed) float32; bias (if any); Parameters lora_A, lora_B float32
     (if rank > 0). anchor_A, anchor_B are not part of it, a deployed checkpoint has no use for them: see anchor_state.
+    In the deployed form (store_8bit, or lora_bits=8) scale_O is the byte of kernels.pack_scales, the same number exactly;
+    lora_A and lora_B are int8 buffers, lora_scale (2, rank) float32 is beside them, and only x has a gradient.
 
     The layer follows the dtype of its input. .to(dtype), .half() .. move it but cast nothing: bfloat16 scales would
     change the weights, and bfloat16 A, B would not take small updates."""
 
-    def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False):
-        """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float."""
+    def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
+        """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
+        lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
         super().__init__()
+        if lora_bits not in (8, 16):
+            raise ValueError(f"LoRA factors are kept in 8 or 16 bits, not {lora_bits}")
         quant.check_group(group)
         quant.check_group(group_x)
         O, I = layer.weight.shape[:2]
@@ -287,11 +315,16 @@ class PackedLayer(nn.Module):
         device = layer.weight.device
         self.register_buffer("codes_OP", torch.empty(O, Kp // 2, dtype=torch.uint8, device=device))
         self.register_buffer("mult_P", torch.empty(-(-O * Kp // group // 2), dtype=torch.uint8, device=device))
-        self.register_buffer("scale_O", torch.empty(O, device=device))
+        deployed = lora_bits == 8
+        self.register_buffer("scale_O", torch.empty(O, dtype=torch.uint8 if deployed else torch.float32, device=device))
         self.register_buffer("inv_smooth", torch.empty(I, device=device) if smooth else None)
         self.register_buffer("bias", None if layer.bias is None else torch.empty_like(layer.bias, requires_grad=False))
-        self.lora_A = nn.Parameter(torch.empty(rank, K, device=device)) if rank else None
-        self.lora_B = nn.Parameter(torch.empty(O, rank, device=device)) if rank else None
+        for name, shape in (("lora_A", (rank, K)), ("lora_B", (O, rank))):
+            if rank and deployed:
+                self.register_buffer(name, torch.empty(shape, dtype=torch.int8, device=device))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device)) if rank else None)
+        self.register_buffer("lora_scale", torch.empty(2, rank, device=device) if rank and deployed else None)
         self.register_buffer("anchor_A", None, persistent=False)
         self.register_buffer("anchor_B", None, persistent=False)
 
@@ -318,14 +351,33 @@ class PackedLayer(nn.Module):
     def set_anchor(self) -> None:
         """The current A, B become A0, B0."""
         if self.rank:
-            self.anchor_A, self.anchor_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+            self.anchor_A, self.anchor_B = (factor.detach().clone() for factor in self.factors())
+
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """(A, B), the Parameters themselves, or their float32 values in the deployed form; None where there is no branch."""
+        if self.lora_scale is None:
+            return self.lora_A, self.lora_B
+        return dequantize_lora(self.lora_A, self.lora_B, self.lora_scale)
+
+    def store_8bit(self) -> None:
+        """In place, and once: the deployed form, without an anchor."""
+        if self.scale_O.dtype == torch.uint8:
+            return
+        self.scale_O = kernels.pack_scales(self.scale_O)
+        if self.rank:
+            *factors, self.lora_scale = quantize_lora(self.lora_A, self.lora_B)
+            del self.lora_A, self.lora_B  # a Parameter cannot be int8
+            for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
+                self.register_buffer(name, factor)
+            self.anchor_A = self.anchor_B = None
 
     @property
     def packed(self) -> kernels.PackedWeight:
-        return kernels.PackedWeight(self.codes_OP, self.mult_P, self.scale_O, self.channels, self.taps, self.group)
+        scale_O = kernels.unpack_scales(self.scale_O) if self.scale_O.dtype == torch.uint8 else self.scale_O
+        return kernels.PackedWeight(self.codes_OP, self.mult_P, scale_O, self.channels, self.taps, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else (self.lora_A, self.lora_B)
+        A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else self.factors()
         with torch.autocast(x.device.type, enabled=False):  # autocast would make the training forward another function
             if torch.is_grad_enabled() and (x.requires_grad or (A is not None and A.requires_grad)):
                 return _StraightThrough.apply(x, A, B, self)
@@ -381,11 +433,11 @@ class W4A16Linear(W4A4Linear):
 
 
 class W4A4Conv2d(PackedLayer):
-    def __init__(self, layer: nn.Conv2d, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False):
+    def __init__(self, layer: nn.Conv2d, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
         plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
         if not plain or isinstance(layer.padding, str):
             raise ValueError("W4A4Conv2d needs an ungrouped, undilated convolution with explicit zero padding")
-        super().__init__(layer, rank, group, group_x, smooth)
+        super().__init__(layer, rank, group, group_x, smooth, lora_bits)
         self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
 
     def run(self, x: Tensor, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
@@ -431,6 +483,12 @@ def set_backend(model: nn.Module, backend: str) -> None:
         layer.backend = backend
 
 
+def store_8bit(model: nn.Module) -> None:
+    """The deployed form of every layer, in place: scales of a byte, LoRA int8."""
+    for _, layer in packed_layers(model):
+        layer.store_8bit()
+
+
 @contextmanager
 def anchor(model: nn.Module):
     """Inside, every layer uses its initial A0, B0: the frozen low-bit copy of the consistency model [R]."""
@@ -462,16 +520,18 @@ def load_anchor_state(model: nn.Module, state: dict[str, Tensor]) -> None:
                 tensor = state.get(f"{name}.{key}")
                 if tensor is None or tensor.shape != like.shape:
                     raise ValueError(f"the anchor state does not fit layer {name!r}")
-                setattr(layer, key, tensor.detach().to(like, copy=True))
+                setattr(layer, key, tensor.detach().to(like.device, torch.float32, copy=True))
 
 
 def merge(layer: PackedLayer, rounding: str = "rtn", H_KK: Tensor | None = None) -> PackedLayer:
     """Strict W4A4: a new layer with Q(Q + BA) and no branch. H_KK: damped second moments of x', for gptq rounding."""
-    w_OK = layer.merged_weight(layer.lora_A, layer.lora_B).detach()
+    w_OK = layer.merged_weight(*layer.factors()).detach()
     gw = quant.quantize_weight(w_OK, layer.group, layer.taps, H_KK, rounding)
     merged = copy.deepcopy(layer)
-    merged.rank, merged.lora_A, merged.lora_B, merged.anchor_A, merged.anchor_B = 0, None, None, None, None
-    merged.load_state_dict(dict(kernels.pack(gw)._asdict()), strict=False)
+    merged.rank, merged.lora_A, merged.lora_B, merged.lora_scale, merged.anchor_A, merged.anchor_B = 0, *[None] * 5
+    pw = kernels.pack(gw)
+    scale_O = kernels.pack_scales(pw.scale_O) if layer.scale_O.dtype == torch.uint8 else pw.scale_O
+    merged.load_state_dict(dict(codes_OP=pw.codes_OP, mult_P=pw.mult_P, scale_O=scale_O), strict=False)
     return merged
 
 

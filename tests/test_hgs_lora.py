@@ -42,7 +42,7 @@ def make_W(O: int, K: int, kind: str, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + 1)
     w = torch.randn(O, K, generator=generator)
     if kind == "outlier":
-        w[:, 0] *= 20
+        w[:, :1] *= 20
     return {"zero": w * 0, "constant": torch.full_like(w, 0.1), "tiny": w * 1e-12}.get(kind, w)
 
 
@@ -542,6 +542,136 @@ def test_merged_layer_is_the_requantized_sum_without_a_branch(kind):
     assert branch_error < merged_error < 0.3, "merging costs rounding error, but remains the same function"
 
 
+FACTORS = st.sampled_from(["normal", "outlier", "zero", "constant", "tiny", "zero component"])
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5), FACTORS, st.integers(0, 999))
+@example(O=3, K=5, rank=0, kind="normal", seed=0)
+@example(O=1, K=1, rank=2, kind="zero component", seed=0)
+def test_lora_in_8_bits_moves_no_entry_by_more_than_half_a_step(O, K, rank, kind, seed):
+    """Catches: one scale for all ranks, scales of the other axis, codes that wrap at 128, NaN from a component of zeros."""
+    A, B = make_W(rank, K, kind, seed) * 3e-3, make_W(O, rank, kind, seed + 7)
+    if rank and kind == "zero component":
+        A[0], B[:, -1] = 0, 0
+    qA, qB, scale = hgs_lora.quantize_lora(A, B)
+    assert qA.dtype == qB.dtype == torch.int8 and scale.dtype == torch.float32
+    assert (qA.shape, qB.shape, scale.shape) == ((rank, K), (O, rank), (2, rank))
+    A8, B8 = hgs_lora.dequantize_lora(qA, qB, scale)
+    assert A8.shape == A.shape and B8.shape == B.shape and A8.dtype == B8.dtype == torch.float32
+    a_r, b_r = scale.double()
+    slack = 1 + 1e-5  # float32 division by the scale
+    assert ((A8 - A).abs() <= a_r[:, None] / 2 * slack).all() and ((B8 - B).abs() <= b_r / 2 * slack).all()
+    if rank:
+        assert torch.allclose(a_r, A.double().abs().amax(1) / 127) and torch.allclose(b_r, B.double().abs().amax(0) / 127)
+        assert qA.abs().max() <= 127 and qB.abs().max() <= 127
+        moved = (B8.double()[:, :, None] * A8.double() - B.double()[:, :, None] * A.double()).abs()
+        assert (moved <= (a_r * b_r * 127.25 * slack)[None, :, None]).all()
+
+
+def test_lora_that_is_no_number_is_refused_in_8_bits():
+    """Catches: int8 codes of NaN, which are ordinary numbers."""
+    A, B = torch.ones(2, 3), torch.ones(4, 2)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="LoRA factors contain inf or NaN"):
+            hgs_lora.quantize_lora(A * bad, B)
+        with pytest.raises(ValueError, match="LoRA factors contain inf or NaN"):
+            hgs_lora.quantize_lora(A, B * bad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank,smooth,bias", [(3, True, True), (0, False, False)])
+def test_deployed_form_is_the_kernel_with_factors_in_8_bits(kind, rank, smooth, bias):
+    """Catches: scales of weights that change in their byte, factors in another dtype than x, a Parameter that stays behind."""
+    layer, packed, x = make_layer(kind, rank=rank, smooth=smooth, bias=bias)
+    stored = copy.deepcopy(packed)
+    stored.store_8bit()
+    stored.store_8bit()  # once is enough
+    reference = copy.deepcopy(packed).requires_grad_(False)
+    if rank:
+        A8, B8 = hgs_lora.dequantize_lora(*hgs_lora.quantize_lora(packed.lora_A, packed.lora_B))
+        reference.lora_A.data, reference.lora_B.data = A8, B8
+        assert not torch.equal(A8, packed.lora_A)
+    for dtype in (torch.float32, torch.bfloat16):
+        for model in (stored, copy.deepcopy(stored).to(torch.bfloat16)):  # casts nothing
+            assert torch.equal(model(x.to(dtype)), deployed(kind, reference, x.to(dtype)))
+    assert not list(stored.parameters())
+    state = stored.state_dict()
+    lora = {"lora_A", "lora_B", "lora_scale"} if rank else set()
+    optional = ({"inv_smooth"} if smooth else set()) | ({"bias"} if bias else set())
+    assert set(state) == {"codes_OP", "mult_P", "scale_O"} | lora | optional
+    assert state["scale_O"].dtype == torch.uint8 and all(state[k].dtype == torch.int8 for k in lora - {"lora_scale"})
+    twin = type(stored)(layer, rank, 16, 8, smooth, lora_bits=8)
+    twin.load_state_dict(load(save(state)))
+    assert torch.equal(twin(x), stored(x))
+    on_meta = type(stored)(copy.deepcopy(layer).to("meta"), rank, 16, 8, smooth, lora_bits=8).state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in on_meta.items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deployed_form_has_a_gradient_for_its_input_alone(kind):
+    """Catches: a backward without the branch, with int8 factors, or one that asks for their gradients."""
+    _, packed, x = make_layer(kind)
+    stored = copy.deepcopy(packed)
+    hgs_lora.store_8bit(nn.Sequential(stored))
+    packed.lora_A.data, packed.lora_B.data = stored.factors()
+    for layer in (packed, stored):
+        assert not layer(x).requires_grad or layer is packed
+    grads = []
+    for layer in (packed.requires_grad_(False), stored):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        grads.append(leaf.grad)
+    assert grads[0].any() and torch.equal(*grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deployed_form_merges_and_anchors_like_the_layer_with_its_factors(kind):
+    """Catches: a merge of int8 codes as if they were numbers, a float scale in a merged deployed layer, an anchor in int8."""
+    _, packed, x = make_layer(kind)
+    stored = copy.deepcopy(packed)
+    stored.store_8bit()
+    packed.lora_A.data, packed.lora_B.data = stored.factors()
+    merged, expected = hgs_lora.merge(stored), hgs_lora.merge(packed)
+    assert torch.equal(merged(x), expected(x)) and merged.lora_A is None and merged.lora_scale is None
+    assert merged.scale_O.dtype == torch.uint8 and torch.equal(kernels.unpack_scales(merged.scale_O), expected.scale_O)
+    with pytest.raises(ValueError, match="has no anchor"), hgs_lora.anchor(stored):
+        pass
+    packed.set_anchor()
+    hgs_lora.load_anchor_state(stored, hgs_lora.anchor_state(packed))
+    with hgs_lora.anchor(stored):
+        assert torch.equal(stored(x), packed(x))
+    stored.set_anchor()
+    assert stored.anchor_A.dtype == torch.float32 and torch.equal(stored.anchor_A, packed.anchor_A)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("rank", [16, 64])
+def test_8_bits_of_lora_add_less_than_2_percent_to_the_error_of_4_bits(rank, smooth):
+    """Catches: a scale for all ranks (weak components lost), 7 bits, a scale that is rounded. Rank 64 carries most of this W."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 192), torch.randn(512, 256)
+    lam = torch.rand(256) + 0.5 if smooth else None
+    w, x1 = (layer.weight.detach(), x) if lam is None else (layer.weight.detach() * lam, x / lam)
+    gw, A, B = hgs_lora.decompose(w, x1.mT @ x1 / len(x), rank)
+    packed = hgs_lora.W4A4Linear.from_float(layer, gw, A, B, lam)
+    with torch.no_grad():
+        four = packed(x)
+        packed.store_8bit()
+        eight, exact = packed(x), layer(x)
+    assert not torch.equal(eight, four)
+    assert (eight - exact).norm() < 1.02 * (four - exact).norm()
+
+
+def test_native_backend_runs_the_deployed_form():
+    """Catches: bytes of scales or int8 factors handed to C++."""
+    for kind in KINDS:
+        _, layer, x = make_layer(kind)
+        layer.store_8bit()
+        eager = layer(x)
+        hgs_lora.set_backend(layer, "native")
+        assert torch.allclose(layer(x), eager, rtol=1e-5, atol=1e-5)
+
+
 def test_replace_finds_nested_and_numbered_modules_and_names_a_missing_one():
     """Catches: setattr with dots in the name, a typo that adds a new module."""
     model = nn.Sequential(nn.ModuleDict({"to_q": nn.Linear(20, 12)}), nn.Linear(12, 2))
@@ -562,6 +692,8 @@ def test_constructors_refuse_what_the_kernels_cannot_do():
         hgs_lora.W4A4Linear(nn.Linear(8, 4), 5, 8)
     with pytest.raises(ValueError, match="group size"):
         hgs_lora.W4A4Linear(nn.Linear(8, 4), 2, 8, group_x=12)
+    with pytest.raises(ValueError, match="8 or 16 bits, not 4"):
+        hgs_lora.W4A4Linear(nn.Linear(8, 4), 2, 8, lora_bits=4)
     with pytest.raises(ValueError, match="8 channels and 1 taps"):
         hgs_lora.W4A4Linear.from_float(nn.Linear(16, 4), quant.quantize_weight(torch.randn(4, 8), 8))
 

@@ -1,0 +1,385 @@
+"""What a packed network holds and what its training will need, from shapes alone: nothing here allocates a weight.
+
+    python memory.py --model sdxl                      the table of layers, the planned peak of training, the memory ratio
+    python memory.py --model flux --limit 48GB         .. and how training fits: micro-batch, checkpointing, teacher
+
+Packed network.  Every layer is built on the meta device as the deployed layer itself (hgs_lora.PackedLayer, lora_bits=8), and the
+sizes of its tensors are added up; a checkpoint holds the same tensors, byte for byte:
+
+    codes      4 bits a weight, channels padded to a multiple of the group
+    scales     multipliers, 4 bits a group; a byte a row
+    LoRA       A, B int8, two float32 a rank
+    16 bit     layers that keep their weight, biases, norms
+
+    memory_ratio = all of that / 2 bytes for every parameter of the network that it replaces
+
+Training.  Planned peak = what stays + the most that is alive besides, in the worst of three moments:
+
+    train      student, A and B float32, their gradients, Adam's moments, the anchor A0 B0, inputs of the rank's batch
+               + teacher (resident), teacher / world (sharded) or nothing (offloaded)
+               + activations of the student, forward and backward of one micro-batch
+    teach      the same, all of the teacher (sharded: its part, two blocks and what lies outside of blocks)
+               + activations of its forward; a guided UNet runs both halves of its batch at once
+    update     the same as train without activations, + a copy of A and B (AdamW's square root), + one to average over ranks
+
+Activations are not fitted to anything: the real modules run forward and backward on fake tensors (FakeTensorMode: shapes and
+lifetimes, no numbers) under a mode that follows which storages are alive. The layer's int8 weights, float32 copies in its backward,
+im2col and the recomputation of gradient checkpointing are in it because they happen. From two samples on the operations are the
+same and their sizes affine in the batch, so the curves of 2 and 3 samples give all others exactly (one alone skips some copies).
+
+Kernels are the eager ones, which run on CUDA; attention never holds the scores of all tokens (flash). Not in it: the CUDA context
+and the allocator's fragments (24GB is 24e9 bytes, a 24 GB card has 25.8e9), workspaces inside of an operation, and what fused
+kernels save. Checked against resident memory on the CPU; on a GPU not yet.
+"""
+
+import argparse
+import functools
+import math
+import re
+import weakref
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import checkpoint
+import hgs_lora
+import models
+from models import UserError
+
+SHAPES = {  # latent (C, H, W) and caption tokens
+    "tiny": ((12, 16, 16), 24), "tiny-flux": ((12, 16, 16), 24), "sdxl": ((4, 128, 128), 77), "flux": ((16, 128, 128), 512),
+}  # fmt: skip
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+STATES = 5  # latents of a rollout that are kept, four phases
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GB" -> 24e9, "24GiB" -> 24 * 2^30. UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not found or found[2] not in UNITS:
+        raise UserError(f"{text!r} is no amount of memory: write it as 24GB or 24GiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def meta_network(name: str) -> nn.Module:
+    """A network of models.NETWORKS in bfloat16, without memory."""
+    with torch.device("meta"):
+        net = models.NETWORKS[name]()
+    return nn.Module.to(net, torch.bfloat16)  # diffusers' own .to warns about layers that it has none of
+
+
+# ------------------------------------------------------------------------------------------------ the packed network
+
+
+class Row(NamedTuple):
+    """A layer, and in the last row all parameters outside of layers. Sizes in bytes."""
+
+    name: str
+    kind: str  # w4a4, w4a16, 16bit
+    shape: tuple[int, ...]
+    rank: int
+    codes: int
+    scales: int
+    lora: int
+    other: int  # 16-bit weight, bias
+    bf16: int  # of the layer that it replaces
+
+    @property
+    def bytes(self) -> int:
+        return self.codes + self.scales + self.lora + self.other
+
+
+def layer_table(net: nn.Module, rank: int | dict[str, int] = 16, lora_bits: int = 8, group_w: int = 64, merged=False) -> list[Row]:
+    """One Row for every Linear and Conv2d of a diffusers network (best on the meta device), one for the rest.
+
+    rank: of every quantized layer, at most its smaller side, or a rank for each name. lora_bits=16: 16-bit factors in the file."""
+    rows = []
+    for name, layer in models.float_layers(net).items():
+        kind, shape = models.precision(name), tuple(layer.weight.shape)
+        bias, weight = 0 if layer.bias is None else 2 * layer.bias.numel(), layer.weight.numel()
+        if kind == "16bit":
+            rows.append(Row(name, kind, shape, 0, 0, 0, 0, 2 * weight + bias, 2 * weight + bias))
+            continue
+        r = 0 if merged else rank[name] if isinstance(rank, dict) else min(rank, shape[0], weight // shape[0])
+        packed = checkpoint.packed_class(kind, layer)(layer.to("meta"), r, group_w, lora_bits=8)
+        factors = [t for t in (packed.lora_A, packed.lora_B) if t is not None]
+        lora = sum(t.numel() for t in factors) * lora_bits // 8 + (packed.lora_scale.nbytes if r and lora_bits == 8 else 0)
+        scales = packed.mult_P.nbytes + packed.scale_O.nbytes
+        rows.append(Row(name, kind, shape, r, packed.codes_OP.nbytes, scales, lora, bias, 2 * weight + bias))
+    everything = 2 * sum(t.numel() for t in net.state_dict().values())
+    rest = everything - sum(row.bf16 for row in rows)
+    return [*rows, Row("norms and other parameters", "16bit", (), 0, 0, 0, 0, rest, rest)]
+
+
+def ratio(rows: list[Row]) -> float:
+    """Bytes of the packed network / bytes of the network in bfloat16."""
+    return sum(row.bytes for row in rows) / sum(row.bf16 for row in rows)
+
+
+def format_table(rows: list[Row]) -> str:
+    """Layers of one kind, shape and rank in a line, then the totals."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.shape, row.rank), []).append(row)
+    lines = [f"{'count':>5s} {'kind':6s}{'shape':>20s}{'rank':>6s}{'MB':>10s}  layers"]
+    for (kind, shape, rank), layers in sorted(groups.items(), key=lambda group: -sum(row.bytes for row in group[1])):
+        tails = dict.fromkeys(".".join(p for p in row.name.split(".")[-3:] if not p.isdigit()) for row in layers)
+        names = ", ".join(list(tails)[:3]) + (", .." if len(tails) > 3 else "")
+        size = sum(row.bytes for row in layers) / 1e6
+        lines.append(f"{len(layers):5d} {kind:6s}{' x '.join(map(str, shape)):>20s}{rank or '-':>6}{size:10.2f}  {names}")
+    counts = ", ".join(f"{sum(row.kind == kind and row.shape != () for row in rows)} {kind}" for kind in ("w4a4", "w4a16", "16bit"))
+    bf16 = sum(row.bf16 for row in rows)
+    totals = {
+        "quantized weights": "codes",
+        "their scales": "scales",
+        "LoRA, 8 bits": "lora",
+        "16-bit layers, biases, norms": "other",
+    }
+    sums = {what: sum(getattr(row, field) for row in rows) for what, field in totals.items()}
+    lines.append(f"\n{counts}; {bf16 / 2e9:.3f} B parameters, {bf16 / 1e6:,.1f} MB in bfloat16")
+    for what, size in (sums | {"packed network": sum(sums.values())}).items():
+        lines.append(f"{what:30s}{size / 1e6:12,.1f} MB {size / bf16:8.2%}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ what is alive
+
+
+class Live(TorchDispatchMode):
+    """Inside: bytes of the storages that operations made and that are still alive, after each operation (`curve`).
+
+    existing: modules whose tensors and gradients are no news. Works on real tensors as on fake ones."""
+
+    def __init__(self, *existing: nn.Module):
+        super().__init__()
+        self.now, self.curve, self.known = 0, [0], {}
+        for module in existing:
+            gradients = (p.grad for p in module.parameters() if p.grad is not None)
+            for t in (*module.parameters(), *module.buffers(), *gradients):
+                self.known[id(t.untyped_storage())] = t.untyped_storage()
+
+    def _freed(self, key: int, size: int, _) -> None:
+        self.now -= size
+        del self.known[key]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:  # half of what a fake tensor asks
+            return out
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if id(storage) not in self.known:
+                    key, size = id(storage), storage.nbytes()
+                    self.known[key] = weakref.ref(storage, functools.partial(self._freed, key, size))
+                    self.now += size
+        self.curve.append(self.now)
+        return out
+
+
+def inputs(net: nn.Module, latent: tuple[int, int, int], tokens: int, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Keyword arguments of one call of an SDXL-class UNet or a FLUX transformer, zeros."""
+    cfg, (C, H, W) = net.config, latent
+    if hasattr(net, "transformer_blocks"):
+        image = (H // 2) * (W // 2)
+        shapes = {"hidden_states": (batch, image, 4 * C), "encoder_hidden_states": (batch, tokens, cfg.joint_attention_dim)}
+        given = {k: torch.zeros(v, dtype=dtype) for k, v in shapes.items()}
+        given |= {"pooled_projections": torch.zeros(batch, cfg.pooled_projection_dim, dtype=dtype), "timestep": torch.ones(batch)}
+        given |= {"img_ids": torch.zeros(image, 3, dtype=dtype), "txt_ids": torch.zeros(tokens, 3, dtype=dtype)}
+        return given | ({"guidance": torch.ones(batch)} if cfg.guidance_embeds else {})
+    pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
+    added = {"text_embeds": torch.zeros(batch, pooled, dtype=dtype), "time_ids": torch.zeros(batch, 6, dtype=dtype)}
+    told = torch.zeros(batch, cfg.time_cond_proj_dim, dtype=dtype) if cfg.time_cond_proj_dim else None
+    text = torch.zeros(batch, tokens, cfg.cross_attention_dim, dtype=dtype)
+    x = torch.zeros(batch, C, H, W, dtype=dtype)
+    return {
+        "sample": x,
+        "timestep": torch.ones(batch),
+        "encoder_hidden_states": text,
+        "added_cond_kwargs": added,
+        "timestep_cond": told,
+    }
+
+
+def step(net: nn.Module, given: dict, gradients: bool) -> list[int]:
+    """The curve of one forward (and backward) of `net`: real if its tensors are real, simulated if they are fake. Gradients of
+    parameters are there before."""
+    for p in net.parameters() if gradients else ():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    with Live(net) as live, torch.set_grad_enabled(gradients):
+        y = net(**given, return_dict=False)[0]
+        if gradients:
+            y.float().square().mean().backward()
+    return live.curve
+
+
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, once each."""
+    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def packed_twin(net: nn.Module, rank: int, group_w: int = 64) -> nn.Module:
+    """`net` (meta), its layers replaced in place by packed ones in training form: A and B require gradients, nothing else."""
+    for name, layer in models.float_layers(net).items():
+        if (kind := models.precision(name)) != "16bit":
+            r = min(rank, len(layer.weight), layer.weight[0].numel())
+            hgs_lora.replace(net, name, checkpoint.packed_class(kind, layer)(layer, r, group_w))
+    for name, p in net.named_parameters():
+        p.requires_grad_("lora_" in name)
+    return net
+
+
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: what a sharded teacher gathers one at a time."""
+    return [module for module in net.modules() if type(module).__name__.endswith("TransformerBlock")]
+
+
+class Footprint:
+    """Sizes in bytes of what training a network needs, and its activations; costs seconds for each kind of activations.
+
+    build() -> the float network on the meta device, called twice. cm_rank: of the consistency LoRA on the teacher, 0 for none."""
+
+    def __init__(self, build, latent, tokens: int, rank: int = 16, cm_rank: int = 64, dtype=torch.bfloat16, group_w: int = 64):
+        self.shapes = (tuple(latent), tokens)
+        self.dtype, self.rank, self.curves = dtype, rank, {}
+        student, teacher = packed_twin(nn.Module.to(build(), dtype), rank, group_w), nn.Module.to(build(), dtype)
+        self.mode = FakeTensorMode()
+        with self.mode:
+            self.student, self.teacher = (net._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)) for net in (student, teacher))
+            if cm_rank:
+                models.add_lora(SimpleNamespace(net=self.teacher), cm_rank)
+                for lora in models.loras(SimpleNamespace(net=self.teacher)).values():
+                    lora.lora_A, lora.lora_B = (nn.Parameter(p.detach().to(dtype)) for p in (lora.lora_A, lora.lora_B))
+            for net in (self.student, self.teacher):
+                net.train()
+            per_sample = [t for t in tree_leaves(inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
+        self.guided = not hasattr(teacher, "transformer_blocks")  # FLUX embeds its guidance
+        self.factors = sum(p.nbytes for p in self.student.parameters() if p.requires_grad)
+        self.packed = sum(t.nbytes for t in tensors_of(self.student)) - self.factors
+        self.network = sum(t.nbytes for t in tensors_of(self.teacher))
+        sizes = [sum(t.nbytes for t in tensors_of(block)) for block in blocks(self.teacher)]
+        self.gathered = 2 * max(sizes, default=0) + self.network - sum(sizes)
+        self.sample = sum(t.nbytes for t in per_sample) + STATES * 4 * math.prod(latent)
+
+    def activations(self, what: str, batch: int) -> int:
+        """The most that is alive beside weights and inputs: what = "teacher", "student" or "checkpointed" (the student)."""
+        if what not in self.curves:
+            net = self.teacher if what == "teacher" else self.student
+            with self.mode:
+                if what != "teacher":
+                    (net.enable_gradient_checkpointing if what == "checkpointed" else net.disable_gradient_checkpointing)()
+                pair = []
+                for n in (2, 3):
+                    pair.append(step(net, inputs(net, *self.shapes, n, self.dtype), gradients=what != "teacher"))
+            two, three = map(torch.tensor, pair)  # int64, the same operations
+            self.curves[what] = (3 * two - 2 * three, three - two)
+        fixed, each = self.curves[what]
+        return int((fixed + batch * each).max())
+
+
+class Plan(NamedTuple):
+    peak: int  # bytes
+    moment: str  # train, teach or update
+    parts: dict[str, int]  # bytes at that moment
+    micro_batch: int
+    checkpointing: bool
+    teacher: str
+
+    @property
+    def how(self) -> str:
+        checkpointing = "with" if self.checkpointing else "without"
+        return f"micro-batch {self.micro_batch} {checkpointing} gradient checkpointing, teacher {self.teacher}"
+
+    def __str__(self) -> str:
+        lines = [f"planned peak of training {self.peak / 1e9:.2f} GB ({self.how}), reached in `{self.moment}`:"]
+        return "\n".join([*lines, *(f"  {what:32s}{size / 1e9:8.3f} GB" for what, size in self.parts.items() if size)])
+
+
+TEACHERS = {"resident": "resident", "shard": "sharded", "offload": "offloaded"}
+
+
+def plan(fp: Footprint, batch: int, micro_batch: int, checkpointing: bool, teacher: str = "resident", world: int = 1) -> Plan:
+    """The planned peak of one rank, by the equations of the module docstring. batch: over all ranks; teacher: of TEACHERS."""
+    a_b, samples = fp.factors, batch // world
+    stays = {
+        "packed student": fp.packed, "A, B (float32)": a_b, "their gradients": a_b, "Adam's moments": 2 * a_b, "anchor A0, B0": a_b,
+        "inputs and states": samples * fp.sample,
+    }  # fmt: skip
+    between = {"resident": fp.network, "shard": -(-fp.network // world), "offload": 0}[teacher]
+    during = between + fp.gathered if teacher == "shard" else fp.network
+    student = fp.activations("checkpointed" if checkpointing else "student", micro_batch)
+    taught = fp.activations("teacher", micro_batch * (2 if fp.guided else 1))
+    moments = {
+        "train": stays | {"teacher and its LoRA": between, "activations": student},
+        "teach": stays | {"teacher and its LoRA": during, "activations": taught},
+        "update": stays | {"teacher and its LoRA": between, "copies of A, B": a_b * (2 if world > 1 else 1)},
+    }
+    worst = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return Plan(sum(moments[worst].values()), worst, moments[worst], micro_batch, checkpointing, TEACHERS[teacher])
+
+
+def choose(limit: int, fp: Footprint, batch: int, world: int = 1, shard: bool = False) -> Plan:
+    """The first of resident, sharded (if `shard`) and offloaded teacher, without and with gradient checkpointing, that fits `limit`
+    bytes at micro-batch 1, with the largest power of two as micro-batch that fits. UserError if nothing does."""
+    samples = batch // world
+    micro = [n for n in (2**k for k in range(samples.bit_length())) if samples % n == 0]
+    teachers = ["shard"] if shard and world > 1 else ["resident", "offload"]
+    for teacher in teachers:
+        for checkpointing in (False, True):
+            best = plan(fp, batch, 1, checkpointing, teacher, world)
+            if best.peak > limit:
+                continue
+            for n in micro[1:]:
+                larger = plan(fp, batch, n, checkpointing, teacher, world)
+                best = larger if larger.peak <= limit else best
+            return best
+    raise UserError(
+        f"training needs {best.peak / 1e9:.2f} GB ({best.how}) and the limit is {limit / 1e9:.2f} GB: use a GPU with more memory, "
+        "--shard-teacher on several GPUs, a smaller --batch or a lower --rank"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def report(
+    model: str, rank: int = 16, batch: int = 8, limit: str = "", world: int = 1, shard: bool = False, micro_batch: int = 1,
+    checkpointing: bool = False, group_w: int = 64, build=None, shapes=None, training: bool = True,
+) -> None:  # fmt: skip
+    """Print the table of layers, the planned peak of training and, last, `memory_ratio: 0.xxx`.
+
+    limit: such as 24GB; "" plans what micro_batch and checkpointing say, with the teacher resident. build: () -> network on the
+    meta device and shapes: (latent, tokens), where the network is not the one of models.NETWORKS. training=False: no plan.
+    UserError, after the table, if training does not fit the limit."""
+    build, shapes = build or (lambda: meta_network(model)), shapes or SHAPES[model]
+    rows = layer_table(build(), rank, group_w=group_w)
+    print(f"{model}, rank {rank}, groups of {group_w}\n\n{format_table(rows)}")
+    print(f"{'merged, without a branch':30s}{'':15s} {ratio(layer_table(build(), rank, group_w=group_w, merged=True)):8.2%}\n")
+    if training:
+        fp = Footprint(build, *shapes, rank, group_w=group_w)
+        fixed = None if limit else plan(fp, batch, micro_batch, checkpointing, world=world)
+        print(f"{fixed or choose(parse_bytes(limit), fp, batch, world, shard)}\n")
+    print(f"memory_ratio: {ratio(rows):.3f}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("memory.py", allow_abbrev=False)
+    parser.add_argument("--model", choices=tuple(SHAPES), default="tiny-flux")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--limit", default="", help="such as 24GB")
+    parser.add_argument("--world", type=int, default=1, help="GPUs that share the batch")
+    parser.add_argument("--shard", action="store_true", help="share the teacher among them")
+    args = parser.parse_args(argv)
+    if min(args.rank, args.batch, args.world) < 1 or args.batch % args.world:
+        raise UserError("--rank, --batch and --world must be at least 1, and --batch must divide among --world")
+    report(args.model, args.rank, args.batch, args.limit, args.world, args.shard)
+
+
+if __name__ == "__main__":
+    models.run_script("memory.py", main)
