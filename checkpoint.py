@@ -46,7 +46,6 @@ from tqdm import tqdm
 import data
 import hgs_lora
 import integrity
-import kernels
 import models
 import tdpt
 from models import UserError, read_tensors
@@ -419,7 +418,8 @@ def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, t
     layers = models.float_layers(student.net)
     try:
         for key, row in table.items():
-            new = packed_class(row["kind"], layers[key])(layers[key], row["rank"], row["group_w"], row["group_x"], row["smooth"])
+            shape = row["rank"], row["group_w"], row["group_x"], row["smooth"], row.get("lora", 16)
+            new = packed_class(row["kind"], layers[key])(layers[key], *shape)
             hgs_lora.replace(student.net, key, new)
         state = student.state_dict()
         tensors = {k: v.to(state[k].dtype) if isinstance(name, str) else v for k, v in tensors.items() if k in state}
@@ -457,17 +457,18 @@ def load_start(out: Path) -> tuple[models.Denoiser, dict]:
 
 
 def save_checkpoint(out: Path, student: models.Denoiser, table: dict, merged: bool) -> None:
-    """model.safetensors and the table of layers in config.json. merged: Q(Q + BA) in place of the branch, rounded to nearest."""
-    table = {name: dict(row) for name, row in table.items()}
+    """model.safetensors and the table of layers in config.json; `student` takes its deployed form: scales of a byte, LoRA in
+    8 bits. merged: Q(Q + BA) in place of the branch, rounded to nearest."""
+    table = {name: row | {"lora": 8} for name, row in table.items()}
     if merged:
         for name, layer in list(hgs_lora.packed_layers(student.net)):
             hgs_lora.replace(student.net, name, hgs_lora.merge(layer))
             table[name]["rank"] = 0
+    hgs_lora.store_8bit(student.net)
 
     def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        if key.endswith(".scale_O"):
-            return kernels.pack_scales(tensor)
-        return tensor.bfloat16() if tensor.dtype == torch.float32 and not key.endswith(".inv_smooth") else tensor
+        narrow = tensor.dtype == torch.float32 and not key.endswith((".inv_smooth", ".lora_scale"))
+        return tensor.bfloat16() if narrow else tensor
 
     write(out / "model.safetensors", {k: stored(k, v) for k, v in student.state_dict().items()}, {"format": FORMAT}, run_of(out))
     write_config(out, read_config(out) | {"layers": table, "network": network_of(student)})
@@ -481,7 +482,6 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
     tensors, _ = read(folder / "model.safetensors", hint, run_of(folder))
     if "layers" not in about:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
-    tensors = {k: kernels.unpack_scales(v) if k.endswith(".scale_O") else v for k, v in tensors.items()}
     student = _packed_model(about["network"], about["layers"], tensors, folder / "model.safetensors")
     hgs_lora.set_backend(student, about["config"].get("backend", "native"))  # older folders name none
     return student.to(models.FAST), about
@@ -492,10 +492,10 @@ def size(student: models.Denoiser) -> dict[str, float]:
     packed = [layer for _, layer in hgs_lora.packed_layers(student.net)]
     values = sum(layer.out * layer.taps * layer.channels for layer in packed)
     code_bytes = sum(layer.codes_OP.nbytes + layer.mult_P.nbytes + layer.scale_O.numel() for layer in packed)
-    lora = sum(p.numel() for layer in packed for p in (layer.lora_A, layer.lora_B) if p is not None)
+    lora = sum(t.nbytes for layer in packed for t in (layer.lora_A, layer.lora_B, layer.lora_scale) if t is not None)
     inside = {id(t) for layer in packed for t in layer.state_dict(keep_vars=True).values()}
     rest = sum(t.numel() for t in student.net.state_dict(keep_vars=True).values() if id(t) not in inside)
     rest += sum(layer.bias.numel() for layer in packed if layer.bias is not None)
     smooth = sum(layer.inv_smooth.nbytes for layer in packed if layer.inv_smooth is not None)
-    mb = (code_bytes + smooth + 2 * (lora + rest)) / 1e6
-    return {"bits_per_weight": 8 * code_bytes / values, "mb": mb, "mb_bf16": 2 * (values + rest) / 1e6, "mb_lora": 2 * lora / 1e6}
+    mb = (code_bytes + smooth + lora + 2 * rest) / 1e6
+    return {"bits_per_weight": 8 * code_bytes / values, "mb": mb, "mb_bf16": 2 * (values + rest) / 1e6, "mb_lora": lora / 1e6}

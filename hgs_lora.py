@@ -35,10 +35,10 @@ Backward, with g = dL/dy: straight-through on q(x'), and gradients to x, A, B an
 
     dA = (g B)^T x'      dB = g^T (x' A^T)      dx = inv_smooth * (mask * g (W^ + B A))
 
-W^ is dequantized again from the packed codes; W^ + B A (float32) is rounded to the dtype of g; the rank-r products run in
-float32. The mask is zero outside of the activation quantizer's clip range. The deployed quantizer's range reaches to the
-largest value, so the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial A0, B0:
-anchor(model).
+W^ is dequantized again from the packed codes; W^ + B A (float32) is rounded to the dtype of g; all products run in x's dtype, as
+those of a float layer. The mask is zero outside of the activation quantizer's clip range. The deployed quantizer's range reaches
+to the largest value, so the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial
+A0, B0: anchor(model).
 
 Deployment: the branch in 8 bits, or `merge(layer)`: Q(Q + BA) without a branch.  With a scale for each rank on either side,
 
@@ -392,8 +392,8 @@ class PackedLayer(nn.Module):
         return w_OK if A_rK is None else torch.addmm(w_OK, B_Or.float(), A_rK.float())
 
     def _smoothed(self, x: Tensor) -> Tensor:
-        """x' in float32; channels are the last axis."""
-        return x.float() if self.inv_smooth is None else x.float() * self.inv_smooth
+        """x' in x's dtype, the product in float32; channels are the last axis."""
+        return x if self.inv_smooth is None else (x.float() * self.inv_smooth).to(x.dtype)
 
     def _apply(self, fn, recurse=True):
         def move_only(t: Tensor) -> Tensor:
@@ -412,15 +412,15 @@ class W4A4Linear(PackedLayer):
         return kernel(x, self.packed, self.bias, A_rI, B_Or, self.inv_smooth, self.group_x)
 
     def grads(self, g, x, A_rI, B_Or, needs):
-        """(dx, dA, dB), None where not needed."""
+        """(dx, dA, dB), None where not needed. Products in x's dtype, as those of a float layer's backward."""
         g_TO, x1_TI = g.reshape(-1, self.out), self._smoothed(x.reshape(-1, self.channels))
         dx = dA = dB = None
-        if A_rI is not None:
-            low_Tr = g_TO.float() @ B_Or.float()
-            dA = (low_Tr.mT @ x1_TI).to(A_rI.dtype) if needs[1] else None
-            dB = (g_TO.float().mT @ (x1_TI @ A_rI.float().mT)).to(B_Or.dtype) if needs[2] else None
+        if A_rI is not None and (needs[1] or needs[2]):
+            A, B = A_rI.to(x.dtype), B_Or.to(x.dtype)
+            dA = ((g_TO @ B).mT @ x1_TI).to(A_rI.dtype) if needs[1] else None
+            dB = (g_TO.mT @ (x1_TI @ A.mT)).to(B_Or.dtype) if needs[2] else None
         if needs[0]:
-            dx = self._smoothed(g_TO @ self.merged_weight(A_rI, B_Or).to(g.dtype)).to(x.dtype).reshape(x.shape)
+            dx = self._smoothed(g_TO @ self.merged_weight(A_rI, B_Or).to(g.dtype)).reshape(x.shape)
         return dx, dA, dB
 
 
@@ -428,8 +428,7 @@ class W4A16Linear(W4A4Linear):
     """4-bit weight, activations as they are (AdaLN modulation). The straight-through gradient is the exact one here."""
 
     def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
-        x1 = x if self.inv_smooth is None else self._smoothed(x).to(x.dtype)
-        return self._kernel(kernels.w4a16_linear)(x1, self.packed, self.bias, A_rI, B_Or)
+        return self._kernel(kernels.w4a16_linear)(self._smoothed(x), self.packed, self.bias, A_rI, B_Or)
 
 
 class W4A4Conv2d(PackedLayer):
@@ -442,24 +441,27 @@ class W4A4Conv2d(PackedLayer):
 
     def run(self, x: Tensor, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
         kernel, geometry = self._kernel(kernels.w4a4_conv2d), (self.kernel_size, self.stride, self.padding)
-        return kernel(x, self.packed, self.bias, A_rK, B_Or, self.inv_smooth, self.group_x, *geometry)
+        y = kernel(x, self.packed, self.bias, A_rK, B_Or, self.inv_smooth, self.group_x, *geometry)
+        # as nn.Conv2d: the layout of x. On a CPU a small channels-last GroupNorm takes 10 times as long
+        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
     def grads(self, g, x, A_rK, B_Or, needs):
-        """(dx, dA, dB), None where not needed. The branch is conv(A), then a 1x1 convolution B."""
+        """(dx, dA, dB), None where not needed, in x's dtype. The branch is conv(A), then a 1x1 convolution B."""
         strides = dict(stride=self.stride, padding=self.padding)
         x1 = self._smoothed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         dx = dA = dB = None
-        if A_rK is not None:
-            A_rIhw = quant.unflatten_conv(A_rK.float(), self.kernel_size)
-            low = torch.einsum("nohw,or->nrhw", g.float(), B_Or.float())
+        if A_rK is not None and (needs[1] or needs[2]):
+            A_rIhw, B = quant.unflatten_conv(A_rK.to(x.dtype), self.kernel_size), B_Or.to(x.dtype)
             if needs[1]:
+                low = F.conv2d(g, B.mT[:, :, None, None])
                 dA = quant.flatten_conv(nn.grad.conv2d_weight(x1, A_rIhw.shape, low, **strides)).to(A_rK.dtype)
             if needs[2]:
-                dB = torch.einsum("nohw,nrhw->or", g.float(), F.conv2d(x1, A_rIhw, **strides)).to(B_Or.dtype)
+                low = F.conv2d(x1, A_rIhw, **strides)
+                dB = (g.transpose(0, 1).flatten(1) @ low.transpose(0, 1).flatten(1).mT).to(B_Or.dtype)
         if needs[0]:
             w_OIhw = quant.unflatten_conv(self.merged_weight(A_rK, B_Or), self.kernel_size).to(g.dtype)
             dx = nn.grad.conv2d_input(x.shape, w_OIhw, g, **strides)
-            dx = self._smoothed(dx.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(x.dtype)
+            dx = self._smoothed(dx.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return dx, dA, dB
 
 

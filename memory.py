@@ -18,7 +18,7 @@ Training.  Planned peak = what stays + the most that is alive besides, in the wo
     train      student, A and B float32, their gradients, Adam's moments, the anchor A0 B0, inputs of the rank's batch
                + teacher (resident), teacher / world (sharded) or nothing (offloaded)
                + activations of the student, forward and backward of one micro-batch
-    teach      the same, all of the teacher (sharded: its part, two blocks and what lies outside of blocks)
+    teach      the same, and of the teacher two blocks and what lies outside of blocks where it is not resident
                + activations of its forward; a guided UNet runs both halves of its batch at once
     update     the same as train without activations, + a copy of A and B (AdamW's square root), + one to average over ranks
 
@@ -311,7 +311,7 @@ def plan(fp: Footprint, batch: int, micro_batch: int, checkpointing: bool, teach
         "inputs and states": samples * fp.sample,
     }  # fmt: skip
     between = {"resident": fp.network, "shard": -(-fp.network // world), "offload": 0}[teacher]
-    during = between + fp.gathered if teacher == "shard" else fp.network
+    during = {"resident": fp.network, "shard": between + fp.gathered, "offload": fp.gathered}[teacher]
     student = fp.activations("checkpointed" if checkpointing else "student", micro_batch)
     taught = fp.activations("teacher", micro_batch * (2 if fp.guided else 1))
     moments = {

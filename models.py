@@ -283,10 +283,12 @@ def to_pictures(latents: torch.Tensor) -> torch.Tensor:
 def precision(name: str) -> str:
     """Which of 16bit, w4a16, w4a4 the Linear or Conv2d `name` of a UNet2DConditionModel or FluxTransformer2DModel becomes."""
     first, last = name.split(".")[0], name.split(".")[-1]
-    if first in ("conv_in", "conv_out", "x_embedder", "context_embedder", "proj_out"):
-        return "16bit"  # what touches pixels and text: 1% of the parameters, much of the error
+    if first in ("conv_in", "conv_out", "x_embedder", "proj_out"):
+        return "16bit"  # what touches pixels: 1% of the parameters, much of the error
     if first in ("time_embedding", "add_embedding", "time_text_embed"):
         return "16bit"
+    if first == "context_embedder":
+        return "w4a16"  # FLUX's text, once for each step
     if last == "time_emb_proj" or re.search(r"(^|\.)(norm1|norm1_context|norm|norm_out)\.linear$", name):
         return "w4a16"  # modulations: many parameters, one token, no compute
     return "w4a4"

@@ -272,7 +272,7 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
     cls, part = family(denoiser.net)
     for name, layer in hgs_lora.packed_layers(denoiser.net):
         if layer.rank:
-            A_rK, B_Or = layer.lora_A, layer.lora_B
+            A_rK, B_Or = layer.factors()
             if update:
                 A_rK = torch.cat([A_rK, start[name].anchor_A])
                 B_Or = torch.cat([B_Or, -start[name].anchor_B], 1)

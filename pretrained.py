@@ -18,6 +18,7 @@ is a UserError whose sentence names the command that helps.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
@@ -35,6 +36,7 @@ from torch.distributed.fsdp import fully_shard
 import cache
 import checkpoint
 import data
+import memory
 import models
 import tdpt
 from models import UserError
@@ -364,18 +366,53 @@ def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
     return denoiser.requires_grad_(False)
 
 
+def skeleton(name: str, base: str = "") -> nn.Module:
+    """The float network on the meta device: of a folder's or hub id's config, or the official one ("" and single files)."""
+    with torch.device("meta"):
+        if not base or is_file(base):
+            return models.NETWORKS[name]()
+        with explained("the denoiser's config", base):
+            cls = models.NETWORK_CLASSES[name]
+            return cls.from_config(cls.load_config(base, subfolder=PART[name]))
+
+
+def dry_run(cfg) -> None:
+    """The table of layers, the planned peak, and last the memory ratio."""
+    latent, tokens = memory.SHAPES[cfg.model]
+    side = cfg.resolution // FACTOR or latent[1]
+    memory.report(
+        cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), cfg.shard_teacher, cfg.micro or cfg.batch,
+        cfg.checkpointing, cfg.group_w, lambda: skeleton(cfg.model, cfg.teacher), ((latent[0], side, side), tokens),
+    )  # fmt: skip
+
+
+def planned(cfg):
+    """cfg with micro, checkpointing and offload as --memory-limit asks for; prints the planned peak. UserError if nothing fits."""
+    latent, tokens = memory.SHAPES[cfg.model]
+    side = cfg.resolution // FACTOR or latent[1]
+    fp = memory.Footprint(
+        lambda: skeleton(cfg.model, cfg.teacher), (latent[0], side, side), tokens, cfg.rank, dtype=getattr(torch, cfg.dtype),
+        group_w=cfg.group_w,
+    )  # fmt: skip
+    teacher = "shard" if cfg.shard_teacher else "offload" if cfg.offload else "resident"
+    if cfg.memory_limit:
+        plan = memory.choose(memory.parse_bytes(cfg.memory_limit), fp, cfg.batch, checkpoint.world(), cfg.shard_teacher)
+        choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}
+        cfg = dataclasses.replace(cfg, **choice)
+    else:
+        micro = cfg.micro or cfg.batch // checkpoint.world()
+        plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, checkpoint.world())
+    if checkpoint.rank() == 0:
+        print(plan)
+    return cfg
+
+
 def place(network: models.Denoiser, device: str, offload: bool, shard: bool) -> None:
     """Where a frozen network's weights are: on the device; in main memory, coming layer by layer (`offload`); or a part on
     every process of the torchrun (`shard`, FSDP2), blocks gathered when they are used."""
     if shard:
-        for block in network.net.modules():
-            if type(block).__name__ in (
-                "BasicTransformerBlock",
-                "ResnetBlock2D",
-                "FluxTransformerBlock",
-                "FluxSingleTransformerBlock",
-            ):
-                fully_shard(block)
+        for block in memory.blocks(network.net):
+            fully_shard(block)
         fully_shard(network.net)
     elif offload and device != "cpu":
         apply_group_offloading(

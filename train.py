@@ -31,6 +31,7 @@ import evaluate
 import hgs_lora
 import kernels
 import models
+import pipeline
 import pretrained
 import qra
 import quant
@@ -287,6 +288,10 @@ def train_student(cfg: Config, out: Path) -> None:
         checkpoint.save_checkpoint(out, packed, table, merged=cfg.deploy == "merged")
     if cfg.model in models.REAL:
         evaluate.latent_report(out, network, dataclasses.asdict(cfg), examples, leader=rank() == 0)
+        if rank() == 0:
+            pipeline.write_card(out)
+        if rank() == 0 and cfg.export == "lora":
+            pipeline.export_lora(out, out / "lora.safetensors")
     elif rank() == 0:
         evaluate.closing_report(out, network.to(models.FAST), dataclasses.asdict(cfg))
 
@@ -313,7 +318,7 @@ def main(argv: list[str]) -> None:
     check(cfg)
     print("\n".join(f"{k:12} {v}" for k, v in dataclasses.asdict(cfg).items()))
     if cfg.dry_run:
-        return
+        return pretrained.dry_run(cfg) if cfg.model in models.REAL else None
     if "RANK" in os.environ and not dist.is_initialized():
         cuda = cfg.device == "cuda"
         if cuda:
@@ -327,6 +332,7 @@ def main(argv: list[str]) -> None:
             main([*argv, *(word for k, v in first.items() for word in (f"--{k}", str(v)))])
         cfg = dataclasses.replace(cfg, cm=str(path))
     checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": ""}, leader=rank() == 0)
+    cfg = pretrained.planned(cfg) if cfg.model in models.REAL else cfg
     if cfg.stage == "teacher":
         teacher.train(cfg, out, data.source(cfg.data))
     else:

@@ -1,5 +1,5 @@
-"""SDXL and FLUX in miniature: whole pipelines of diffusers' and transformers' own classes, random weights, in the on-disk format of
-the real ones (`save_pretrained`), tokenizers with their vocabulary files included. Built in seconds; a picture has 64 x 64 pixels."""
+"""SDXL and FLUX in miniature: whole pipelines of diffusers' and transformers' own classes, random weights, in the on-disk format
+of the real ones (`save_pretrained`), tokenizers with their vocabulary files included. A picture has 64 x 64 pixels."""
 
 from pathlib import Path
 

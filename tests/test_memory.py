@@ -90,9 +90,6 @@ def test_sdxl_and_merged_networks_stay_within_their_share_of_bf16(tables):
     assert memory.ratio(memory.layer_table(memory.meta_network("sdxl"), lora_bits=16)) > 0.275
 
 
-@pytest.mark.xfail(
-    models.precision("context_embedder") == "16bit", strict=True, reason="26.07% while FLUX's text projection keeps 16 bits"
-)
 def test_flux_stays_within_its_share_of_bf16(tables):
     """Catches: factors in 16 bits (26.4%), float scales (26.03%), a text projection of 16 bits."""
     assert memory.ratio(tables["flux", False]) <= 0.260

@@ -69,7 +69,7 @@ def test_policy_on_flux_makes_every_modulation_w4a16():
     assert abs(count["w4a16"] / 1e9 - 3.25) < 0.03
     assert count["16bit"] / sum(count.values()) < 0.01
     edges = {n.split(".")[0] for n in layers if models.precision(n) == "16bit"}
-    assert edges == {"x_embedder", "context_embedder", "time_text_embed", "proj_out"}
+    assert edges == {"x_embedder", "time_text_embed", "proj_out"}
 
 
 @pytest.mark.parametrize("name", models.TINY)

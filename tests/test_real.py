@@ -1,4 +1,4 @@
-"""SDXL and FLUX end to end on miniatures in the real formats: train, kill, resume, sample, export, reload; two processes; refusals."""
+"""SDXL and FLUX end to end, miniatures in real formats: train, kill, resume, sample, export, reload; two processes; refusals."""
 
 import json
 import os
@@ -121,8 +121,8 @@ def test_a_consistency_model_of_ones_own_comes_first(real, tmp_path):
 def test_two_processes_have_the_losses_of_one(real, finished, tmp_path, name, extra):
     """Catches ranks that draw the same pictures, statistics that are not exchanged, gradients that are not averaged, a teacher
     whose parts are not gathered."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *QUICK.split(), *real[name].split()]
-    command += ["--out", str(tmp_path / "r"), *extra.split()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    command += [*QUICK.split(), *real[name].split(), "--out", str(tmp_path / "r"), *extra.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
