@@ -3,9 +3,9 @@
     python benchmarks/faults.py [--n 60] [--seed 0] [--jobs 2] [--out runs/faults]
 
 20 kills (SIGKILL, uniform over the life of a run from its first line to its last), 20 flipped bits and 10 truncations (of a
-random file of a run folder, half of them in a folder that a kill left, half in a finished one), 5 full disks (the size of files
-is limited at a random moment, RLIMIT_FSIZE), 5 that are no numbers (NaN or inf in a random update). After each, the same
-command is given again. Verdicts:
+random file that train.py or sample.py reads, half in a folder that a kill left, half in a finished one), 5 full disks (the size
+of files is limited at a random moment, RLIMIT_FSIZE), 5 that are no numbers (NaN or inf in a random update). After each, the
+same command is given again. Verdicts:
 
     continued   exit code 0, and every file of the run folder equals the undisturbed run's byte for byte: losses, state,
                 checkpoint, pictures, scores (not state-previous.safetensors, a spare that is read where the newest is damaged)
@@ -132,8 +132,11 @@ def judge(code: int, printed: str, out: Path, good: dict[str, object], name: str
 
 
 def kill(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float):
-    moment = rng.uniform(0, seconds)
-    code, _, _ = run(train, argv, (moment, lambda pid: os.kill(pid, signal.SIGKILL)))
+    moment, code = rng.uniform(0, seconds), 0
+    while code == 0:  # the run was faster than the undisturbed one and had ended
+        shutil.rmtree(out, ignore_errors=True)
+        code, _, took = run(train, argv, (moment, lambda pid: os.kill(pid, signal.SIGKILL)))
+        moment = moment if code else rng.uniform(0, took)
     there = [file.name for file in out.rglob("*.safetensors")] if out.exists() else []
     what = f"after {moment:.1f} s of {seconds:.1f} s, exit code {code}, {len(there)} files of tensors there"
     return *judge(*run(train, argv)[:2], out, contents(good)), what
@@ -207,7 +210,8 @@ def nan(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: flo
 def damage(rng: random.Random, argv: list[str], out: Path, good: Path, cut: bool):
     finished = rng.random() < 0.5
     shutil.copytree(good if finished else good.with_name(f"{good.name}-killed"), out)
-    file = rng.choice(sorted(file for file in out.rglob("*") if file.is_file()))
+    unread = ("state-previous.safetensors", "report.json", "4-steps.png", "compare.png")
+    file = rng.choice(sorted(file for file in out.rglob("*") if file.is_file() and file.name not in unread))
     data = bytearray(file.read_bytes())
     if cut:
         place = rng.randrange(len(data))
