@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import integrity
 from kernels import CPU
 from tdpt import FlowPath, VPPath
 
@@ -405,10 +406,11 @@ def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: {hint}")
     try:
+        integrity.check(path)
         with safe_open(path, "pt") as file:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
         return load_file(path), info
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}): {hint}") from None
 
 

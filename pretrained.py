@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from pathlib import Path
@@ -92,6 +93,12 @@ def is_file(base: str) -> bool:
     return base.endswith((".safetensors", ".sft"))
 
 
+def check_folder(name: str, base: str) -> None:
+    """UserError for a folder without the denoiser's."""
+    if Path(base).is_dir() and not (Path(base) / PART[name]).is_dir():
+        raise UserError(f"{base} has no {PART[name]} folder: it is no {name}, choose another --teacher or --model")
+
+
 def check_architecture(name: str, net: nn.Module | dict, base: str) -> None:
     """UserError if a network, or its config, is no SDXL UNet or FLUX transformer."""
     config = net if isinstance(net, dict) else net.config
@@ -124,8 +131,7 @@ def load_network(
                 config = {"config": components, "subfolder": PART[name]} if components else official_config(name)
                 net = cls.from_single_file(base, torch_dtype=dtype, **config)
             else:
-                if Path(base).is_dir() and not (Path(base) / PART[name]).is_dir():
-                    raise UserError(f"{base} has no {PART[name]} folder: it is no {name}, choose another --teacher or --model")
+                check_folder(name, base)
                 config = cls.load_config(base, subfolder=PART[name])
                 check_architecture(name, config, base)
                 if weights == "random":
@@ -372,8 +378,11 @@ def skeleton(name: str, base: str = "") -> nn.Module:
         if not base or is_file(base):
             return models.NETWORKS[name]()
         with explained("the denoiser's config", base):
+            check_folder(name, base)
             cls = models.NETWORK_CLASSES[name]
-            return cls.from_config(cls.load_config(base, subfolder=PART[name]))
+            config = cls.load_config(base, subfolder=PART[name])
+            check_architecture(name, config, base)
+            return cls.from_config(config)
 
 
 def dry_run(cfg) -> None:
@@ -402,6 +411,9 @@ def planned(cfg):
     else:
         micro = cfg.micro or cfg.batch // checkpoint.world()
         plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, checkpoint.world())
+    need, free = fp.packed + 8 * fp.factors, shutil.disk_usage(cfg.out).free  # start with anchor, two states and one being written
+    if free < need:
+        raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
     if checkpoint.rank() == 0:
         print(plan)
     return cfg

@@ -380,7 +380,7 @@ DAMAGES = [
     ("remove", "unfinished or damaged"),
     ("format", "checkpoint format 99"),
     ("json", "config.json is damaged"),
-    ("swap", "does not fit its table"),
+    ("swap", "was swapped"),
 ]
 
 
