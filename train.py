@@ -104,7 +104,8 @@ class Config:
     deploy: str = "branch"  # branch: LoRA beside the packed weight; merged: Q(Q + BA), strict W4A4
     eval_n: int = 256  # pictures of the closing quality line
     save_every: int = 20  # updates between two resumable states
-    backend: str = "native"  # of the kernels; native: kernels.cpp, or eager where it cannot be built; compile: torch.compile
+    backend: str = "compile" if torch.cuda.is_available() else "native"  # of the kernels; native: kernels.cpp, or eager where
+    # it cannot be built; compile: torch.compile
     export: str = ""  # lora: also write the LoRA alone in diffusers' format, for the 16-bit base
     dry_run: bool = False  # print the configuration (sdxl, flux: and the table of layers, memory) and stop
 
@@ -293,7 +294,7 @@ def train_student(cfg: Config, out: Path) -> None:
         if rank() == 0 and cfg.export == "lora":
             pipeline.export_lora(out, out / "lora.safetensors")
     elif rank() == 0:
-        evaluate.closing_report(out, network.to(models.FAST), dataclasses.asdict(cfg))
+        evaluate.closing_report(out, network.to("cpu", models.FAST), dataclasses.asdict(cfg))
 
 
 def train_cm(cfg: Config, out: Path) -> None:

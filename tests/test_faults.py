@@ -23,6 +23,7 @@ import hessian
 import integrity
 import models
 import sample
+import teacher
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def go(state: checkpoint.State, out: Path, begin: int, end: int) -> None:
 
 
 def whole_teacher_run(out: Path, patch) -> None:
-    patch.setattr(train, "ship", lambda *args, **more: None)
+    patch.setattr(teacher, "ship", lambda *args, **more: None)
     train.main(f"{TEACHER} --out {out}".split())
 
 
@@ -410,7 +411,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once_with_code_0(tmp_path,
         pytest.fail("went on")
 
     flags = TEACHER.replace("--steps 6", "--steps 1") if where == "closing report" else "--calibration 1"
-    monkeypatch.setattr(*((train, "ship", hit) if where == "closing report" else (hessian, "collect", hit)))
+    monkeypatch.setattr(*((teacher, "ship", hit) if where == "closing report" else (hessian, "collect_passes", hit)))
     with pytest.raises(SystemExit) as stop:
         train.main(f"{flags} --out {tmp_path}/r".split())
     assert stop.value.code == 0
