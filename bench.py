@@ -28,6 +28,7 @@ import platform
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -670,21 +671,44 @@ def about(args: argparse.Namespace) -> str:
     return f"{torch.cuda.get_device_name() if args.device == 'cuda' else cpu}; torch {torch.__version__}"
 
 
-def bench_gpu(args: argparse.Namespace) -> None:
-    """Everything that waits for a GPU, in one call; a part that fails does not stop the others."""
-    out = Path(args.out)
+def bench_gpu(args: argparse.Namespace) -> list[str]:
+    """Everything that waits for a GPU, in one call; a part that fails does not stop the others. Last a line for each part."""
+    out, lines = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
-    for job in ("kernels", "model --model tiny", "model --model sdxl", "model --model flux", "costs"):
+    for job in ("kernels", "model --model tiny", "model --model sdxl", "model --model flux", "train", "costs"):
         print(f"\n## python bench.py {job}\n", flush=True)
         try:
-            main([*job.split(), "--device", "cuda", "--json", str(out / f"{job.split()[-1]}.json")])
+            rows = main([*job.split(), "--device", "cuda", "--json", str(out / f"{job.split()[-1]}.json")])
+            lines.append(f"{job:20} {summary(rows)}")
         except Exception as error:
-            print(f"{type(error).__name__}: {error}")
+            lines.append(f"{job:20} {type(error).__name__}: {error}")
+            print(lines[-1])
         torch.compiler.reset()
         torch.cuda.empty_cache()
+    for model in ("sdxl", "flux"):  # statistics, ranks, split, 20 updates, packing, reloading, 4 steps, all with random weights
+        flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --out {out}/run-{model}"
+        print(f"\n## python train.py {flags}\n", flush=True)
+        done = subprocess.run([sys.executable, "train.py", *flags.split()], capture_output=True, text=True)
+        text = done.stdout if done.returncode == 0 else done.stderr
+        print("\n".join(text.splitlines()[-40:]))
+        lines.append(f"train.py {model:11} {' '.join(text.split(chr(10))[-2:]).strip()}")
+    print("\n## in short\n\n" + "\n".join(lines))
+    return lines
 
 
-def main(argv: list[str]) -> None:
+def summary(rows: list[dict]) -> str:
+    """The median of how many times as fast as its bf16 counterpart each implementation of ours was."""
+    at = {(str(r.get("what") or r.get("shape")) + str(r.get("rank", "")), r.get("impl", "")): r["median_ms"] for r in rows}
+    ratios = {}
+    for (what, name), ms in at.items():
+        dense = name.replace("ours", "bf16").replace("bf16_compile", "bf16_compiled").replace("compiledd", "compiled")
+        if name.startswith("ours") and (what, dense) in at:
+            ratios.setdefault(f"{name} / {dense}", []).append(at[what, dense] / ms)
+    parts = [f"{name} {statistics.median(values):.2f}x ({len(values)})" for name, values in ratios.items()]
+    return ", ".join(parts) or f"{len(rows)} rows"
+
+
+def main(argv: list[str]) -> list:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     clis = {
@@ -722,6 +746,7 @@ def main(argv: list[str]) -> None:
     rows = commands[args.command](args)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
+    return rows
 
 
 if __name__ == "__main__":

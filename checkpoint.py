@@ -475,7 +475,7 @@ def save_checkpoint(out: Path, student: models.Denoiser, table: dict, merged: bo
 
 
 def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
-    """(the packed student in models.FAST, config.json). UserError for a missing, unfinished, truncated or foreign checkpoint."""
+    """(the packed student, in models.FAST if tiny, in its run's dtype if not, config.json). UserError for a missing, unfinished, truncated or foreign checkpoint."""
     folder = Path(folder)
     about = read_config(folder)
     hint = "the run is unfinished or damaged, run its train.py command again"
@@ -484,7 +484,7 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
     student = _packed_model(about["network"], about["layers"], tensors, folder / "model.safetensors")
     hgs_lora.set_backend(student, about["config"].get("backend", "native"))  # older folders name none
-    return student.to(models.FAST), about
+    return student.to(models.FAST if student.name in models.TINY else getattr(torch, about["config"]["dtype"])), about
 
 
 def size(student: models.Denoiser) -> dict[str, float]:

@@ -5,10 +5,11 @@
     python train.py --init zero --targets self,self --rollout 0     QLoRA-style start, self-consistency: the baseline
     python train.py --bits 16                              the full-precision consistency model, a LoRA on the teacher
     python train.py --stage teacher                        the teacher, from nothing
-    python train.py --dry-run                              print the configuration and stop
+    python train.py --model sdxl --cm LORA                 the same for SDXL or FLUX, from public weights (pretrained.py)
+    python train.py --model flux --weights random --dry-run         configuration, table of layers, planned memory; no weights needed
 
 Rerunning a command resumes it: everything random in step k is a function of (seed, k), so a killed run ends with the same numbers.
-`torchrun --nproc-per-node 2 train.py ..` splits the global batch; only LoRA gradients travel.
+`torchrun --nproc-per-node 2 train.py ..` splits batch and calibration; statistics and LoRA gradients travel.
 
 A run folder holds what checkpoint.py lists; model.safetensors is the deployed checkpoint, samples/ has its pictures.
 """
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import datetime
 import os
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +191,7 @@ def rollout_start(cfg: Config, gen: torch.Generator, network: models.Denoiser, e
 def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], network: models.Denoiser, examples, anchor=None):
     """4. TDPT mixed with on-policy rollouts, on `params`. `network` is the teacher and the fp consistency model, by switch."""
     path, mine, cache = network.path, slice(rank(), None, world()), None
-    null = {} if network.guidance else examples.null()  # FLUX has its guidance as an input
+    null = examples.null() if network.guidance is None else {}  # FLUX has its guidance as an input
     null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
     guide = tdpt.guided(models.as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
     fp, grid, targets = models.as_cm(network), path.grid(cfg.grid, cfg.device), cfg.targets.split(",")
@@ -340,7 +342,9 @@ def main(argv: list[str]) -> None:
         (train_cm if cfg.bits == 16 else train_student)(cfg, out)
     if world() > 1:
         dist.barrier()  # a rank that leaves early would break the others' last exchange
-    print(f"{time.time() - began:.0f} seconds")
+    cuda = torch.cuda.max_memory_allocated() if cfg.device == "cuda" else 0
+    peak = cuda or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{time.time() - began:.0f} seconds, peak memory {peak / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

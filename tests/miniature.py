@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
@@ -117,3 +118,36 @@ def save(name: str, folder: Path) -> Path:
     """The miniature of `name` in `folder`."""
     PIPELINES[name]().save_pretrained(folder)
     return folder
+
+
+def single_file(unet: UNet2DConditionModel, path: Path) -> Path:
+    """An SDXL UNet with one layer a block under the names of its authors' files, as checkpoints for user interfaces are."""
+    levels, names = len(unet.config.block_out_channels), {}
+    for i in range(levels):
+        at = 1 + 2 * i  # input block of the level's ResNet; a downsampler follows
+        names |= {f"down_blocks.{i}.resnets.0": f"input_blocks.{at}.0", f"down_blocks.{i}.attentions.0": f"input_blocks.{at}.1"}
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{at + 1}.0.op"
+        attends = hasattr(unet.up_blocks[i], "attentions")
+        for j in range(2):
+            at = 2 * i + j
+            names |= {
+                f"up_blocks.{i}.resnets.{j}": f"output_blocks.{at}.0",
+                f"up_blocks.{i}.attentions.{j}": f"output_blocks.{at}.1",
+            }
+        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{at}.{2 if attends else 1}.conv"
+    names |= {f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in range(2)} | {"mid_block.attentions.0": "middle_block.1"}
+    names |= {f"time_embedding.linear_{j + 1}": f"time_embed.{2 * j}" for j in range(2)}
+    names |= {f"add_embedding.linear_{j + 1}": f"label_emb.0.{2 * j}" for j in range(2)}
+    names |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+    tensors = {}
+    for key, tensor in unet.state_dict().items():
+        start = next(name for name in names if key.startswith(name + "."))
+        rest = key.removeprefix(start + ".")
+        if ".resnets." in start:
+            part, _, last = rest.partition(".")
+            rest = f"{inside[part]}.{last}"
+        tensors[f"model.diffusion_model.{names[start]}.{rest}"] = tensor.contiguous()
+    save_file(tensors, path)
+    return path

@@ -9,6 +9,7 @@ from pathlib import Path
 import miniature
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_train import kill_at, losses, refuse, same_files
 
 import checkpoint
@@ -115,6 +116,35 @@ def test_a_consistency_model_of_ones_own_comes_first(real, tmp_path):
     flags[flags.index("--cm") + 1] = "self"
     train.main([*QUICK.split(), *flags, "--cached", "4", "--steps", "1", "--out", str(tmp_path / "r")])
     assert (tmp_path / "r" / "cm" / "flux-cm.safetensors").exists() and (tmp_path / "r" / "model.safetensors").exists()
+
+
+def test_one_file_is_read_like_its_folder(real, tmp_path):
+    """Catches a single-file checkpoint that loads as another network."""
+    base = real["sdxl"].split()[3]
+    folder = pretrained.load_network("sdxl", base, dtype=torch.float32)
+    file = miniature.single_file(folder.net, tmp_path / "model.safetensors")
+    one = pretrained.load_network("sdxl", str(file), components=base, dtype=torch.float32)
+    left, right = folder.net.state_dict(), one.net.state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+    assert one.scheduler == folder.scheduler
+
+
+def test_kohya_loras_have_their_alpha(real, tmp_path):
+    """Catches alpha / rank that is lost on the way, and keys of user interfaces that are not understood."""
+    network, gen, tensors = pretrained.load_network("sdxl", real["sdxl"].split()[3], dtype=torch.float32), torch.Generator(), {}
+    names = ["mid_block.attentions.0.proj_in", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"]
+    for name in names:
+        O, I = network.net.get_submodule(name).weight.shape
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": torch.randn(4, I, generator=gen), f"{key}.alpha": torch.tensor(2.0)}
+        tensors[f"{key}.lora_up.weight"] = torch.randn(O, 4, generator=gen)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    pretrained.add_cm(network, str(tmp_path / "kohya.safetensors"))
+    assert sorted(models.loras(network)) == sorted(names)
+    for name, layer in models.loras(network).items():
+        key = "lora_unet_" + name.replace(".", "_")
+        delta = 0.5 * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+        torch.testing.assert_close(layer.lora_B @ layer.lora_A, delta)
 
 
 @pytest.mark.parametrize("name, extra", [("sdxl", "--shard-teacher"), ("flux", "")])
