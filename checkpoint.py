@@ -475,7 +475,8 @@ def save_checkpoint(out: Path, student: models.Denoiser, table: dict, merged: bo
 
 
 def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
-    """(the packed student, in models.FAST if tiny, in its run's dtype if not, config.json). UserError for a missing, unfinished, truncated or foreign checkpoint."""
+    """(the packed student, config.json). Tiny ones in models.FAST, others in their run's dtype. UserError for a missing,
+    unfinished, truncated or foreign checkpoint."""
     folder = Path(folder)
     about = read_config(folder)
     hint = "the run is unfinished or damaged, run its train.py command again"

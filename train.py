@@ -6,7 +6,7 @@
     python train.py --bits 16                              the full-precision consistency model, a LoRA on the teacher
     python train.py --stage teacher                        the teacher, from nothing
     python train.py --model sdxl --cm LORA                 the same for SDXL or FLUX, from public weights (pretrained.py)
-    python train.py --model flux --weights random --dry-run         configuration, table of layers, planned memory; no weights needed
+    python train.py --model flux --weights random --dry-run         every choice, table of layers, planned memory; needs no weights
 
 Rerunning a command resumes it: everything random in step k is a function of (seed, k), so a killed run ends with the same numbers.
 `torchrun --nproc-per-node 2 train.py ..` splits batch and calibration; statistics and LoRA gradients travel.
@@ -55,8 +55,7 @@ class Config:
     out: str = ""  # run folder; default runs/MODEL, runs/MODEL-cm or runs/MODEL-teacher
     data: str = ""  # captioned pictures: see data.py; default: procedural scenes (tiny), our own list of prompts (sdxl, flux)
     cache: str = ""  # folder of the latents and text embeddings of sdxl and flux; default OUT/cache
-    teacher: str = ""  # weights; default assets/MODEL.safetensors; sdxl, flux: hub id, folder or file, see pretrained.py; for
-    # --stage teacher: where to start from
+    teacher: str = ""  # weights, or where --stage teacher starts; default assets/MODEL.safetensors; sdxl, flux: see pretrained.py
     components: str = ""  # if the teacher is one file: hub id or folder of its configs and tokenizers
     weights: str = ""  # random: the full-size network with random weights, to rehearse
     cm: str = ""  # consistency LoRA of the teacher; default assets/MODEL-cm.safetensors; sdxl, flux: any that diffusers reads, or
