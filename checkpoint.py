@@ -6,8 +6,8 @@
     state.safetensors    LoRA parameters and Adam moments after some step, and the lines of metrics.jsonl up to there: all that
                          resuming needs; state-previous.safetensors is the one before
     metrics.jsonl        a line per update; written anew from the state when a run goes on, so no line is lost, halved or twice
-    model.safetensors    the deployed checkpoint: packed codes uint8, multipliers two to a byte, scales one byte, LoRA, the
-                         16-bit layers and the text encoder bfloat16
+    model.safetensors    the deployed checkpoint: packed codes uint8, multipliers two to a byte, scales one byte, LoRA (bfloat16,
+                         or int8 with two scales a rank), the 16-bit layers and the text encoder bfloat16
     samples/*.png
 
 Every file is written under a temporary name, synced and renamed. No pickle is ever loaded.
@@ -46,6 +46,7 @@ from tqdm import tqdm
 import data
 import hgs_lora
 import integrity
+import kernels
 import models
 import tdpt
 from models import UserError, read_tensors
@@ -456,17 +457,20 @@ def load_start(out: Path) -> tuple[models.Denoiser, dict]:
     return student, info["layers"]
 
 
-def save_checkpoint(out: Path, student: models.Denoiser, table: dict, merged: bool) -> None:
-    """model.safetensors and the table of layers in config.json; `student` takes its deployed form: scales of a byte, LoRA in
-    8 bits. merged: Q(Q + BA) in place of the branch, rounded to nearest."""
-    table = {name: row | {"lora": 8} for name, row in table.items()}
+def save_checkpoint(out: Path, student: models.Denoiser, table: dict, merged: bool, lora_bits: int = 16) -> None:
+    """model.safetensors and the table of layers in config.json. merged: Q(Q + BA) in place of the branch, rounded to nearest.
+    lora_bits 8: `student` takes its deployed form, LoRA in 8 bits and scales of a byte."""
+    table = {name: row | {"lora": lora_bits} for name, row in table.items()}
     if merged:
         for name, layer in list(hgs_lora.packed_layers(student.net)):
             hgs_lora.replace(student.net, name, hgs_lora.merge(layer))
             table[name]["rank"] = 0
-    hgs_lora.store_8bit(student.net)
+    if lora_bits == 8:
+        hgs_lora.store_8bit(student.net)
 
     def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        if key.endswith(".scale_O") and tensor.dtype == torch.float32:
+            return kernels.pack_scales(tensor)
         narrow = tensor.dtype == torch.float32 and not key.endswith((".inv_smooth", ".lora_scale"))
         return tensor.bfloat16() if narrow else tensor
 
@@ -483,6 +487,8 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
     tensors, _ = read(folder / "model.safetensors", hint, run_of(folder))
     if "layers" not in about:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
+    floats = {f"net.{name}.scale_O" for name, row in about["layers"].items() if row.get("lora", 16) == 16}
+    tensors = {k: kernels.unpack_scales(v) if k in floats else v for k, v in tensors.items()}
     student = _packed_model(about["network"], about["layers"], tensors, folder / "model.safetensors")
     hgs_lora.set_backend(student, about["config"].get("backend", "native"))  # older folders name none
     return student.to(models.FAST if student.name in models.TINY else getattr(torch, about["config"]["dtype"])), about
@@ -493,7 +499,9 @@ def size(student: models.Denoiser) -> dict[str, float]:
     packed = [layer for _, layer in hgs_lora.packed_layers(student.net)]
     values = sum(layer.out * layer.taps * layer.channels for layer in packed)
     code_bytes = sum(layer.codes_OP.nbytes + layer.mult_P.nbytes + layer.scale_O.numel() for layer in packed)
-    lora = sum(t.nbytes for layer in packed for t in (layer.lora_A, layer.lora_B, layer.lora_scale) if t is not None)
+    factors = [t for layer in packed for t in (layer.lora_A, layer.lora_B) if t is not None]
+    lora = sum(t.numel() * (1 if t.dtype == torch.int8 else 2) for t in factors)
+    lora += sum(layer.lora_scale.nbytes for layer in packed if layer.lora_scale is not None)
     inside = {id(t) for layer in packed for t in layer.state_dict(keep_vars=True).values()}
     rest = sum(t.numel() for t in student.net.state_dict(keep_vars=True).values() if id(t) not in inside)
     rest += sum(layer.bias.numel() for layer in packed if layer.bias is not None)

@@ -45,8 +45,13 @@ Deployment: the branch in 8 bits, or `merge(layer)`: Q(Q + BA) without a branch.
     A_rk ~= a_r qA_rk,  a_r = max_k |A_rk| / 127        B_or ~= b_r qB_or,  b_r = max_o |B_or| / 127        q int8
 
 an entry moves by at most half a step and a component of BA by at most a_r b_r (127 + 1/4). One scale a_r b_r would do for the
-product; two keep A and B themselves, balanced and in float16's range. A scale for several ranks would cost the weak ones.
-On Gaussian layers of 192 x 256 the error of the output grows by 0.002% to 0.13% at rank 16, by 1% at rank 64.
+product; two keep A and B themselves, balanced and in float16's range. Before that the components are mixed, which no other part of
+the layer can notice: with BA = U S V^T and a fixed orthogonal R (r x r),
+
+    B <- U S^1/2 R,  A <- R^T S^1/2 V^T         BA is the same; its rounding error falls from sum_r S_r^2 to (sum_r S_r)^2 / r
+
+times the squared relative step, and entries become Gaussian, with smaller largest ones. On `tiny`, whose branches are half of its
+layers, 8 bits cost 4 dB without mixing and 1.7 dB with it; where rank 16 is a small share they cost nothing that can be seen.
 Left out on purpose: correlation of x with its rounding error, randomized SVD, training of grid, bias or scales, higher derivatives.
 Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
 """
@@ -264,6 +269,16 @@ def quantize_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (A_rK / a_r[:, None]).round_().to(torch.int8), (B_Or / b_r).round_().to(torch.int8), scale_2r
 
 
+def mix_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product, float32, whose components are equally strong (module docstring). Of any shapes, rank 0 too."""
+    A, B, r = A_rK.detach().double(), B_Or.detach().double(), len(A_rK)
+    (Q_K, R_A), (Q_O, R_B) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
+    U, S, Vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    mix_rr = torch.linalg.qr(torch.randn(r, r, generator=torch.Generator().manual_seed(r), dtype=torch.float64))[0].to(A)
+    mix_rr = mix_rr[: len(S)]  # fewer components than ranks: the others are zero
+    return (mix_rr.mT @ (S.sqrt()[:, None] * (Vt @ Q_K.mT))).float(), (Q_O @ U * S.sqrt() @ mix_rr).float()
+
+
 def dequantize_lora(qA_rK: Tensor, qB_Or: Tensor, scale_2r: Tensor) -> tuple[Tensor, Tensor]:
     """(A_rK, B_Or), float32."""
     return qA_rK * scale_2r[0][:, None], qB_Or * scale_2r[1]
@@ -365,7 +380,7 @@ class PackedLayer(nn.Module):
             return
         self.scale_O = kernels.pack_scales(self.scale_O)
         if self.rank:
-            *factors, self.lora_scale = quantize_lora(self.lora_A, self.lora_B)
+            *factors, self.lora_scale = quantize_lora(*mix_lora(self.lora_A, self.lora_B))
             del self.lora_A, self.lora_B  # a Parameter cannot be int8
             for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
                 self.register_buffer(name, factor)

@@ -103,10 +103,10 @@ class Config:
     huber: float = 1e-3  # c
     # deployment
     deploy: str = "branch"  # branch: LoRA beside the packed weight; merged: Q(Q + BA), strict W4A4
+    lora_bits: int = 16  # of A and B in the checkpoint; 8 for sdxl and flux, where it costs nothing that can be seen
     eval_n: int = 256  # pictures of the closing quality line
     save_every: int = 20  # updates between two resumable states
-    backend: str = "compile" if torch.cuda.is_available() else "native"  # of the kernels; native: kernels.cpp, or eager where
-    # it cannot be built; compile: torch.compile
+    backend: str = "compile" if torch.cuda.is_available() else "native"  # native: kernels.cpp or eager; compile: torch.compile
     export: str = ""  # lora: also write the LoRA alone in diffusers' format, for the 16-bit base
     dry_run: bool = False  # print the configuration (sdxl, flux: and the table of layers, memory) and stop
 
@@ -121,13 +121,13 @@ MODELS = {
     "sdxl": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 7.5, "hessian_mb": 8192},
     "flux": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 3.5, "hessian_mb": 8192},
 }  # fmt: skip
-REAL = {"eval_n": 16, "dtype": "bfloat16", "data": "prompts", "calibration": 32, "cached": 512}
+REAL = {"lora_bits": 8, "eval_n": 16, "dtype": "bfloat16", "data": "prompts", "calibration": 32, "cached": 512}
 CHOICES = {
     "model": models.MODELS, "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
     "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS), "bits": (4, 16),
     "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
     "dtype": ("bfloat16", "float32"), "optimizer": ("adamw", "muon"), "backend": tuple(kernels.BACKENDS),
-    "weights": ("", "random"), "export": ("", "lora"),
+    "weights": ("", "random"), "export": ("", "lora"), "lora_bits": (8, 16),
 }  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def train_student(cfg: Config, out: Path) -> None:
 
     distil(cfg, out, packed, params, network, examples, anchor)
     if rank() == 0:  # 5. pack, reload, draw, measure
-        checkpoint.save_checkpoint(out, packed, table, merged=cfg.deploy == "merged")
+        checkpoint.save_checkpoint(out, packed, table, cfg.deploy == "merged", cfg.lora_bits)
     if cfg.model in models.REAL:
         evaluate.latent_report(out, network, dataclasses.asdict(cfg), examples, leader=rank() == 0)
         if rank() == 0:

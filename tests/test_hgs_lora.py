@@ -568,6 +568,31 @@ def test_lora_in_8_bits_moves_no_entry_by_more_than_half_a_step(O, K, rank, kind
         assert (moved <= (a_r * b_r * 127.25 * slack)[None, :, None]).all()
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5), FACTORS, st.integers(0, 999))
+@example(O=1, K=2, rank=3, kind="normal", seed=0)
+def test_mixing_keeps_the_product_and_the_shapes(O, K, rank, kind, seed):
+    """Catches: a rotation on one side only, components lost where the rank is larger than the layer."""
+    A, B = make_W(rank, K, kind, seed), make_W(O, rank, kind, seed + 7)
+    mixed_A, mixed_B = hgs_lora.mix_lora(A, B)
+    assert (mixed_A.shape, mixed_B.shape) == (A.shape, B.shape) and mixed_A.dtype == mixed_B.dtype == torch.float32
+    product = B.double() @ A.double()
+    assert (mixed_B.double() @ mixed_A.double() - product).norm() <= 1e-5 * product.norm() + 1e-30
+
+
+def test_mixing_lowers_the_error_of_8_bits_where_components_are_unequal():
+    """Catches: an identity for a rotation, strong components left in one row."""
+    torch.manual_seed(0)
+    strength = torch.logspace(0, -2, 16)
+    A, B = strength[:, None].sqrt() * torch.randn(16, 300), torch.randn(200, 16) * strength.sqrt()
+
+    def error(A1, B1):
+        A8, B8 = hgs_lora.dequantize_lora(*hgs_lora.quantize_lora(A1, B1))
+        return (B8 @ A8 - B @ A).norm()
+
+    expected = strength.sum() / (16**0.5 * strength.norm())  # of the module docstring
+    assert error(*hgs_lora.mix_lora(A, B)) < 1.2 * expected * error(A, B)
+
+
 def test_lora_that_is_no_number_is_refused_in_8_bits():
     """Catches: int8 codes of NaN, which are ordinary numbers."""
     A, B = torch.ones(2, 3), torch.ones(4, 2)
@@ -588,7 +613,7 @@ def test_deployed_form_is_the_kernel_with_factors_in_8_bits(kind, rank, smooth, 
     stored.store_8bit()  # once is enough
     reference = copy.deepcopy(packed).requires_grad_(False)
     if rank:
-        A8, B8 = hgs_lora.dequantize_lora(*hgs_lora.quantize_lora(packed.lora_A, packed.lora_B))
+        A8, B8 = hgs_lora.dequantize_lora(*hgs_lora.quantize_lora(*hgs_lora.mix_lora(packed.lora_A, packed.lora_B)))
         reference.lora_A.data, reference.lora_B.data = A8, B8
         assert not torch.equal(A8, packed.lora_A)
     for dtype in (torch.float32, torch.bfloat16):
