@@ -410,14 +410,16 @@ template <class T, class Low, class Dot> struct Projection {
       : s(s), Cl(Cl), R(R), lanes(s.kh * s.kw * Cl / (4 / sizeof(Low))), step(R > LANES ? 2 : 1) {
     const int64_t taps = s.kh * s.kw, rank = R ? A->size(0) : 0;
     panel = scratch<V>(A_PANEL, up(R, step * LANES) / LANES * lanes), low = scratch<Low>(LOW, up(s.T(), MR) * R);
-    Low* rows = scratch<Low>(A_ROWS, LANES * taps * Cl);
-    for (int64_t v = 0; v * LANES < up(R, step * LANES); v++) {
-      std::fill_n(rows, LANES * taps * Cl, Low(0.f));
-      for (int64_t r = v * LANES; r < std::min((v + 1) * LANES, rank); r++)
-        for (int64_t tap = 0; tap < taps; tap++)
-          convert(A->const_data_ptr<T>() + (r * taps + tap) * s.I, s.I, rows + ((r % LANES) * taps + tap) * Cl);
-      interleave(rows, lanes, panel + v / step * lanes * step + v % step, step);
-    }
+    at::parallel_for(0, up(R, step * LANES) / LANES, 1, [&](int64_t v0, int64_t v1) {
+      Low* rows = scratch<Low>(A_ROWS, LANES * taps * Cl);
+      for (int64_t v = v0; v < v1; v++) {
+        std::fill_n(rows, LANES * taps * Cl, Low(0.f));
+        for (int64_t r = v * LANES; r < std::min((v + 1) * LANES, rank); r++)
+          for (int64_t tap = 0; tap < taps; tap++)
+            convert(A->const_data_ptr<T>() + (r * taps + tap) * s.I, s.I, rows + ((r % LANES) * taps + tap) * Cl);
+        interleave(rows, lanes, panel + v / step * lanes * step + v % step, step);
+      }
+    });
   }
   template <int N> void columns(const char* const at[MR], const Rows& in, const V* panel, Low* to, int64_t n) const {
     V acc[MR][N] = {};
