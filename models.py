@@ -393,11 +393,15 @@ class UserError(ValueError):
 
 
 def run_script(name: str, main) -> None:
-    """main(command line); a UserError becomes its sentence on stderr and exit code 2."""
+    """main(command line); a UserError becomes its sentence on stderr and exit code 2, and so does memory that is full."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        advice = "nothing that was saved is lost, ask for less at a time (train.py: --memory-limit, --micro)"
+        print(f"{name}: memory is full ({str(error).split('. ')[0]}): {advice}", file=sys.stderr)
         sys.exit(2)
 
 

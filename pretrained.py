@@ -62,7 +62,7 @@ def explained(what: str, base: str):
     """Errors of diffusers, transformers and the hub -> UserError with the command that mends it."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         chain, e = [], error
@@ -128,8 +128,9 @@ def load_network(
             if is_file(base):
                 if not Path(base).is_file():
                     raise UserError(f"{base} does not exist: give a hub id, a folder or a .safetensors file")
-                config = {"config": components, "subfolder": PART[name]} if components else official_config(name)
-                net = cls.from_single_file(base, torch_dtype=dtype, **config)
+                with tempfile.TemporaryDirectory() as folder:
+                    config = components or official_config(name, Path(folder))
+                    net = cls.from_single_file(base, config=config, subfolder=PART[name], torch_dtype=dtype)
             else:
                 check_folder(name, base)
                 config = cls.load_config(base, subfolder=PART[name])
@@ -151,15 +152,13 @@ def load_network(
     return denoiser.eval().requires_grad_(False)
 
 
-def official_config(name: str) -> dict:
-    """Arguments of from_single_file that make it build the official architecture without asking the hub for its config."""
-    folder = Path(tempfile.mkdtemp(prefix="cmquant-")) / PART[name]
-    folder.mkdir()
-    with torch.device("meta"):
-        config = models.NETWORKS[name]().config
-    about = {k: v for k, v in config.items() if not k.startswith("_")} | {"_class_name": models.NETWORK_CLASSES[name].__name__}
-    (folder / "config.json").write_text(json.dumps(about))
-    return {"config": str(folder.parent), "subfolder": PART[name]}
+def official_config(name: str, folder: Path) -> str:
+    """A folder with the official architecture's config, which from_single_file would else ask the hub for."""
+    config = {k: v for k, v in skeleton(name).config.items() if not k.startswith("_")}
+    (folder / PART[name]).mkdir()
+    about = config | {"_class_name": models.NETWORK_CLASSES[name].__name__}
+    (folder / PART[name] / "config.json").write_text(json.dumps(about))
+    return str(folder)
 
 
 def from_pretrained(cls, base: str, part: str, dtype: torch.dtype):

@@ -127,3 +127,16 @@ def test_no_two_captions_of_different_scenes_encode_alike():
     bags = {tuple(sorted(map(tuple, ids.tolist()))) for ids in models.tokenize(sorted(captions))}
     assert len(bags) == len(captions)
     assert all(re.fullmatch(r"[a-z ,]+", caption) for caption in captions)
+
+
+def test_full_memory_is_one_sentence(capsys, monkeypatch):
+    """Catches a traceback of CUDA, and an exit code that a scheduler takes for success."""
+
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8 GiB")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        models.run_script("train.py", main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and len(said.splitlines()) == 1 and "--memory-limit" in said
