@@ -418,7 +418,7 @@ def planned(cfg):
     return cfg
 
 
-def place(network: models.Denoiser, device: str, offload: bool, shard: bool) -> None:
+def place(network: models.Denoiser, device: str, offload: bool, shard: bool) -> models.Denoiser:
     """Where a frozen network's weights are: on the device; in main memory, coming layer by layer (`offload`); or a part on
     every process of the torchrun (`shard`, FSDP2), blocks gathered when they are used."""
     if shard:
@@ -431,3 +431,4 @@ def place(network: models.Denoiser, device: str, offload: bool, shard: bool) -> 
         )
     else:
         network.to(device)
+    return network

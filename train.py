@@ -110,6 +110,10 @@ class Config:
     export: str = ""  # lora: also write the LoRA alone in diffusers' format, for the 16-bit base
     dry_run: bool = False  # print the configuration (sdxl, flux: and the table of layers, memory) and stop
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
 
 RECIPES = {"cmquant": {}, "paper": {"rollout": 0.0}}  # change this to try yours
 STAGES = {
@@ -253,18 +257,15 @@ def examples_of(cfg: Config, out: Path, network: models.Denoiser):
     return pretrained.cached_examples(cfg, Path(cfg.cache) if cfg.cache else out / "cache", network)
 
 
-def dtype_of(cfg: Config) -> torch.dtype:
-    return getattr(torch, cfg.dtype)
-
-
 def train_student(cfg: Config, out: Path) -> None:
-    if not checkpoint.has_start(out):
-        # 1. - 3. statistics, ranks, split: student.py
-        network = open_cm(cfg, torch.float32 if cfg.model in models.TINY else dtype_of(cfg)).to(cfg.device)
+    if not checkpoint.has_start(out):  # 1. - 3. statistics, ranks, split: student.py
+        network = open_cm(cfg, torch.float32 if cfg.model in models.TINY else cfg.torch_dtype).to(cfg.device)
         examples, mine = examples_of(cfg, out, network), slice(rank(), None, world())
         gen = data.step_generator(cfg.seed, 0, stream=1)
         cond = to(examples.conditions(cfg.calibration, gen, mine), cfg.device)
         x_T = torch.randn(cfg.calibration, *network.latent, generator=gen)[mine].to(cfg.device)
+        if cfg.checkpointing:
+            network.net.enable_gradient_checkpointing()
         built = student.build(cfg, models.fuse(network), cond, x_T)
         if rank() == 0:
             checkpoint.save_start(out, *built)
@@ -272,14 +273,13 @@ def train_student(cfg: Config, out: Path) -> None:
     if world() > 1:
         dist.barrier()
     packed, table = checkpoint.load_start(out)
-    packed.to(cfg.device, dtype_of(cfg))
+    packed.to(cfg.device, cfg.torch_dtype)
     hgs_lora.set_backend(packed, cfg.backend)
     params = {k: p.requires_grad_() for k, p in packed.named_parameters() if "lora_" in k}
     if cfg.checkpointing:
         packed.net.train().enable_gradient_checkpointing()
-    network = open_cm(cfg, dtype_of(cfg))
-    examples = examples_of(cfg, out, network.to(cfg.device))
-    pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
+    network = pretrained.place(open_cm(cfg, cfg.torch_dtype), cfg.device, cfg.offload, cfg.shard_teacher)
+    examples = examples_of(cfg, out, network)
 
     def anchor(*args):
         with hgs_lora.anchor(packed):
@@ -301,9 +301,9 @@ def train_student(cfg: Config, out: Path) -> None:
 def train_cm(cfg: Config, out: Path) -> None:
     """The same objective at 16 bits: the LoRA of the full-precision consistency model, MODEL-cm.safetensors."""
     if cfg.model in models.TINY:
-        network = models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, dtype_of(cfg)).to(cfg.device)
+        network = models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, cfg.torch_dtype).to(cfg.device)
     else:
-        network = pretrained.trainable_cm(cfg, dtype_of(cfg)).to(cfg.device)
+        network = pretrained.trainable_cm(cfg, cfg.torch_dtype).to(cfg.device)
     params = {k: p.requires_grad_() for k, p in network.named_parameters() if "lora_" in k}
     distil(cfg, out, models.as_cm(network), params, network, examples_of(cfg, out, network))
     path = out / f"{cfg.model}-cm.safetensors"

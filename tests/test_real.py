@@ -118,6 +118,17 @@ def test_a_consistency_model_of_ones_own_comes_first(real, tmp_path):
     assert (tmp_path / "r" / "cm" / "flux-cm.safetensors").exists() and (tmp_path / "r" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", models.REAL)
+def test_recomputed_activations_change_no_statistics(real, finished, tmp_path, name):
+    """Catches gradients that are counted twice, or not at all, where checkpointing runs a layer's forward again."""
+    flags = f"--cache {finished[name]}/cache --init hgs --iters 1 --ranks qra --rank 8 --steps 0"
+    for out, switch in (("kept", "--no-checkpointing"), ("again", "--checkpointing")):
+        run(real, name, tmp_path / out, f"{flags} {switch}")
+    tables = [json.loads((tmp_path / out / "config.json").read_text())["layers"] for out in ("kept", "again")]
+    assert tables[0] == tables[1] and len({row["rank"] for row in tables[0].values()}) > 1
+    same_files(tmp_path / "kept", tmp_path / "again", "start.safetensors")
+
+
 def test_one_file_is_read_like_its_folder(real, tmp_path):
     """Catches a single-file checkpoint that loads as another network."""
     base = real["sdxl"].split()[3]
