@@ -168,7 +168,7 @@ def test_two_processes_have_the_losses_of_one(real, finished, tmp_path, name, ex
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     for (_, a), (_, b) in zip(losses(tmp_path / "r"), losses(finished[name]), strict=True):
-        assert abs(a - b) < 2e-3 * abs(b)
+        assert abs(a - b) < 2e-2 * abs(b)  # sums in another order flip single 4-bit codes; other pictures differ by tens of percent
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert report["latent_snr_to_fp"] > 10
 
