@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import miniature
@@ -197,3 +199,21 @@ def test_what_a_user_can_get_wrong_is_one_sentence(real, tmp_path, capsys, monke
     value = {"FLUX": other["--teacher"], "FLUXCM": other["--cm"], "BROKEN": str(tmp_path / "broken")}.get(change[1], change[1])
     argv = [word for pair in (flags | {change[0]: value}).items() for word in pair]
     refuse([*QUICK.split(), *argv, "--out", str(tmp_path / "r")], capsys, says)
+
+
+def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(real, finished, tmp_path):
+    """Catches ranks that wait for a dead one for ever, and a state that only fits the whole life of a job."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *QUICK.split()]
+    command += [*real["flux"].split(), "--steps", "12", "--cache", f"{finished['flux']}/cache", "--out"]
+    options = dict(cwd=ROOT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    subprocess.run([*command, str(tmp_path / "whole")], **options, check=True)
+    job, metrics = subprocess.Popen([*command, str(tmp_path / "r")], **options), tmp_path / "r" / "metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in said
+    assert len(losses(tmp_path / "r")) < 12
+    subprocess.run([*command, str(tmp_path / "r")], **options, check=True)
+    assert losses(tmp_path / "r") == losses(tmp_path / "whole")
