@@ -32,6 +32,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("resume forgets the moments", "checkpoint.py", "tensors[f\"{key}.{k}\"].clone()", "torch.zeros_like(p)", "train"),
     ("one share for all ranks", "train.py", "cache = network.path, slice(rank()", "cache = network.path, slice(0", "train"),
     ("share of a micro-batch", "train.py", "len(rows) * world() / cfg.batch", "1.0", "real"),
+    ("statistics of one process only", "hessian.py", "dist.is_initialized() and dist.get_world_size() > 1", "False", "hessian"),
     ("scale and alpha of a LoRA file", "pretrained.py", "B.float() * scale", "B.float()", "real"),
     ("shards of all ranks by each", "cache.py", "k % world == rank and not", "not", "cache"),
     ("one noise for all shards", "cache.py", "data.step_generator(0, k, stream=4)", "torch.Generator()", "cache"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hessian
@@ -355,3 +356,36 @@ def test_rounding_noise_is_what_the_activation_grid_loses(name):
         total = total + (x - quant.dequantize_activation(*grid, 16)).square().reshape(-1, 16).double().sum(0) / 32
     assert torch.allclose(stats.noise_I.double(), total, rtol=1e-5) and stats.noise_I.min() > 0
     assert not calibrate(model, batches, [name])[name].noise_I.any()
+
+
+def _share(rank: int, folder: str) -> None:
+    """One of two processes: its half of the samples."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    stats, G = _whole(slice(rank, None, 2))
+    save_file({"H": stats.H_KK, "absmax": stats.absmax_BinI, "noise": stats.noise_I, "G": G}, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def _whole(mine: slice) -> tuple[hessian.Stats, torch.Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 16)), torch.randn(8, 5, 32, generator=gen)
+    model[0].weight.data = torch.randn(16, 32, generator=gen)
+    v = torch.randn(8, 5, 16, generator=gen)
+    stats = hessian.collect(model, ["0"], lambda set_bin: model(x[mine]), group_x=16)["0"]
+
+    def backward() -> int:
+        (v[mine] * model(x[mine])).sum().backward()
+        return len(x[mine])
+
+    return stats, hessian.collect_outputs(model, ["0"], backward)["0"]
+
+
+def test_two_processes_share_their_statistics(tmp_path):
+    """Catches sums, counts or maxima that stay in one process."""
+    torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
+    stats, G = _whole(slice(None))
+    for rank in (0, 1):
+        shared = load_file(tmp_path / f"{rank}.safetensors")
+        assert torch.equal(shared["absmax"], stats.absmax_BinI)
+        for ours, alone in ((shared["H"], stats.H_KK), (shared["noise"], stats.noise_I), (shared["G"], G)):
+            torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
