@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
 import hgs_lora
 import kernels
+import memory
 import models
 import quant
 import tdpt
@@ -392,21 +392,11 @@ def fill(module: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> n
     return module.eval().requires_grad_(False)
 
 
-def pack_on_meta(net: nn.Module, rank: int, under: str = "") -> nn.Module:
-    """Replace the float layers of `net`, on the meta device, by packed ones, as models.precision says."""
-    for name, layer in models.float_layers(net).items():
-        kind = models.precision(name)
-        if kind != "16bit" and name.startswith(under):
-            new = checkpoint.packed_class(kind, layer)(layer, min(rank, *layer.weight.flatten(1).shape))
-            hgs_lora.replace(net, name, new)
-    return net
-
-
 def networks(args: argparse.Namespace, part: str) -> tuple[nn.Module, nn.Module]:
     """bf16 denoiser and its W4A4 twin, or one `part` of them, random weights."""
     with torch.device("meta"):
         dense, packed = (models.NETWORKS[args.model]() for _ in range(2))
-        pack_on_meta(packed, args.rank, part)
+        memory.packed_twin(packed, args.rank, under=part)
     dense, packed = (fill(net.get_submodule(part), args.device, torch.bfloat16) for net in (dense, packed))
     if not part:
         dense, packed = (models.wrap(args.model, net) for net in (dense, packed))
@@ -689,9 +679,9 @@ def bench_gpu(args: argparse.Namespace) -> list[str]:
         flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --out {out}/run-{model}"
         print(f"\n## python train.py {flags}\n", flush=True)
         done = subprocess.run([sys.executable, "train.py", *flags.split()], capture_output=True, text=True)
-        text = done.stdout if done.returncode == 0 else done.stderr
-        print("\n".join(text.splitlines()[-40:]))
-        lines.append(f"train.py {model:11} {' '.join(text.split(chr(10))[-2:]).strip()}")
+        text = (done.stdout if done.returncode == 0 else done.stderr).splitlines()
+        print("\n".join(text[-40:]))
+        lines.append(f"train.py {model:11} {text[-1]}")
     print("\n## in short\n\n" + "\n".join(lines))
     return lines
 
@@ -701,7 +691,7 @@ def summary(rows: list[dict]) -> str:
     at = {(str(r.get("what") or r.get("shape")) + str(r.get("rank", "")), r.get("impl", "")): r["median_ms"] for r in rows}
     ratios = {}
     for (what, name), ms in at.items():
-        dense = name.replace("ours", "bf16").replace("bf16_compile", "bf16_compiled").replace("compiledd", "compiled")
+        dense = re.sub("ours(_compiled?)?", lambda found: "bf16_compiled" if found[1] else "bf16", name)
         if name.startswith("ours") and (what, dense) in at:
             ratios.setdefault(f"{name} / {dense}", []).append(at[what, dense] / ms)
     parts = [f"{name} {statistics.median(values):.2f}x ({len(values)})" for name, values in ratios.items()]

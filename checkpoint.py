@@ -2,7 +2,7 @@
 
     config.json          format version, every field of Config, versions; after training also the table of layers
     start.safetensors    the packed student before training, with its anchor A0, B0
-    cache/*.safetensors  the teacher's trajectories, if rollouts follow them
+    trajectories/        the teacher's, if rollouts follow them; cache/: latents and embeddings of SDXL and FLUX (cache.py)
     state.safetensors    LoRA parameters and Adam moments after some step, and the lines of metrics.jsonl up to there: all that
                          resuming needs; state-previous.safetensors is the one before
     metrics.jsonl        a line per update; written anew from the state when a run goes on, so no line is lost, halved or twice
@@ -39,7 +39,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -49,7 +49,7 @@ import integrity
 import kernels
 import models
 import tdpt
-from models import UserError, read_tensors
+from models import UserError
 
 FORMAT = 3
 KINDS = {"w4a16": hgs_lora.W4A16Linear, "w4a4": hgs_lora.W4A4Linear, "w4a4conv": hgs_lora.W4A4Conv2d}
@@ -164,7 +164,7 @@ def verify(path: Path, hint: str, run: str | None = None) -> dict:
 def read(path: Path, hint: str, run: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and info of a verified file."""
     info = verify(path, hint, run)
-    return read_tensors(path, hint)[0], info
+    return load_file(path), info
 
 
 def usable(path: Path, run: str, otherwise: str) -> bool:
@@ -413,19 +413,22 @@ def packed_class(kind: str, layer: nn.Module):
     return KINDS["w4a4conv" if kind == "w4a4" and isinstance(layer, nn.Conv2d) else kind]
 
 
+def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
+    """Packed layers, contents uninitialised, where `table` says so. ValueError or AttributeError if it is not this network's."""
+    for name, row in table.items():
+        layer, shape = net.get_submodule(name), (row["rank"], row["group_w"], row["group_x"], row["smooth"], row.get("lora", 16))
+        net.set_submodule(name, packed_class(row["kind"], layer)(layer, *shape))
+
+
 def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> models.Denoiser:
     """The architecture (name of a tiny one, or models.blueprint) with packed layers where `table` says so, and `tensors` loaded."""
     student = models.build(name) if isinstance(name, str) else models.from_blueprint(name)
-    layers = models.float_layers(student.net)
     try:
-        for key, row in table.items():
-            shape = row["rank"], row["group_w"], row["group_x"], row["smooth"], row.get("lora", 16)
-            new = packed_class(row["kind"], layers[key])(layers[key], *shape)
-            hgs_lora.replace(student.net, key, new)
+        place_packed(student.net, table)
         state = student.state_dict()
         tensors = {k: v.to(state[k].dtype) if isinstance(name, str) else v for k, v in tensors.items() if k in state}
         student.load_state_dict(tensors, assign=not isinstance(name, str))
-    except (RuntimeError, KeyError, ValueError):
+    except (RuntimeError, KeyError, ValueError, AttributeError):
         raise UserError(f"{where} does not fit its table of layers: restore both files, or train again") from None
     student.told = True
     return student.eval().requires_grad_(False)

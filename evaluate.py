@@ -207,6 +207,14 @@ def network_report(network: models.Denoiser, config: dict, cm: bool) -> dict[str
     return rows
 
 
+def printed_size(out: Path, student: models.Denoiser) -> dict[str, float]:
+    s = checkpoint.size(student)
+    ratio = s["mb"] / s["mb_bf16"]
+    print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
+    print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
+    return s
+
+
 def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
     """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
     student, _ = checkpoint.load_checkpoint(out)
@@ -218,10 +226,7 @@ def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
     for name, image in drawn.items():
         with checkpoint.atomic(out / "samples" / name) as file:
             image.save(file, "PNG")
-    s = checkpoint.size(student)
-    ratio = s["mb"] / s["mb_bf16"]
-    print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
-    print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
+    s = printed_size(out, student)
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
         captions = data.source(config["data"]).captions(config["eval_n"], data.step_generator(4321, 0))
         drawn = [sample.draw(m, d, captions, 4, 4321) for m, d in ((models.as_cm(network), network), (student, student))]
@@ -257,11 +262,10 @@ def latent_report(out: Path, network: models.Denoiser, config: dict, examples, l
         return
     student, _ = checkpoint.load_checkpoint(out)
     drawn = draw(student.to(config["device"]), student)
-    s, snr = checkpoint.size(student), 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
-    print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
-    print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB")
+    s, snr = printed_size(out, student), 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
     print(f"4 steps, {n} captions: latents {snr:.2f} dB to the fp model")
-    (out / "report.json").write_text(json.dumps({"steps": 4, "n": n, **s, "latent_snr_to_fp": snr}, indent=1))
+    with checkpoint.atomic(out / "report.json") as file:
+        file.write_text(json.dumps({"steps": 4, "n": n, **s, "latent_snr_to_fp": snr}, indent=1))
     print(f"memory_ratio: {s['mb'] / s['mb_bf16']:.3f}")
 
 

@@ -40,7 +40,7 @@ those of a float layer. The mask is zero outside of the activation quantizer's c
 to the largest value, so the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial
 A0, B0: anchor(model).
 
-Deployment: the branch in 8 bits, or `merge(layer)`: Q(Q + BA) without a branch.  With a scale for each rank on either side,
+Deployment: the branch in 16 bits, `merge(layer)`: Q(Q + BA) without a branch, or the branch in 8 bits, two scales for each rank,
 
     A_rk ~= a_r qA_rk,  a_r = max_k |A_rk| / 127        B_or ~= b_r qB_or,  b_r = max_o |B_or| / 127        q int8
 
@@ -51,7 +51,7 @@ the layer can notice: with BA = U S V^T and a fixed orthogonal R (r x r),
     B <- U S^1/2 R,  A <- R^T S^1/2 V^T         BA is the same; its rounding error falls from sum_r S_r^2 to (sum_r S_r)^2 / r
 
 times the squared relative step, and entries become Gaussian, with smaller largest ones. On `tiny`, whose branches are half of its
-layers, 8 bits cost 4 dB without mixing and 2 dB with it; where rank 16 is a small share they cost nothing that can be seen.
+layers, 8 bits cost 4 dB without mixing and 2 dB with it; on Gaussian layers of 192 x 256, rank 16, less than 2% of the 4-bit error.
 Left out on purpose: correlation of x with its rounding error, randomized SVD, training of grid, bias or scales, higher derivatives.
 Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
 """

@@ -223,10 +223,11 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
     return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
 
 
-def packed_twin(net: nn.Module, rank: int, group_w: int = 64) -> nn.Module:
-    """`net` (meta), its layers replaced in place by packed ones in training form: A and B require gradients, nothing else."""
+def packed_twin(net: nn.Module, rank: int, group_w: int = 64, under: str = "") -> nn.Module:
+    """`net` (meta), its layers, or those of the module `under`, replaced in place by packed ones in training form: A and B require
+    gradients, nothing else."""
     for name, layer in models.float_layers(net).items():
-        if (kind := models.precision(name)) != "16bit":
+        if (kind := models.precision(name)) != "16bit" and name.startswith(under):
             r = min(rank, len(layer.weight), layer.weight[0].numel())
             hgs_lora.replace(net, name, checkpoint.packed_class(kind, layer)(layer, r, group_w))
     for name, p in net.named_parameters():

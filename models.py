@@ -245,9 +245,8 @@ def blueprint(denoiser: Denoiser) -> dict:
 
 def from_blueprint(about: dict, device: str = "meta") -> Denoiser:
     """Inverse of blueprint, with weights uninitialised on "meta" and random elsewhere."""
-    cls = {"UNet2DConditionModel": UNet2DConditionModel, "FluxTransformer2DModel": FluxTransformer2DModel}[about["class"]]
     with torch.device(device):
-        net = cls.from_config(about["config"])
+        net = NETWORK_CLASSES[about["model"]].from_config(about["config"])
     denoiser = wrap(about["model"], net, None, about["scheduler"], tuple(about["latent"]))
     denoiser.base = about["base"]
     return denoiser

@@ -14,7 +14,7 @@ then on `save_pretrained` of a packed network and `from_pretrained` of network o
 import from_pretrained says "Unknown quantization type, got cmquant". config.json carries the table of layers, from which
 packed layers take the place of float ones before weights are read. Stored:
 
-    scale_O            kernels.pack_scales: one byte (float32 in memory)
+    scale_O            kernels.pack_scales: one byte (in memory float32, or with LoRA in 8 bits that byte)
     everything else    as it is.  torch_dtype casts the 16-bit layers alone; a round trip is equal bit for bit.
 
 Scheduler.  The pipeline's steps are the jumps of tdpt.sample on path.grid(steps), the last one to clean data:
@@ -30,7 +30,6 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -61,18 +60,6 @@ import tdpt
 from models import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packed layers by table
-
-
-def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
-    """Packed layers, contents uninitialised, where `table` says so. ValueError or AttributeError if it is not this network's."""
-    for name, row in table.items():
-        layer = net.get_submodule(name)
-        packed, form = checkpoint.packed_class(row["kind"], layer), {"lora_bits": 8} if row.get("lora") == 8 else {}
-        net.set_submodule(name, packed(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"], **form))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # diffusers' quantization interface
 
 
@@ -101,7 +88,7 @@ class CMQuantQuantizer(DiffusersQuantizer):
             raise ValueError("CMQuant does not quantize while loading: make a checkpoint with train.py and load that")
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        place_packed(model, self.quantization_config.layers)
+        checkpoint.place_packed(model, self.quantization_config.layers)
 
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
         return isinstance(model.get_submodule(param_name.rpartition(".")[0]), hgs_lora.PackedLayer)
@@ -149,9 +136,8 @@ def quantization_config(net: nn.Module) -> CMQuantConfig:
 
 def family(net: nn.Module):
     """(pipeline class, name of the denoiser in it)."""
-    if isinstance(net, diffusers.UNet2DConditionModel):
-        return diffusers.StableDiffusionXLPipeline, "unet"
-    return diffusers.FluxPipeline, "transformer"
+    name = "sdxl" if isinstance(net, diffusers.UNet2DConditionModel) else "flux"
+    return pretrained.pipeline_class(name), pretrained.PART[name]
 
 
 def few_step_scheduler(scheduler: dict, path):
@@ -229,12 +215,7 @@ def read_base(cls, base: str, **kwargs):
         found = cls.load_config(base)["_class_name"]
         if cls is not diffusers.DiffusionPipeline and not found.startswith(cls.__name__.removesuffix("Pipeline")):
             raise UserError(f"{base} is a {found}, not a {cls.__name__}: name the one that was quantized by --base")
-        try:
-            return cls.from_pretrained(base, **kwargs)
-        except (OSError, ValueError) as error:
-            with contextlib.suppress(OSError, ValueError):
-                return cls.from_pretrained(base, variant="fp16", **kwargs)  # where only half-precision files are stored
-            raise error
+        return pretrained.from_pretrained(cls, base, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def explained(what: str, base: str):
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
         chain, e = [], error
         while e is not None:
             chain.append(e)
@@ -139,7 +139,7 @@ def load_network(
                     torch.manual_seed(0)
                     net = cls.from_config(config).to(dtype)
                 else:
-                    net = from_pretrained(cls, base, PART[name], dtype)
+                    net = from_pretrained(cls, base, subfolder=PART[name], torch_dtype=dtype)
         check_architecture(name, net, base)
         scheduler = load_scheduler(base if not is_file(base) else components or BASES[name])
     side = (resolution or 8 * int(getattr(net.config, "sample_size", 0) or 128)) // FACTOR
@@ -161,13 +161,13 @@ def official_config(name: str, folder: Path) -> str:
     return str(folder)
 
 
-def from_pretrained(cls, base: str, part: str, dtype: torch.dtype):
-    """Weights of a folder or hub id; where only half-precision files are stored (variant fp16), those."""
+def from_pretrained(cls, base: str, **options):
+    """cls.from_pretrained of a folder or hub id, safetensors only; variant fp16 where there is no other."""
     try:
-        return cls.from_pretrained(base, subfolder=part, torch_dtype=dtype, use_safetensors=True)
+        return cls.from_pretrained(base, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError, ValueError):
-            return cls.from_pretrained(base, subfolder=part, torch_dtype=dtype, use_safetensors=True, variant="fp16")
+            return cls.from_pretrained(base, use_safetensors=True, variant="fp16", **options)
         raise error
 
 
@@ -189,6 +189,7 @@ def add_cm(denoiser: models.Denoiser, cm: str) -> None:
     pipeline, part = pipeline_class(denoiser.name), PART[denoiser.name]
     with explained("the consistency LoRA", cm):
         options = {"unet_config": denoiser.net.config} if denoiser.name == "sdxl" else {"return_alphas": True}
+        options["use_safetensors"] = True
         where = cm
         if not Path(cm).exists() and cm.count("/") > 1 and not cm.startswith(("/", ".")):  # a file of a hub id
             owner, repository, options["weight_name"] = cm.split("/", 2)
@@ -216,14 +217,14 @@ def random_cm(denoiser: models.Denoiser, rank: int = 4) -> None:
     denoiser.requires_grad_(False)
 
 
-def save_cm(path: Path, denoiser: models.Denoiser, write) -> None:
-    """The network's LoRA in diffusers' format, as any pipeline's load_lora_weights reads it. write(path, tensors, info)."""
+def save_cm(path: Path, denoiser: models.Denoiser) -> None:
+    """The network's LoRA in diffusers' format, as any pipeline's load_lora_weights reads it."""
     tensors = {}
     for name, layer in models.loras(denoiser).items():
         B = layer.lora_B.detach()
         tensors[f"{PART[denoiser.name]}.{name}.lora_A.weight"] = layer.lora_A.detach().half()
         tensors[f"{PART[denoiser.name]}.{name}.lora_B.weight"] = (B if layer.lora_A.dim() == 2 else B[:, :, None, None]).half()
-    write(path, tensors, {})
+    checkpoint.write(path, tensors, {})
 
 
 def load_cm(
@@ -244,6 +245,11 @@ def load_cm(
 # Text encoders and VAE, by the pipelines' own methods
 
 
+def square(side: int, n: int) -> torch.Tensor:
+    """time_ids (n, 6) of whole square pictures."""
+    return torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32).repeat(n, 1)
+
+
 class Text:
     """text(captions) -> cond on the CPU: SDXL tokens (B, 77, 2048), pooled (B, 1280), time_ids; FLUX tokens (B, L, 4096), pooled
     (B, 768). The empty caption is what the pipeline itself takes for the unconditional one (SDXL base: zeros)."""
@@ -257,8 +263,8 @@ class Text:
                 self.pipeline = pipeline_class(name).from_single_file(base, **options)
                 self.pipeline.register_modules(**{PART[name]: None, "vae": None})
             else:
-                options = {PART[name]: None, "vae": None, "torch_dtype": dtype, "use_safetensors": True}
-                self.pipeline = pipeline_class(name).from_pretrained(base, **options)
+                options = {PART[name]: None, "vae": None, "torch_dtype": dtype}
+                self.pipeline = from_pretrained(pipeline_class(name), base, **options)
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -272,9 +278,7 @@ class Text:
         if self.pipeline.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([not caption for caption in captions], device=tokens.device)
             tokens, pooled = tokens.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
-        side = self.resolution
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32).expand(len(captions), 6)
-        return {"tokens": tokens.cpu(), "pooled": pooled.cpu(), "time_ids": time_ids.contiguous()}
+        return {"tokens": tokens.cpu(), "pooled": pooled.cpu(), "time_ids": square(self.resolution, len(captions))}
 
 
 class VAE:
@@ -287,7 +291,7 @@ class VAE:
             if is_file(base):
                 self.vae = AutoencoderKL.from_single_file(base, config=components or BASES[name], subfolder="vae")
             else:
-                self.vae = AutoencoderKL.from_pretrained(base, subfolder="vae", use_safetensors=True)
+                self.vae = from_pretrained(AutoencoderKL, base, subfolder="vae")
         self.vae, self.device = self.vae.float().to(device).eval().requires_grad_(False), device
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
@@ -317,9 +321,7 @@ class RandomText:
             gen = torch.Generator().manual_seed(zlib.crc32(caption.encode()))
             rows.append({k: torch.randn(shape, generator=gen) for k, shape in self.shapes.items()})
         cond = {k: torch.stack([row[k] for row in rows]) for k in self.shapes}
-        if self.sdxl:
-            cond["time_ids"] = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]]).float().repeat(len(captions), 1)
-        return cond
+        return cond | ({"time_ids": square(self.side, len(captions))} if self.sdxl else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,42 +375,42 @@ def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
 
 def skeleton(name: str, base: str = "") -> nn.Module:
     """The float network on the meta device: of a folder's or hub id's config, or the official one ("" and single files)."""
-    with torch.device("meta"):
-        if not base or is_file(base):
-            return models.NETWORKS[name]()
-        with explained("the denoiser's config", base):
-            check_folder(name, base)
-            cls = models.NETWORK_CLASSES[name]
-            config = cls.load_config(base, subfolder=PART[name])
-            check_architecture(name, config, base)
-            return cls.from_config(config)
+    if not base or is_file(base):
+        return memory.meta_network(name)
+    with explained("the denoiser's config", base), torch.device("meta"):
+        check_folder(name, base)
+        cls = models.NETWORK_CLASSES[name]
+        config = cls.load_config(base, subfolder=PART[name])
+        check_architecture(name, config, base)
+        return cls.from_config(config)
+
+
+def sizes(cfg) -> tuple:
+    """For memory.py: (build, (latent, tokens)), pictures of --resolution, and the micro-batch without --memory-limit."""
+    latent, tokens = memory.SHAPES[cfg.model]
+    side = cfg.resolution // FACTOR or latent[1]
+    return lambda: skeleton(cfg.model, cfg.teacher), ((latent[0], side, side), tokens), cfg.micro or cfg.batch // checkpoint.world()
 
 
 def dry_run(cfg) -> None:
     """The table of layers, the planned peak, and last the memory ratio."""
-    latent, tokens = memory.SHAPES[cfg.model]
-    side = cfg.resolution // FACTOR or latent[1]
+    build, shapes, micro = sizes(cfg)
     memory.report(
-        cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), cfg.shard_teacher, cfg.micro or cfg.batch,
-        cfg.checkpointing, cfg.group_w, lambda: skeleton(cfg.model, cfg.teacher), ((latent[0], side, side), tokens),
+        cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), cfg.shard_teacher, micro, cfg.checkpointing,
+        cfg.group_w, build, shapes,
     )  # fmt: skip
 
 
 def planned(cfg):
     """cfg with micro, checkpointing and offload as --memory-limit asks for; prints the planned peak. UserError if nothing fits."""
-    latent, tokens = memory.SHAPES[cfg.model]
-    side = cfg.resolution // FACTOR or latent[1]
-    fp = memory.Footprint(
-        lambda: skeleton(cfg.model, cfg.teacher), (latent[0], side, side), tokens, cfg.rank, dtype=getattr(torch, cfg.dtype),
-        group_w=cfg.group_w,
-    )  # fmt: skip
+    build, shapes, micro = sizes(cfg)
+    fp = memory.Footprint(build, *shapes, cfg.rank, dtype=cfg.torch_dtype, group_w=cfg.group_w)
     teacher = "shard" if cfg.shard_teacher else "offload" if cfg.offload else "resident"
     if cfg.memory_limit:
         plan = memory.choose(memory.parse_bytes(cfg.memory_limit), fp, cfg.batch, checkpoint.world(), cfg.shard_teacher)
         choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}
         cfg = dataclasses.replace(cfg, **choice)
     else:
-        micro = cfg.micro or cfg.batch // checkpoint.world()
         plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, checkpoint.world())
     need, free = fp.packed + 8 * fp.factors, shutil.disk_usage(cfg.out).free  # start with anchor, two states and one being written
     if free < need:

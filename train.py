@@ -103,7 +103,7 @@ class Config:
     huber: float = 1e-3  # c
     # deployment
     deploy: str = "branch"  # branch: LoRA beside the packed weight; merged: Q(Q + BA), strict W4A4
-    lora_bits: int = 16  # of A and B in the checkpoint; 8 for sdxl and flux, where it costs nothing that can be seen
+    lora_bits: int = 16  # of A and B in the checkpoint; 8 for sdxl and flux, where LoRA is a small share of a layer
     eval_n: int = 256  # pictures of the closing quality line
     save_every: int = 20  # updates between two resumable states
     backend: str = "compile" if torch.cuda.is_available() else "native"  # native: kernels.cpp or eager; compile: torch.compile
@@ -310,7 +310,7 @@ def train_cm(cfg: Config, out: Path) -> None:
     if rank() == 0 and cfg.model in models.TINY:
         teacher.ship(cfg, path, {k.removeprefix("net."): p for k, p in params.items()}, network, cm=True)
     elif rank() == 0:
-        pretrained.save_cm(path, network, checkpoint.write)
+        pretrained.save_cm(path, network)
         print(f"weights: {path}")
 
 

@@ -100,3 +100,15 @@ def test_without_a_gpu_its_programme_is_one_sentence(capsys):
     with pytest.raises(models.UserError, match="no CUDA device"):
         bench.main(["gpu"])
     assert not capsys.readouterr().out
+
+
+def test_the_gpu_runs_last_lines_compare_with_the_right_bf16():
+    """Catches a compiled network of ours held against the eager bf16 one."""
+    rows = [{"shape": [1, 2, 3], "impl": name, "median_ms": ms} for name, ms in
+            {"bf16": 8.0, "bf16_compiled": 6.0, "ours": 4.0, "ours_compile": 2.0, "peer": 1.0}.items()]  # fmt: skip
+    rows += [
+        {"what": "a picture", "impl": f"{name}_compiled, 4 steps", "median_ms": ms} for name, ms in (("bf16", 9.0), ("ours", 6.0))
+    ]
+    expected = "ours / bf16 2.00x (1), ours_compile / bf16_compiled 3.00x (1)"
+    assert bench.summary(rows) == f"{expected}, ours_compiled, 4 steps / bf16_compiled, 4 steps 1.50x (1)"
+    assert bench.summary([{"what": "learner", "median_ms": 1.0}]) == "1 rows"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import miniature
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_train import kill_at, losses, refuse, same_files
 
 import checkpoint
@@ -40,7 +41,7 @@ def real(tmp_path_factory) -> dict[str, str]:
         base, cm = miniature.save(name, folder / name), folder / f"{name}-cm.safetensors"
         network = pretrained.load_network(name, str(base), resolution=64, dtype=torch.float32)
         pretrained.random_cm(network)
-        pretrained.save_cm(cm, network, checkpoint.write)
+        pretrained.save_cm(cm, network)
         flags[name] = f"--model {name} --teacher {base} --cm {cm} --resolution 64 --data {folder}/prompts.txt"
     return flags
 
@@ -140,6 +141,22 @@ def test_one_file_is_read_like_its_folder(real, tmp_path):
     left, right = folder.net.state_dict(), one.net.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
     assert one.scheduler == folder.scheduler
+
+
+def test_pickles_are_never_read(real, tmp_path):
+    """Catches diffusers' fallback to .bin files, which run what their author likes."""
+    base = Path(real["sdxl"].split()[3])
+    network = pretrained.load_network("sdxl", str(base), dtype=torch.float32)
+    torch.save({"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(4, 128)}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(models.UserError):
+        pretrained.add_cm(network, str(tmp_path))
+    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        copy = shutil.copytree(base, tmp_path / part)
+        weights = next((copy / part).glob("*.safetensors"))
+        torch.save(load_file(weights), copy / part / f"{name}.bin")
+        weights.unlink()
+        with pytest.raises(models.UserError):
+            {"unet": pretrained.load_network, "vae": pretrained.VAE, "text_encoder": pretrained.Text}[part]("sdxl", str(copy))
 
 
 def test_kohya_loras_have_their_alpha(real, tmp_path):
