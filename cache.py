@@ -26,7 +26,6 @@ Key: B batch, C, h, w latent shape, H, W pixels.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import checkpoint
 import data
 from models import UserError
 
@@ -84,33 +84,13 @@ def fit(picture: Image.Image, sizes: list[tuple[int, int]]) -> tuple[torch.Tenso
 # Files
 
 
-def _atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """write(temporary file), synced, becomes `path`. UserError if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)  # the new name
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}): free some space and run the same command again to resume") from None
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def _check(about: dict) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _write_json(path: Path, about: dict) -> None:
-    _atomic(path, lambda file: file.write_text(json.dumps(about | {"check": _check(about)}, indent=1)))
+    with checkpoint.atomic(path) as file:
+        file.write_text(json.dumps(about | {"check": _check(about)}, indent=1))
 
 
 def _read_json(path: Path) -> dict | None:
@@ -159,7 +139,8 @@ def _whole(folder: Path, name: str, records: dict[str, dict]) -> bool:
 
 def _save(folder: Path, name: str, tensors: dict[str, torch.Tensor], about: dict) -> None:
     path = folder / f"{name}.safetensors"
-    _atomic(path, lambda file: save_file(tensors, file))
+    with checkpoint.atomic(path) as file:
+        save_file(tensors, file)
     _write_json(folder / f"{name}.json", {"sha256": _sha256(path)} | about)
 
 
