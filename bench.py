@@ -9,8 +9,8 @@
     python bench.py costs                            how time grows with tokens, width and rank
     python bench.py gpu                              all of these on CUDA; what fails is named, the others go on
 
-One process, the same tensors for all: rounds in which every implementation runs once, in turn, after a warm-up that also pays
-for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
+One process, the same tensors for all: rounds in which every implementation runs once, in random order, after a warm-up that also
+pays for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
 unpacking the weight and a branch of rank 32; bf16 has no branch. Peers: pip install -r requirements-bench.txt; what is missing
 or refuses a shape is named, and the table goes on without it. (gemlite, for CUDA, is not in that file: it is built from source.)
 
@@ -25,6 +25,7 @@ import copy
 import ctypes
 import json
 import platform
+import random
 import re
 import resource
 import statistics
@@ -245,11 +246,12 @@ def prepare(builders: dict[str, Callable], cuda: bool) -> tuple[dict[str, Callab
 
 
 def interleave(calls: dict[str, Callable], rounds: int, cuda: bool) -> dict[str, dict]:
-    """median_ms, q1_ms, q3_ms of every call, over rounds in which each runs once."""
-    times = {name: [] for name in calls}
+    """median_ms, q1_ms, q3_ms of every call, over rounds in which each runs once, in an order drawn anew: none always finds the
+    caches as one other leaves them."""
+    times, order = {name: [] for name in calls}, random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(1e3 * clock(call, cuda)[0])
+        for name in order.sample(list(calls), len(calls)):
+            times[name].append(1e3 * clock(calls[name], cuda)[0])
     quartiles = {name: statistics.quantiles(t, n=4, method="inclusive") if rounds > 1 else t * 3 for name, t in times.items()}
     return {name: {"median_ms": median, "q1_ms": q1, "q3_ms": q3} for name, (q1, median, q3) in quartiles.items()}
 

@@ -10,15 +10,16 @@ Buckets. A picture goes to the size of nearest ratio among multiples of 64 whose
 
 Storage. A folder with
 
-    manifest.json        the key (what the cache was made of), and every shard's SHA-256, rows in each bucket, unreadable pictures
+    manifest.json        the key (what the cache was made of), and the number of shards, null as long as there may be more
     00000.safetensors    shard k is made of rows [64 k, 64 k + 64) of the source alone: a killed build goes on at any shard, ranks
                          share them, and a damaged one is made again. Tensors HxW/latents (n, C, H/8, W/8) float16, HxW/NAME
-                         (n, ..) for each tensor of cond: bfloat16, but time_ids float32
+                         (n, ..) for each tensor of cond: bfloat16, but time_ids float32; the metadata has the number of rows
+                         in each bucket and the unreadable pictures
     null.safetensors     cond of the caption ""
-    00000.json           the shard's part of the manifest, until that is complete
 
-Files are written under another name, synced and renamed; JSON carries a checksum of itself. All shards are read through at every
-start to check them. Rows of prompts alone are in the bucket "drawn" if `draw` gave them latents, else in "prompts", which has none.
+Files are written as those of a run are (checkpoint.py): under another name, synced, renamed, with their checksum inside; shards
+also know their name and key. All of them are read through at every start. Rows of prompts alone are in the bucket "drawn" if
+`draw` gave them latents, else in "prompts", which has none.
 
 Key: B batch, C, h, w latent shape, H, W pixels.
 """
@@ -34,11 +35,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import checkpoint
 import data
+import integrity
 from models import UserError
 
 STEP = 64  # pixels; sizes are multiples
@@ -84,64 +85,24 @@ def fit(picture: Image.Image, sizes: list[tuple[int, int]]) -> tuple[torch.Tenso
 # Files
 
 
-def _check(about: dict) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: Path, about: dict) -> None:
-    with checkpoint.atomic(path) as file:
-        file.write_text(json.dumps(about | {"check": _check(about)}, indent=1))
-
-
-def _read_json(path: Path) -> dict | None:
-    """None where there is no file. ValueError for a damaged one."""
-    try:
-        about = json.loads(path.read_bytes())
-        if not isinstance(about, dict) or about.pop("check", None) != _check(about):
-            raise ValueError(f"{path} is damaged")
-        return about
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
 def _manifest(folder: Path) -> dict | None:
-    """{"key", "complete", "shards": {name: {"sha256", "rows", "skipped"}}}; None where there is none. UserError: damaged."""
-    try:
-        return _read_json(folder / "manifest.json")
-    except (OSError, ValueError):
-        raise UserError(f"{folder}/manifest.json is damaged: restore it, or delete the folder to make the cache again") from None
-
-
-def _record(folder: Path, name: str, records: dict[str, dict]) -> dict | None:
-    """What is known of a shard: its own JSON, which is newer, or the manifest's part."""
-    try:
-        return _read_json(folder / f"{name}.json") or records.get(name)
-    except ValueError:
+    """{"key", "shards"}; None where there is none. UserError: damaged."""
+    path = folder / "manifest.json"
+    if not path.is_file():
         return None
+    try:
+        if not integrity.check(path):
+            raise ValueError
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"{path} is damaged: restore it, or delete the folder to make the cache again") from None
 
 
-def _whole(folder: Path, name: str, records: dict[str, dict]) -> bool:
+def _whole(path: Path, run: str, was_there: bool) -> bool:
     """Whether a shard is there with the bytes that were written; says so if it was and is not any more."""
-    path, record = folder / f"{name}.safetensors", _record(folder, name, records)
-    if record is not None and _sha256(path) != record["sha256"]:
-        print(f"{path} is damaged or gone: it is made again")
-        return False
-    return record is not None
-
-
-def _save(folder: Path, name: str, tensors: dict[str, torch.Tensor], about: dict) -> None:
-    path = folder / f"{name}.safetensors"
-    with checkpoint.atomic(path) as file:
-        save_file(tensors, file)
-    _write_json(folder / f"{name}.json", {"sha256": _sha256(path)} | about)
+    if was_there and not path.exists():
+        print(f"{path} is gone: it is made again")
+    return checkpoint.usable(path, run, "it is made again")
 
 
 def _stored(name: str, tensor: torch.Tensor, keys: tuple[str, ...]) -> torch.Tensor:
@@ -201,10 +162,12 @@ class Cache:
     def __init__(self, folder: str | Path):
         """UserError: no cache, an unfinished one, or no row in it."""
         self.folder = Path(folder)
-        about = _manifest(self.folder)
-        if about is None or not about["complete"]:
+        about, shards = _manifest(self.folder), {}
+        if about is None or about["shards"] is None:
             raise UserError(f"{folder} holds no finished cache: run the command that makes it again")
-        shards = {name: shard for name, shard in sorted(about["shards"].items()) if name != "null"}
+        for name in (f"{k:05d}" for k in range(about["shards"])):
+            with self._open(name) as file:
+                shards[name] = json.loads(file.metadata()["info"])
         self.skipped = [line for shard in shards.values() for line in shard["skipped"]]
         self.rows = {}  # bucket -> names of its shards, number of rows up to the end of each
         for bucket in sorted({bucket for shard in shards.values() for bucket in shard["rows"]}):
@@ -246,6 +209,7 @@ class Cache:
         if isinstance(items, data.Source):
             key |= {"data": items.spec, "fingerprint of the data": items.fingerprint}
         key = json.loads(json.dumps(key))
+        manifest, run = folder / "manifest.json", hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         if rank == 0 and _manifest(folder) is None:
             if folder.is_dir() and any(file.suffix != ".tmp" for file in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and no cache: choose another --cache, or delete the folder")
@@ -253,55 +217,56 @@ class Cache:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot make the cache folder {folder} ({error.strerror}): choose another --cache") from None
-            _write_json(folder / "manifest.json", {"key": key, "complete": False, "shards": {}})
+            checkpoint.write_json(manifest, {"key": key, "shards": None})
         if world > 1:
             wait()
         about = _manifest(folder)
         if changed := sorted(k for k in key | about["key"] if key.get(k) != about["key"].get(k)):
             raise UserError(f"{folder} was made with another {', '.join(changed)}: delete the folder or choose another --cache")
-        records, complete = about["shards"], about["complete"]
-        if rank == 0 and not _whole(folder, "null", records):
+        n, complete = about["shards"] or 0, about["shards"] is not None
+        if rank == 0 and not _whole(folder / "null.safetensors", run, complete):
             cond = {f"null/{k}": _stored(k, v, ("",)) for k, v in encode_captions([data.UNCONDITIONAL]).items()}
-            _save(folder, "null", cond, {"rows": {}, "skipped": []})
-        n = len(records) - 1
-        damaged = [k for k in range(rank, n, world) if not _whole(folder, f"{k:05d}", records)] if complete else []
+            checkpoint.write(folder / "null.safetensors", cond, {"rows": {}, "skipped": []}, run)
+        paths = [folder / f"{k:05d}.safetensors" for k in range(n)]
+        damaged = [k for k in range(rank, n, world) if not _whole(paths[k], run, complete)]
         if not complete or damaged:
             if draw is not None and latent is None:
                 latent = tuple(encode_pictures(torch.zeros(1, 3, resolution, resolution)).shape[1:])
             rows, k = enumerate(items.rows() if isinstance(items, data.Source) else items), -1
             for k, part in tqdm(groupby(rows, lambda row: row[0] // shard), "cache", unit="shard", disable=rank > 0):
-                name = f"{k:05d}"
-                if k in damaged if complete else k % world == rank and not _whole(folder, name, records):
+                path = folder / f"{k:05d}.safetensors"
+                if k in damaged if complete else k % world == rank and not _whole(path, run, False):
                     made = _shard(k, (row for _, row in part), sizes, encode_pictures, encode_captions, draw, latent)
-                    _save(folder, name, *made)
+                    checkpoint.write(path, *made, run)
                 if complete and k == damaged[-1]:
                     break
             n = n if complete else k + 1
         if world > 1:
             wait()
-        names = ["null", *(f"{k:05d}" for k in range(n))]
-        if rank == 0 and (not complete or any((folder / f"{name}.json").exists() for name in names)):
-            shards = {name: _record(folder, name, records) for name in names}
-            if missing := [name for name, shard in shards.items() if shard is None]:
+        if rank == 0 and not complete:
+            if missing := [f"{k:05d}" for k in range(n) if not (folder / f"{k:05d}.safetensors").exists()]:
                 raise UserError(f"{folder} still lacks {', '.join(missing[:5])}: run the same command again on all ranks")
-            _write_json(folder / "manifest.json", {"key": key, "complete": True, "shards": shards})
-            data.report([line for shard in shards.values() for line in shard["skipped"]])
-            for name in names:
-                (folder / f"{name}.json").unlink(missing_ok=True)
+            checkpoint.write_json(manifest, {"key": key, "shards": n})
         if world > 1:
             wait()
-        return Cache(folder)
+        made = Cache(folder)
+        if rank == 0 and not complete:
+            data.report(made.skipped)
+        return made
+
+    def _open(self, name: str):
+        """A shard's file. UserError: it is gone."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read any more ({error}): run the same command again, it is made again") from None
 
     def _read(self, name: str, bucket: str, row: int, latents: bool = False) -> dict[str, torch.Tensor]:
         """Row `row` of a bucket in shard `name`: cond and, if asked for, latents, batch 1. UserError: the file is gone."""
-        path = self.folder / f"{name}.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                keys = [key for key in file.keys() if key.startswith(f"{bucket}/")]
-                found = {key.split("/", 1)[1]: key for key in keys}
-                return {k: file.get_slice(key)[row : row + 1] for k, key in sorted(found.items()) if latents or k != "latents"}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read any more ({error}): run the same command again, it is made again") from None
+        with self._open(name) as file:
+            found = {key.split("/", 1)[1]: key for key in file.keys() if key.startswith(f"{bucket}/")}
+            return {k: file.get_slice(key)[row : row + 1] for k, key in sorted(found.items()) if latents or k != "latents"}
 
     def _gather(self, rows: list[tuple[str, int]], latents: bool = False) -> dict[str, torch.Tensor]:
         """(bucket, row in the bucket) of each -> stacked tensors."""

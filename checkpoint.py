@@ -211,10 +211,15 @@ class Damaged(UserError):
     """config.json is missing or not what was written."""
 
 
-def write_config(out: Path, about: dict) -> None:
-    with atomic(out / "config.json") as file:
+def write_json(path: Path, about: dict) -> None:
+    """A JSON file with its checksum as first entry."""
+    with atomic(path) as file:
         file.write_text(json.dumps({"sha256": integrity.EMPTY} | about | {"sha256": integrity.EMPTY}, indent=1))
         integrity.seal(file)
+
+
+def write_config(out: Path, about: dict) -> None:
+    write_json(out / "config.json", about)
 
 
 def read_config(folder: Path) -> dict:

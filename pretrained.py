@@ -142,7 +142,7 @@ def load_network(
                     net = from_pretrained(cls, base, subfolder=PART[name], torch_dtype=dtype)
         check_architecture(name, net, base)
         scheduler = load_scheduler(base if not is_file(base) else components or BASES[name])
-    side = (resolution or 8 * int(getattr(net.config, "sample_size", 0) or 128)) // FACTOR
+    side = latent_side(net, resolution)
     channels = net.config.in_channels if name == "sdxl" else net.config.in_channels // 4
     try:
         denoiser = models.wrap(name, net, None, scheduler, (channels, side, side))
@@ -150,6 +150,11 @@ def load_network(
         raise UserError(f"the noise schedule of {base} cannot be used: {error}") from None
     denoiser.base = base
     return denoiser.eval().requires_grad_(False)
+
+
+def latent_side(net: nn.Module, resolution: int) -> int:
+    """Of square pictures of `resolution` pixels; 0: of the base's own."""
+    return resolution // FACTOR or int(getattr(net.config, "sample_size", 0) or 128)
 
 
 def official_config(name: str, folder: Path) -> str:
@@ -388,7 +393,7 @@ def skeleton(name: str, base: str = "") -> nn.Module:
 def sizes(cfg) -> tuple:
     """For memory.py: (build, (latent, tokens)), pictures of --resolution, and the micro-batch without --memory-limit."""
     latent, tokens = memory.SHAPES[cfg.model]
-    side = cfg.resolution // FACTOR or latent[1]
+    side = latent_side(skeleton(cfg.model, cfg.teacher), cfg.resolution)
     return lambda: skeleton(cfg.model, cfg.teacher), ((latent[0], side, side), tokens), cfg.micro or cfg.batch // checkpoint.world()
 
 

@@ -111,7 +111,7 @@ def flux() -> FluxPipeline:
     )  # fmt: skip
 
 
-PIPELINES = {"sdxl": sdxl, "flux": flux}
+PIPELINES = {"sdxl": sdxl, "flux": flux, "sdxl-v": lambda: sdxl("v_prediction")}
 
 
 def save(name: str, folder: Path) -> Path:

@@ -26,6 +26,7 @@ import train
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a {size} {color} {thing} on the {side}" for size in ("large", "small") for color in ("red", "green")
            for thing in ("house", "tree") for side in ("left", "right")]  # fmt: skip
+BASES = [*models.REAL, "sdxl-v"]  # the last one predicts v
 QUICK = (
     "--steps 3 --batch 4 --micro 2 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 4 --lr 1e-3 --warmup 1"
     " --save-every 1 --grid 8 --phases 1,2 --rollout 0.5 --eval-n 2 --dtype float32"
@@ -37,12 +38,12 @@ def real(tmp_path_factory) -> dict[str, str]:
     """Flags that name a miniature base, its consistency LoRA in diffusers' format, and prompts."""
     folder, flags = tmp_path_factory.mktemp("bases"), {}
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    for name in models.REAL:
-        base, cm = miniature.save(name, folder / name), folder / f"{name}-cm.safetensors"
-        network = pretrained.load_network(name, str(base), resolution=64, dtype=torch.float32)
+    for name in BASES:
+        model, base, cm = name.split("-")[0], miniature.save(name, folder / name), folder / f"{name}-cm.safetensors"
+        network = pretrained.load_network(model, str(base), resolution=64, dtype=torch.float32)
         pretrained.random_cm(network)
         pretrained.save_cm(cm, network)
-        flags[name] = f"--model {name} --teacher {base} --cm {cm} --resolution 64 --data {folder}/prompts.txt"
+        flags[name] = f"--model {model} --teacher {base} --cm {cm} --resolution 64 --data {folder}/prompts.txt"
     return flags
 
 
@@ -53,7 +54,7 @@ def run(real: dict[str, str], name: str, out: Path, flags: str = "") -> None:
 @pytest.fixture(scope="session")
 def finished(real, tmp_path_factory) -> dict[str, Path]:
     """Runs that nothing disturbed; TDPT and rollouts both."""
-    outs = {name: tmp_path_factory.mktemp("runs") / name for name in models.REAL}
+    outs = {name: tmp_path_factory.mktemp("runs") / name for name in BASES}
     for name, out in outs.items():
         run(real, name, out)
     return outs
@@ -84,11 +85,13 @@ def test_text_encoders_are_not_asked_again_and_micro_batches_change_nothing(real
         assert abs(a - b) < 1e-3 * abs(b)
 
 
-@pytest.mark.parametrize("name", models.REAL)
-def test_the_finished_run_is_a_pipeline_that_draws_what_was_trained(finished, name):
-    """Catches a checkpoint that another program reads as another network."""
-    student, about = checkpoint.load_checkpoint(finished[name])
-    pipe = pipeline.load_pipeline(finished[name], dtype=torch.float32)
+@pytest.mark.parametrize("base", BASES)
+def test_the_finished_run_is_a_pipeline_that_draws_what_was_trained(finished, base):
+    """Catches a checkpoint that another program reads as another network, and v that is taken for noise on the way."""
+    name = base.split("-")[0]
+    student, about = checkpoint.load_checkpoint(finished[base])
+    assert (about["network"]["scheduler"].get("prediction_type") == "v_prediction") == (base == "sdxl-v")
+    pipe = pipeline.load_pipeline(finished[base], dtype=torch.float32)
     text = pretrained.Text(name, about["network"]["base"], resolution=64, dtype=torch.float32)
     cond, x_T = text(PROMPTS[:1]), torch.randn(1, *student.latent, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -130,6 +133,14 @@ def test_recomputed_activations_change_no_statistics(real, finished, tmp_path, n
     tables = [json.loads((tmp_path / out / "config.json").read_text())["layers"] for out in ("kept", "again")]
     assert tables[0] == tables[1] and len({row["rank"] for row in tables[0].values()}) > 1
     same_files(tmp_path / "kept", tmp_path / "again", "start.safetensors")
+
+
+@pytest.mark.parametrize("name", models.REAL)
+def test_without_resolution_the_plan_is_for_pictures_of_the_base_s_own_size(real, name):
+    """Catches a plan for 1024 pixels where the run has others."""
+    flags = real[name].replace("--resolution 64", "").split()
+    side = pretrained.load_network(name, flags[3]).latent[1]
+    assert pretrained.sizes(train.parse(flags))[1][0][1:] == (side, side)
 
 
 def test_one_file_is_read_like_its_folder(real, tmp_path):
