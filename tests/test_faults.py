@@ -125,6 +125,21 @@ def test_every_flipped_bit_of_the_configuration_is_noticed(sealed, place, bit):
         checkpoint.read_config(folder)
 
 
+@settings(max_examples=30)
+@given(place=st.integers(integrity.HEAD - 9, 5 * integrity.HEAD - 1), bit=st.integers(0, 7))
+def test_every_flipped_bit_behind_the_head_is_noticed(sealed, place, bit):
+    """Catches a large file of which the beginning alone is checked, or a piece between two reads is not."""
+    path = sealed / "large"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integrity, "CHUNK", integrity.HEAD + 1)
+        path.write_bytes(f'{{"sha256": "{integrity.EMPTY}"}}'.encode().ljust(5 * integrity.HEAD))
+        integrity.seal(path)
+        assert integrity.check(path) == integrity.recorded(path)
+        flip(path, place, bit)
+        with pytest.raises(ValueError, match="does not fit"):
+            integrity.check(path)
+
+
 @given(size=st.integers(0, 10**6))
 def test_cut_and_grown_files_are_noticed(sealed, size):
     """Catches a truncated file that is still a valid one."""
