@@ -68,9 +68,10 @@ def unfold(x_NCHW: Tensor, kernel_size, stride=(1, 1), padding=(0, 0), dilation=
 
 def damp(H_KK: Tensor, eps: float = 0.01) -> Tensor:
     """H + eps * mean(diag H) * I in float64; an all-zero H (dead input) becomes the identity: no direction is preferred."""
-    H = H_KK.double()
+    H = H_KK.to(torch.float64, copy=True)
     mean = H.diagonal().mean()
-    return H + torch.eye(len(H), dtype=H.dtype, device=H.device) * (eps * mean if mean > 0 else 1.0)
+    H.diagonal().add_(eps * mean if mean > 0 else 1.0)
+    return H
 
 
 def smooth(H_KK: Tensor, lambda_I: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class Stats:
     def update(self, rows_TK: Tensor) -> None:
         """Add one block of rows to the running sum (H is a sum until `finish`)."""
         rows = rows_TK.float()
-        self.H_KK += (rows.mT @ rows).double()
+        self.H_KK += rows.mT @ rows  # float32 into float64, without a copy
         self.count += len(rows)
 
     def finish(self) -> None:
@@ -342,7 +343,7 @@ def collect_outputs(
     def make_hook(name: str, total_OO: Tensor):
         def backward(g):
             g_TO = (g.permute(0, 2, 3, 1) if isinstance(modules[name], nn.Conv2d) else g).reshape(-1, len(total_OO)).float()
-            total_OO.add_((g_TO.mT @ g_TO).double())
+            total_OO.add_(g_TO.mT @ g_TO)
             reached.add(name)
 
         def forward(module, args, y):

@@ -104,14 +104,19 @@ class Whitener:
         return self._gptq[group, taps]
 
 
+def _times(E_OK: Tensor, L: Tensor) -> Tensor:
+    return E_OK * L if L.dim() == 1 else E_OK @ L
+
+
 def whitened_svd(E_OK: Tensor, L_KK: Tensor | None, rank: int, R_OO: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The (A_rK, B_Or), float64, that minimise ||R (E - B A) L||_F over rank-r matrices. None: the identity."""
+    """The (A_rK, B_Or), float64, that minimise ||R (E - B A) L||_F over rank-r matrices. None: the identity; L may be the
+    diagonal (K,) of a diagonal matrix."""
     if R_OO is not None:
         R_OO = R_OO / R_OO.square().sum().div(len(R_OO)).sqrt()  # the units of G must not unbalance A and B
         A_rK, B_Or = whitened_svd(R_OO @ E_OK.double(), L_KK, rank)
         return A_rK, torch.linalg.solve_triangular(R_OO, B_Or, upper=True)
     E_OK = E_OK.double()
-    M_OK = E_OK if L_KK is None else E_OK @ L_KK
+    M_OK = E_OK if L_KK is None else _times(E_OK, L_KK)
     wide = M_OK.shape[0] <= M_OK.shape[1]
     energy, basis = torch.linalg.eigh(M_OK @ M_OK.mT if wide else M_OK.mT @ M_OK)  # ascending
     first = len(energy) - rank
@@ -122,13 +127,15 @@ def whitened_svd(E_OK: Tensor, L_KK: Tensor | None, rank: int, R_OO: Tensor | No
     down = torch.where(strong, S_r.rsqrt(), 0.0)
     if wide:
         return down[:, None] * (basis.mT @ E_OK), basis * up
-    Vt_rK = basis.mT if L_KK is None else torch.linalg.solve_triangular(L_KK, basis.mT, upper=False, left=False)
+    Vt_rK = basis.mT
+    if L_KK is not None:
+        Vt_rK = Vt_rK / L_KK if L_KK.dim() == 1 else torch.linalg.solve_triangular(L_KK, Vt_rK, upper=False, left=False)
     return up[:, None] * Vt_rK, (M_OK @ basis) * down
 
 
 def whitened_spectrum(E_OK: Tensor, L_KK: Tensor, R_OO: Tensor | None = None) -> Tensor:
-    """Singular values of R E L, descending, float64: what QRA weighs (E = W, or the residual W - Q)."""
-    M = E_OK.double() @ L_KK if R_OO is None else R_OO @ E_OK.double() @ L_KK
+    """Singular values of R E L, descending, float64: what QRA weighs (E = W, or the residual W - Q). L as in whitened_svd."""
+    M = _times(E_OK.double() if R_OO is None else R_OO @ E_OK.double(), L_KK)
     gram = M @ M.mT if M.shape[0] <= M.shape[1] else M.mT @ M
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
@@ -200,8 +207,8 @@ def hgs(w_OK, white, rank, round_to_grid, iters, generator):
     gw = round_to_grid(w_OK)
     best = gw, *whitened_svd(w_OK - quant.dequantize(gw), L_KK, rank, R_OO)
     least = kept_error(w_OK, L_KK, *best, R_OO, noise_K)
-    start_KK = L_KK if noise_K is None else grid_cost(w_OK, white, gw).sqrt().diag()
-    A_rK, B_Or = whitened_svd(w_OK, start_KK, rank, R_OO)
+    start = L_KK if noise_K is None else grid_cost(w_OK, white, gw).sqrt()
+    A_rK, B_Or = whitened_svd(w_OK, start, rank, R_OO)
     for i in range(iters):
         gw = round_to_grid(w_OK - B_Or @ A_rK, nearest=i < iters - 2)
         A_rK, B_Or = whitened_svd(w_OK - quant.dequantize(gw), L_KK, rank, R_OO)

@@ -13,8 +13,10 @@ sizes of its tensors are added up; a checkpoint holds the same tensors, byte for
 
     memory_ratio = all of that / 2 bytes for every parameter of the network that it replaces
 
-Training.  Planned peak = what stays + the most that is alive besides, in the worst of three moments:
+Training.  Planned peak = what stays + the most that is alive besides, in the worst of four moments:
 
+    start      the 16-bit network, all that statistics and factors may hold (--hessian-mb; student.py), activations of calibration:
+               4 micro-batches forward, or one forward and backward; packed layers wait in main memory
     train      student, A and B float32, their gradients, Adam's moments, the anchor A0 B0, inputs of the rank's batch
                + teacher (resident), teacher / world (sharded) or nothing (offloaded)
                + activations of the student, forward and backward of one micro-batch
@@ -55,6 +57,7 @@ SHAPES = {  # latent (C, H, W) and caption tokens
     "tiny": ((12, 16, 16), 24), "tiny-flux": ((12, 16, 16), 24), "sdxl": ((4, 128, 128), 77), "flux": ((16, 128, 128), 512),
 }  # fmt: skip
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+STATISTICS = 8 << 30  # bytes of statistics and factors where neither --hessian-mb nor a limit says how many
 STATES = 5  # latents of a rollout that are kept, four phases
 
 
@@ -259,6 +262,8 @@ class Footprint:
             for net in (self.student, self.teacher):
                 net.train()
             per_sample = [t for t in tree_leaves(inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
+        widest = max(layer.taps * layer.channels for _, layer in hgs_lora.packed_layers(self.student))
+        self.least = 2 * 8 * widest**2  # half of it for the float64 sums of the widest layer: student.py
         self.guided = not hasattr(teacher, "transformer_blocks")  # FLUX embeds its guidance
         self.factors = sum(p.nbytes for p in self.student.parameters() if p.requires_grad)
         self.packed = sum(t.nbytes for t in tensors_of(self.student)) - self.factors
@@ -285,11 +290,12 @@ class Footprint:
 
 class Plan(NamedTuple):
     peak: int  # bytes
-    moment: str  # train, teach or update
+    moment: str  # start, train, teach or update
     parts: dict[str, int]  # bytes at that moment
     micro_batch: int
     checkpointing: bool
     teacher: str
+    statistics: int  # bytes
 
     @property
     def how(self) -> str:
@@ -301,11 +307,20 @@ class Plan(NamedTuple):
         return "\n".join([*lines, *(f"  {what:32s}{size / 1e9:8.3f} GB" for what, size in self.parts.items() if size)])
 
 
+def start_of(fp: Footprint, micro_batch: int, checkpointing: bool) -> dict[str, int]:
+    """What is alive in the start beside statistics and factors."""
+    backward = fp.activations("checkpointed" if checkpointing else "student", micro_batch)
+    return {"16-bit network": fp.network, "activations": max(fp.activations("teacher", 4 * micro_batch), backward)}
+
+
 TEACHERS = {"resident": "resident", "shard": "sharded", "offload": "offloaded"}
 
 
-def plan(fp: Footprint, batch: int, micro_batch: int, checkpointing: bool, teacher: str = "resident", world: int = 1) -> Plan:
-    """The planned peak of one rank, by the equations of the module docstring. batch: over all ranks; teacher: of TEACHERS."""
+def plan(
+    fp: Footprint, batch: int, micro_batch: int, checkpointing: bool, teacher: str = "resident", world: int = 1, statistics: int = 0
+) -> Plan:
+    """The planned peak of one rank, by the equations of the module docstring. batch: over all ranks; teacher: of TEACHERS;
+    statistics: bytes for them in the start, 0: training alone, from a start that is there."""
     a_b, samples = fp.factors, batch // world
     stays = {
         "packed student": fp.packed, "A, B (float32)": a_b, "their gradients": a_b, "Adam's moments": 2 * a_b, "anchor A0, B0": a_b,
@@ -320,24 +335,31 @@ def plan(fp: Footprint, batch: int, micro_batch: int, checkpointing: bool, teach
         "teach": stays | {"teacher and its LoRA": during, "activations": taught},
         "update": stays | {"teacher and its LoRA": between, "copies of A, B": a_b * (2 if world > 1 else 1)},
     }
+    if statistics:
+        moments["start"] = start_of(fp, micro_batch, checkpointing) | {"statistics and factors": statistics}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-    return Plan(sum(moments[worst].values()), worst, moments[worst], micro_batch, checkpointing, TEACHERS[teacher])
+    return Plan(sum(moments[worst].values()), worst, moments[worst], micro_batch, checkpointing, TEACHERS[teacher], statistics)
 
 
-def choose(limit: int, fp: Footprint, batch: int, world: int = 1, shard: bool = False) -> Plan:
+def choose(limit: int, fp: Footprint, batch: int, world: int = 1, shard: bool = False, statistics: int | None = 0) -> Plan:
     """The first of resident, sharded (if `shard`) and offloaded teacher, without and with gradient checkpointing, that fits `limit`
-    bytes at micro-batch 1, with the largest power of two as micro-batch that fits. UserError if nothing does."""
+    bytes at micro-batch 1, with the largest power of two as micro-batch that fits. statistics: as in `plan`; None: what the
+    limit leaves in the start. UserError if nothing fits."""
+    least = fp.least if statistics is None else statistics
     samples = batch // world
     micro = [n for n in (2**k for k in range(samples.bit_length())) if samples % n == 0]
     teachers = ["shard"] if shard and world > 1 else ["resident", "offload"]
     for teacher in teachers:
         for checkpointing in (False, True):
-            best = plan(fp, batch, 1, checkpointing, teacher, world)
+            best = plan(fp, batch, 1, checkpointing, teacher, world, least)
             if best.peak > limit:
                 continue
             for n in micro[1:]:
-                larger = plan(fp, batch, n, checkpointing, teacher, world)
+                larger = plan(fp, batch, n, checkpointing, teacher, world, least)
                 best = larger if larger.peak <= limit else best
+            if statistics is None:
+                rest = sum(start_of(fp, best.micro_batch, checkpointing).values())
+                best = plan(fp, batch, best.micro_batch, checkpointing, teacher, world, limit - rest)
             return best
     raise UserError(
         f"training needs {best.peak / 1e9:.2f} GB ({best.how}) and the limit is {limit / 1e9:.2f} GB: use a GPU with more memory, "
@@ -350,12 +372,13 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, shard: bool = 
 
 def report(
     model: str, rank: int = 16, batch: int = 8, limit: str = "", world: int = 1, shard: bool = False, micro_batch: int = 1,
-    checkpointing: bool = False, group_w: int = 64, build=None, shapes=None, training: bool = True,
+    checkpointing: bool = False, group_w: int = 64, build=None, shapes=None, training: bool = True, statistics: int = 0,
 ) -> None:  # fmt: skip
     """Print the table of layers, the planned peak of training and, last, `memory_ratio: 0.xxx`.
 
     limit: such as 24GB; "" plans what micro_batch and checkpointing say, with the teacher resident. build: () -> network on the
     meta device and shapes: (latent, tokens), where the network is not the one of models.NETWORKS. training=False: no plan.
+    statistics: bytes, 0: what the limit leaves, or STATISTICS.
     UserError, after the table, if training does not fit the limit."""
     build, shapes = build or (lambda: meta_network(model)), shapes or SHAPES[model]
     rows = layer_table(build(), rank, group_w=group_w)
@@ -363,8 +386,8 @@ def report(
     print(f"{'merged, without a branch':30s}{'':15s} {ratio(layer_table(build(), rank, group_w=group_w, merged=True)):8.2%}\n")
     if training:
         fp = Footprint(build, *shapes, rank, group_w=group_w)
-        fixed = None if limit else plan(fp, batch, micro_batch, checkpointing, world=world)
-        print(f"{fixed or choose(parse_bytes(limit), fp, batch, world, shard)}\n")
+        fixed = None if limit else plan(fp, batch, micro_batch, checkpointing, world=world, statistics=statistics or STATISTICS)
+        print(f"{fixed or choose(parse_bytes(limit), fp, batch, world, shard, statistics or None)}\n")
     print(f"memory_ratio: {ratio(rows):.3f}")
 
 

@@ -402,21 +402,29 @@ def dry_run(cfg) -> None:
     build, shapes, micro = sizes(cfg)
     memory.report(
         cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), cfg.shard_teacher, micro, cfg.checkpointing,
-        cfg.group_w, build, shapes,
+        cfg.group_w, build, shapes, statistics=cfg.hessian_mb << 20,
     )  # fmt: skip
 
 
 def planned(cfg):
-    """cfg with micro, checkpointing and offload as --memory-limit asks for; prints the planned peak. UserError if nothing fits."""
+    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb as the GPU has
+    room, at most 8 GiB on a CPU); prints the planned peak. UserError if nothing fits."""
     build, shapes, micro = sizes(cfg)
     fp = memory.Footprint(build, *shapes, cfg.rank, dtype=cfg.torch_dtype, group_w=cfg.group_w)
     teacher = "shard" if cfg.shard_teacher else "offload" if cfg.offload else "resident"
+    statistics = 0 if checkpoint.has_start(Path(cfg.out)) else cfg.hessian_mb << 20 or None  # None: as there is room
     if cfg.memory_limit:
-        plan = memory.choose(memory.parse_bytes(cfg.memory_limit), fp, cfg.batch, checkpoint.world(), cfg.shard_teacher)
+        limit = memory.parse_bytes(cfg.memory_limit)
+        plan = memory.choose(limit, fp, cfg.batch, checkpoint.world(), cfg.shard_teacher, statistics)
         choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}
         cfg = dataclasses.replace(cfg, **choice)
     else:
-        plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, checkpoint.world())
+        if statistics is None:
+            room = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
+            room = int(0.9 * torch.cuda.mem_get_info()[1]) - room if cfg.device == "cuda" else memory.STATISTICS
+            statistics = max(room, fp.least)
+        plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, checkpoint.world(), statistics)
+    cfg = dataclasses.replace(cfg, hessian_mb=max(plan.statistics >> 20, -(-fp.least >> 20)))
     need, free = fp.packed + 8 * fp.factors, shutil.disk_usage(cfg.out).free  # start with anchor, two states and one being written
     if free < need:
         raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")

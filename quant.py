@@ -182,12 +182,12 @@ def inverse_factor(H_KK: Tensor, group: int = 64, taps: int = 1) -> tuple[Tensor
     H = pad_taps(pad_taps(H_KK.double(), group, taps).t(), group, taps)
     dead_K = H.diagonal() == 0
     H = H.masked_fill(dead_K[:, None] | dead_K, 0) + torch.diag(dead_K.double())
-    C, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-    if info != 0 or not C.isfinite().all():
+    single, H = H.float(), H.flip(0, 1)  # one name for what is large: at most three such matrices at a time
+    H, info = torch.linalg.cholesky_ex(H)
+    if info != 0 or not H.isfinite().all():
         raise ValueError("the Hessian is not positive definite; damp it (e.g. + 0.01 * mean(diag) on the diagonal)")
-    R = C.flip(0, 1)
-    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-    return H.float(), U.float()
+    H = H.flip(0, 1)  # R
+    return single, torch.linalg.solve_triangular(H, torch.eye(len(H), dtype=H.dtype, device=H.device), upper=True).float()
 
 
 def quantize_weight(

@@ -4,15 +4,19 @@
     2. a rank per layer under one budget                                                               qra.py
     3. W ~ Q + B A                                                                                     hgs_lora.py
 
-Scale [O]. All H of SDXL take 60 GB, so layers are worked on in slices: those whose float64 sums fit in `--hessian-mb` at a time,
-each slice with its own pass over the calibration captions. Ranks weigh all layers against each other, so the slices are gone
-through twice, for the spectra and for the splits; where one slice holds everything its statistics stay for the second time.
-The network itself is changed at the very end, since later slices are measured on it.
+Scale [O]. All H of SDXL take 60 GB in float64, all G 55, so layers are worked on in slices, each with its own passes over the
+calibration captions. `--hessian-mb` bounds what statistics and factors hold at a time: half of it the float64 sums of H, which
+stay in float32 (a quarter) while the other half takes the sums of G, and then (G in float32, a quarter) the factors of one
+layer. A layer whose factors need more than that (FACTORS) is split on the CPU. Ranks weigh all layers against each other, so
+the slices are gone through twice, for the spectra and for the splits; where one slice holds everything its statistics stay for
+the second time. The network itself is changed at the very end, since later slices are measured on it; until then the packed
+layers wait in main memory.
 
 Processes of a torchrun each drive their own captions; sums and maxima are exchanged (hessian.py), every layer is split by
 one process and sent to the others. Which process does what changes the last bits of the sums, nothing else.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +33,19 @@ import qra
 import quant
 import tdpt
 from models import UserError
+
+FACTORS = 6  # float64 matrices of (K, K) that the split of a layer holds at most: H, L, and what GPTQ's factor is made of
+
+
+def portions(names: list[str], cost: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Consecutive names whose costs are together at most `limit`; one that costs more is alone."""
+    part, total = [], 0
+    for name in names:
+        if part and total + cost[name] > limit:
+            yield part
+            part, total = [], 0
+        part, total = [*part, name], total + cost[name]
+    yield part
 
 
 @torch.no_grad()
@@ -47,36 +64,44 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
 
     # 1. statistics, a slice of the layers at a time
     forward, backward = tdpt.calibration(base, base.path, x_T, cond, [int(K) for K in cfg.phases.split(",")], micro=cfg.micro or 16)
-    kept = []
+    kept, half = [], cfg.hessian_mb << 19
 
     def slices() -> Iterator[list[tuple[str, hessian.Stats, Tensor | None]]]:
         if kept:
             yield from kept
             return
-        for stats in hessian.collect_passes(base.net, list(layers), forward, cfg.hessian_mb << 20, group_x=cfg.group_x):
-            names, G = sorted(stats, key=order.get), {}
-            if cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform"):
-                G = hessian.collect_outputs(base.net, names, backward, cfg.hessian_mb << 20)
-            part = [(name, stats[name], G.get(name)) for name in names]
-            if len(part) == len(layers):
-                kept.append(part)
-            yield part
+        kron = cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform")
+        cost = {name: 8 * O**2 if kron else 0 for name, (O, _) in shapes.items()}
+        for stats in hessian.collect_passes(base.net, list(layers), forward, half, group_x=cfg.group_x):
+            for names in portions(sorted(stats, key=order.get), cost, half):
+                G = hessian.collect_outputs(base.net, names, backward, half) if kron else {}
+                part = [(name, stats[name], G.get(name)) for name in names]
+                if len(part) == len(layers):
+                    kept.append(part)
+                yield part
+                del G, part  # before those of the next are collected
+            del stats
 
     def whitened(part):
-        """(name, layer, W, its Whitener, smoothing factors) of this process' layers in a slice."""
-        cache = {}
-        for name, stats, G_OO in part:
-            if order[name] % world != rank:
-                continue
-            layer, taps = layers[name], layers[name].weight[0, 0].numel()
-            w_OK, lam = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).float(), None
-            key, H_KK = stats, stats.H_KK
+        """(name, layer, its Stats, W, its Whitener, smoothing factors) of this process' layers in a slice."""
+        mine, cache = [row for row in part if order[row[0]] % world == rank], {}
+        readers = Counter(stats for _, stats, _ in mine)  # q, k, v share a Whitener, which goes with the last of them
+        for name, stats, G_OO in mine:
+            layer, taps, K = layers[name], layers[name].weight[0, 0].numel(), shapes[name][1]
+            home = "cpu" if 8 * FACTORS * K**2 > half else layer.weight.device
+            w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).float().to(home)
+            H_KK, lam, white = stats.H_KK, None, cache.pop(stats, None)
             if cfg.smooth and kinds[name] == "w4a4":
-                lam = quant.smoothing_factors(stats.xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
-                w_OK, key, H_KK = w_OK * lam.repeat(taps), name, hessian.smooth(H_KK, lam)
-            cache[key] = white = cache.get(key) or hgs_lora.Whitener(H_KK)  # q, k, v share theirs
-            noise_K = (stats.noise_I / (1 if lam is None else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
-            yield name, layer, stats, w_OK, white if G_OO is None else white.of_layer(G_OO, noise_K), lam
+                xmax_I = stats.xmax_I.to(home)
+                lam = quant.smoothing_factors(xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
+                w_OK, H_KK, white = w_OK * lam.repeat(taps), hessian.smooth(H_KK.to(home), lam), None
+            white, plain = white or hgs_lora.Whitener(H_KK.to(home)), lam is None
+            readers[stats] -= 1
+            if plain and readers[stats]:
+                cache[stats] = white
+            noise_K = (stats.noise_I.to(home) / (1 if plain else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
+            yield name, layer, stats, w_OK, white if G_OO is None else white.of_layer(G_OO.to(home), noise_K), lam
+            del H_KK, white
 
     # 2. QRA: ranks from the whitened spectrum of what the grid costs and the variation of activations and weights
     spectra, energy, v_x, v_w = {}, {}, {}, {}
@@ -84,12 +109,14 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
         for name, layer, stats, w_OK, white, _ in whitened(part):
             gw = quant.quantize_weight(w_OK, cfg.group_w, layer.weight[0, 0].numel())
             if white.R_OO is not None:  # all layers in the picture's units
-                spectra[name] = hgs_lora.whitened_spectrum(w_OK, hgs_lora.grid_cost(w_OK, white, gw).sqrt().diag(), white.R_OO)
+                spectra[name] = hgs_lora.whitened_spectrum(w_OK, hgs_lora.grid_cost(w_OK, white, gw).sqrt(), white.R_OO)
                 energy[name] = 1.0
             else:
                 spectra[name] = hgs_lora.whitened_spectrum(w_OK - quant.dequantize(gw), white.L_KK)
                 energy[name] = float((w_OK.double() @ white.L_KK).square().sum())
             v_x[name], v_w[name] = hessian.variation(stats, layer.weight)
+            del stats, white  # before those of the next are made
+        del part
     if world > 1 and cfg.ranks != "uniform":
         for values in (spectra, energy, v_x, v_w):
             parts = [None] * world
@@ -105,11 +132,13 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
             grid = (cfg.group_w, layer.weight[0, 0].numel(), cfg.rounding, cfg.iters)
             gen = data.step_generator(cfg.seed, order[name], stream=2)
             gw, A_rK, B_Or = hgs_lora.decompose(w_OK, white, ranks[name], cfg.init, *grid, generator=gen)
-            packed[name] = checkpoint.packed_class(kinds[name], layer).from_float(layer, gw, A_rK, B_Or, lam, cfg.group_x)
+            packed[name] = checkpoint.packed_class(kinds[name], layer).from_float(layer, gw, A_rK, B_Or, lam, cfg.group_x).cpu()
             table[name] = {"kind": kinds[name], "shape": shapes[name], "rank": ranks[name], "smooth": lam is not None}
             table[name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x}
             table[name]["error"] = hgs_lora.relative_error(w_OK, white.L_KK, gw, A_rK, B_Or)
             bar.update()
+            del white
+        del part
     for name, layer in layers.items():
         if world > 1:
             packed[name], table[name] = _sent(packed.get(name), table.get(name), layer, kinds[name], order[name] % world)
@@ -124,7 +153,8 @@ def _sent(packed: hgs_lora.PackedLayer | None, row: dict | None, layer: nn.Modul
     row = rows[0]
     if packed is None:
         packed = checkpoint.packed_class(kind, layer)(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"])
+    packed.to(layer.weight.device)
     for tensor in packed.state_dict().values():
         dist.broadcast(tensor, src=owner)
     packed.set_anchor()
-    return packed, row
+    return packed.cpu(), row

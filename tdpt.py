@@ -334,7 +334,7 @@ def sample(model, path, x_T, cond, steps=4, edges=None):
 def calibration(model, path, x_T, cond, phases, bins=4, micro=16):
     """The two runs that hessian.py collects in, over every jump that samplers with K in `phases` make from x_T (B, ...).
 
-    forward(set_bin) makes the jumps, 16 `micro` samples at a time, in `bins` equal parts of the path's time. backward() sends
+    forward(set_bin) makes the jumps, 4 `micro` samples at a time, in `bins` equal parts of the path's time. backward() sends
     v ~ N(0, 1) back from where each jump arrives, `micro` samples at a time, and returns how many samples it sent.
     """
 
@@ -350,7 +350,7 @@ def calibration(model, path, x_T, cond, phases, bins=4, micro=16):
                 x = y.detach()
 
     def forward(set_bin):
-        for rows in torch.arange(len(x_T)).split(16 * micro):
+        for rows in torch.arange(len(x_T)).split(4 * micro):
             for _ in jumps(rows, set_bin):
                 pass
 

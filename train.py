@@ -87,7 +87,7 @@ class Config:
     ranks: str = "qra"  # uniform, variation, spectrum, qra, shuffled
     rank: int = 16  # average rank at equal parameters
     calibration: int = 64  # captions for Hessians and variation
-    hessian_mb: int = 2048  # budget of the float64 sums of one calibration pass
+    hessian_mb: int = 4096  # bound of what statistics and factors hold at a time; 0 (sdxl, flux): what memory there is
     # objective
     rollout: float = 0.75  # share of updates that are on-policy rollouts, the others are TDPT
     trajectory: str = "fp"  # rollouts follow the fp consistency model or the cached guided teacher
@@ -122,8 +122,8 @@ STAGES = {
            "jitter": 0.1, "cached": 4096, "eval_n": 1024},
 }  # fmt: skip
 MODELS = {
-    "sdxl": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 7.5, "hessian_mb": 8192},
-    "flux": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 3.5, "hessian_mb": 8192},
+    "sdxl": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 7.5, "hessian_mb": 0},
+    "flux": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 3.5, "hessian_mb": 0},
 }  # fmt: skip
 REAL = {"lora_bits": 8, "eval_n": 16, "dtype": "bfloat16", "data": "prompts", "calibration": 32, "cached": 512}
 CHOICES = {

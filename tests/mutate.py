@@ -22,7 +22,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("transposed Cholesky factor", "hgs_lora.py", "cholesky(self.H_KK)", "cholesky(self.H_KK).mT", "hgs_lora"),
     ("gradients' factor transposed", "hgs_lora.py", "else no_influence).mT", "else no_influence)", "hgs_lora"),
     ("activation noise of the branch", "hgs_lora.py", "[Q_OK * noise_K.sqrt()]", "[E_OK * noise_K.sqrt()]", "hgs_lora"),
-    ("gradients averaged over rows", "hessian.py", "(g_TO.mT @ g_TO).double()", "(g_TO.mT @ g_TO / len(g_TO)).double()", "hessian"),
+    ("gradients averaged over rows", "hessian.py", "add_(g_TO.mT @ g_TO)", "add_(g_TO.mT @ g_TO / len(g_TO))", "hessian"),
     ("anchor is the moving LoRA", "hgs_lora.py", "if self.use_anchor", "if not self.use_anchor", "hgs_lora"),
     ("tap order of the Hessian", "hessian.py", "permute(0, 1, 2, 4, 5, 3)", "permute(0, 1, 2, 5, 4, 3)", "hessian"),
     ("budget counts O only", "qra.py", "ranks[name] * (O + K) for", "ranks[name] * O for", "qra"),

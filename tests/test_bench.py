@@ -32,6 +32,17 @@ def test_every_implementation_is_measured_on_the_same_operands(kind, shape, caps
     assert f"{by_name['bf16']['median_ms']:.2f}" in lines[2] and "ours_eager" in lines[0]
 
 
+def test_rounds_run_everything_once_in_an_order_that_changes_and_can_be_had_again():
+    """Catches a fixed order, in which one implementation always finds what the same other left in the caches."""
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "abcd"}
+    for _ in range(2):
+        bench.interleave(calls, rounds=8, cuda=False)
+    rounds = [seen[i : i + 4] for i in range(0, len(seen), 4)]
+    assert len(rounds) == 16 and all(sorted(order) == list("abcd") for order in rounds)
+    assert rounds[:8] == rounds[8:] and len({tuple(order) for order in rounds}) > 3
+
+
 OPTIONS = argparse.Namespace(model="tiny", rank=4, device="cpu", rounds=1, compile=False)
 
 
