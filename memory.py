@@ -39,6 +39,7 @@ import functools
 import math
 import re
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -311,6 +312,24 @@ def start_of(fp: Footprint, micro_batch: int, checkpointing: bool) -> dict[str, 
     """What is alive in the start beside statistics and factors."""
     backward = fp.activations("checkpointed" if checkpointing else "student", micro_batch)
     return {"16-bit network": fp.network, "activations": max(fp.activations("teacher", 4 * micro_batch), backward)}
+
+
+def main_memory(fp: Footprint, plan: "Plan", matrices: int, on_cpu: bool) -> int:
+    """Bytes of main memory that the start needs: packed layers with A, B and anchor, and the factors of the widest layer
+    (`matrices` of float64) where they do not fit beside the statistics. on_cpu: the rest of the start is there too."""
+    waiting, widest = fp.packed + 2 * fp.factors, matrices * fp.least // 2
+    if on_cpu:
+        rest = sum(start_of(fp, plan.micro_batch, plan.checkpointing).values())
+        return waiting + rest + max(plan.statistics, plan.statistics // 4 + widest)
+    return waiting + (widest if widest > plan.statistics // 2 else 0)
+
+
+def available() -> float:
+    """Bytes of main memory that are free or can be freed (Linux); infinity where the system does not tell."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return math.inf
 
 
 TEACHERS = {"resident": "resident", "shard": "sharded", "offload": "offloaded"}

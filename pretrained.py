@@ -39,6 +39,7 @@ import checkpoint
 import data
 import memory
 import models
+import student
 import tdpt
 from models import UserError
 
@@ -430,6 +431,15 @@ def planned(cfg):
         raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
     if checkpoint.rank() == 0:
         print(plan)
+    if plan.statistics:
+        need, there = memory.main_memory(fp, plan, student.FACTORS.get(cfg.rounding, 6), cfg.device == "cpu"), memory.available()
+        if checkpoint.rank() == 0:
+            print(f"  main memory for the start       {need / 1e9:8.3f} GB")
+        if need > there:
+            raise UserError(
+                f"the start needs {need / 1e9:.1f} GB of main memory and {there / 1e9:.1f} GB are there: use a machine with more, "
+                "or --rounding rtn, which needs less"
+            )
     return cfg
 
 

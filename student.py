@@ -34,7 +34,7 @@ import quant
 import tdpt
 from models import UserError
 
-FACTORS = 6  # float64 matrices of (K, K) that the split of a layer holds at most: H, L, and what GPTQ's factor is made of
+FACTORS = {"gptq": 6, "rtn": 3}  # (K, K) float64 matrices that the split of a layer holds at most: H, L, what GPTQ's is made of
 
 
 def portions(names: list[str], cost: dict[str, int], limit: int) -> Iterator[list[str]]:
@@ -88,7 +88,7 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
         readers = Counter(stats for _, stats, _ in mine)  # q, k, v share a Whitener, which goes with the last of them
         for name, stats, G_OO in mine:
             layer, taps, K = layers[name], layers[name].weight[0, 0].numel(), shapes[name][1]
-            home = "cpu" if 8 * FACTORS * K**2 > half else layer.weight.device
+            home = "cpu" if 8 * FACTORS.get(cfg.rounding, 6) * K**2 > half else layer.weight.device
             w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).float().to(home)
             H_KK, lam, white = stats.H_KK, None, cache.pop(stats, None)
             if cfg.smooth and kinds[name] == "w4a4":

@@ -230,6 +230,20 @@ def test_choose_gives_the_fastest_way_that_fits_and_says_what_is_missing(footpri
     assert "limit is 0.00 GB" in str(error.value) and "--rank" in str(error.value) and str(error.value).count("\n") == 0
 
 
+def test_the_start_is_planned_with_what_statistics_may_hold(footprint):
+    """Catches: statistics forgotten (24 GB on SDXL where 8 were planned), too few for the widest layer, an unused limit."""
+    alone, roomy = memory.plan(footprint, 48, 1, True), memory.plan(footprint, 48, 1, True, statistics=10**9)
+    assert alone.moment != "start" and roomy.moment == "start" and roomy.parts["statistics and factors"] == 10**9
+    chosen = memory.choose(10**9, footprint, 48, statistics=None)
+    assert chosen.peak == 10**9 and chosen.statistics == 10**9 - sum(
+        memory.start_of(footprint, chosen.micro_batch, chosen.checkpointing).values()
+    )
+    widest = max(layer.weight[0].numel() for layer in models.float_layers(memory.meta_network("tiny-flux")).values())
+    assert footprint.least == 16 * widest**2
+    small, cpu, large, both = (memory.main_memory(footprint, roomy, n, on_cpu) for n in (3, 10**5) for on_cpu in (False, True))
+    assert small == footprint.packed + 2 * footprint.factors < large and small + 10**9 < cpu < both
+
+
 def test_amounts_of_memory_are_decimal_unless_they_say_otherwise():
     """Catches: 24GB read as 24 GiB, a unit that is ignored."""
     cases = {"24GB": 24e9, "24 gb": 24e9, "24G": 24e9, "24GiB": 24 * 2**30, "1.5TB": 1.5e12, "800MB": 8e8, "4096": 4096}

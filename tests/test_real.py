@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_train import kill_at, losses, refuse, same_files
 
 import checkpoint
+import memory
 import models
 import pipeline
 import pretrained
@@ -141,6 +142,12 @@ def test_without_resolution_the_plan_is_for_pictures_of_the_base_s_own_size(real
     flags = real[name].replace("--resolution 64", "").split()
     side = pretrained.load_network(name, flags[3]).latent[1]
     assert pretrained.sizes(train.parse(flags))[1][0][1:] == (side, side)
+
+
+def test_too_little_main_memory_is_one_sentence(real, tmp_path, capsys, monkeypatch):
+    """Catches a start that the system kills in its middle."""
+    monkeypatch.setattr(memory, "available", lambda: 10**8)
+    refuse([*QUICK.split(), *real["sdxl"].split(), "--out", str(tmp_path / "r")], capsys, "GB of main memory and 0.1 GB are there")
 
 
 def test_one_file_is_read_like_its_folder(real, tmp_path):
