@@ -413,7 +413,8 @@ def planned(cfg):
     build, shapes, micro = sizes(cfg)
     fp = memory.Footprint(build, *shapes, cfg.rank, dtype=cfg.torch_dtype, group_w=cfg.group_w)
     teacher = "shard" if cfg.shard_teacher else "offload" if cfg.offload else "resident"
-    statistics = 0 if checkpoint.has_start(Path(cfg.out)) else cfg.hessian_mb << 20 or None  # None: as there is room
+    has_start = cfg.bits == 16 or checkpoint.has_start(Path(cfg.out))
+    statistics = 0 if has_start else cfg.hessian_mb << 20 or None  # None: as there is room
     if cfg.memory_limit:
         limit = memory.parse_bytes(cfg.memory_limit)
         plan = memory.choose(limit, fp, cfg.batch, checkpoint.world(), cfg.shard_teacher, statistics)
