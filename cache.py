@@ -98,6 +98,10 @@ def _manifest(folder: Path) -> dict | None:
         raise UserError(f"{path} is damaged: restore it, or delete the folder to make the cache again") from None
 
 
+def _shard_file(folder: Path, k: int) -> Path:
+    return folder / f"{k:05d}.safetensors"
+
+
 def _whole(path: Path, run: str, was_there: bool) -> bool:
     """Whether a shard is there with the bytes that were written; says so if it was and is not any more."""
     if was_there and not path.exists():
@@ -227,14 +231,13 @@ class Cache:
         if rank == 0 and not _whole(folder / "null.safetensors", run, complete):
             cond = {f"null/{k}": _stored(k, v, ("",)) for k, v in encode_captions([data.UNCONDITIONAL]).items()}
             checkpoint.write(folder / "null.safetensors", cond, {"rows": {}, "skipped": []}, run)
-        paths = [folder / f"{k:05d}.safetensors" for k in range(n)]
-        damaged = [k for k in range(rank, n, world) if not _whole(paths[k], run, complete)]
+        damaged = [k for k in range(rank, n, world) if not _whole(_shard_file(folder, k), run, complete)]
         if not complete or damaged:
             if draw is not None and latent is None:
                 latent = tuple(encode_pictures(torch.zeros(1, 3, resolution, resolution)).shape[1:])
             rows, k = enumerate(items.rows() if isinstance(items, data.Source) else items), -1
             for k, part in tqdm(groupby(rows, lambda row: row[0] // shard), "cache", unit="shard", disable=rank > 0):
-                path = folder / f"{k:05d}.safetensors"
+                path = _shard_file(folder, k)
                 if k in damaged if complete else k % world == rank and not _whole(path, run, False):
                     made = _shard(k, (row for _, row in part), sizes, encode_pictures, encode_captions, draw, latent)
                     checkpoint.write(path, *made, run)
@@ -244,7 +247,7 @@ class Cache:
         if world > 1:
             wait()
         if rank == 0 and not complete:
-            if missing := [f"{k:05d}" for k in range(n) if not (folder / f"{k:05d}.safetensors").exists()]:
+            if missing := [path.stem for path in (_shard_file(folder, k) for k in range(n)) if not path.exists()]:
                 raise UserError(f"{folder} still lacks {', '.join(missing[:5])}: run the same command again on all ranks")
             checkpoint.write_json(manifest, {"key": key, "shards": n})
         if world > 1:

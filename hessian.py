@@ -327,16 +327,17 @@ def collect(model, layer_names, run, budget_bytes: int = 2 << 30, bins: int = 4,
     return {name: found[name] for name in layer_names}
 
 
-def collect_outputs(
+def collect_output_passes(
     model: nn.Module, layer_names: list[str], run: Callable[[], int], budget_bytes: int = 2 << 30
-) -> dict[str, Tensor]:
-    """{name: G_OO}, float32: second moments of what flows back into each layer's output, summed over rows, mean over samples.
+) -> Iterator[dict[str, Tensor]]:
+    """Yield {name: G_OO}, float32, once per pass: second moments of what flows back into each layer's output, summed over rows,
+    mean over samples.
 
     run() drives the calibration set through `model` once, calls backward on each v . f with v ~ N(0, 1), repeats itself on
     each pass and returns the number of samples (captions times jumps). No gradient of a parameter is needed or computed.
     Raises ValueError for layers that are unknown, over budget or that no gradient reaches, and for gradients of inf or nan.
     """
-    modules, waiting, found, reached = dict(model.named_modules()), list(layer_names), {}, set()
+    modules, waiting, reached = dict(model.named_modules()), list(layer_names), set()
     if unknown := [name for name in waiting if name not in modules]:
         raise ValueError(f"layer {unknown[0]!r} is not in the model")
 
@@ -352,6 +353,19 @@ def collect_outputs(
             return y
 
         return forward
+
+    def hand_out(totals: dict[str, Tensor], count: Tensor) -> dict[str, Tensor]:
+        exchange(count)
+        found = {}
+        for name in list(totals):
+            total = totals.pop(name)  # no sum stays while the caller works with what was made of it
+            exchange(total)
+            found[name] = (total / count).float()
+            if name not in reached:
+                raise ValueError(f"layer {name!r} was never called by the calibration run, or what it feeds is not measured")
+            if not torch.isfinite(found[name]).all():
+                raise ValueError(f"layer {name!r}: the gradients of its output contain inf or nan")
+        return found
 
     while waiting:
         totals, left = {}, budget_bytes
@@ -370,15 +384,15 @@ def collect_outputs(
             for handle in handles:
                 handle.remove()
         count = torch.tensor(samples, dtype=torch.int64, device=next(iter(totals.values())).device)
-        exchange(count)
-        for name, total in totals.items():
-            exchange(total)
-            found[name] = (total / count).float()
-            if name not in reached:
-                raise ValueError(f"layer {name!r} was never called by the calibration run, or what it feeds is not measured")
-            if not torch.isfinite(found[name]).all():
-                raise ValueError(f"layer {name!r}: the gradients of its output contain inf or nan")
         waiting = [name for name in waiting if name not in totals]
+        yield hand_out(totals, count)
+
+
+def collect_outputs(model, layer_names, run, budget_bytes: int = 2 << 30) -> dict[str, Tensor]:
+    """All passes of `collect_output_passes` in one dict, in the order of `layer_names`. Same arguments, same errors."""
+    found = {}
+    for part in collect_output_passes(model, layer_names, run, budget_bytes):
+        found.update(part)
     return {name: found[name] for name in layer_names}
 
 

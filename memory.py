@@ -31,7 +31,7 @@ same and their sizes affine in the batch, so the curves of 2 and 3 samples give 
 
 Kernels are the eager ones, which run on CUDA; attention never holds the scores of all tokens (flash). Not in it: the CUDA context
 and the allocator's fragments (24GB is 24e9 bytes, a 24 GB card has 25.8e9), workspaces inside of an operation, and what fused
-kernels save. Checked against resident memory on the CPU; on a GPU not yet.
+kernels save. Activations are checked against resident memory on the CPU, nothing on a GPU yet.
 """
 
 import argparse
@@ -263,8 +263,10 @@ class Footprint:
             for net in (self.student, self.teacher):
                 net.train()
             per_sample = [t for t in tree_leaves(inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
-        widest = max(layer.taps * layer.channels for _, layer in hgs_lora.packed_layers(self.student))
-        self.least = 2 * 8 * widest**2  # half of it for the float64 sums of the widest layer: student.py
+        self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in hgs_lora.packed_layers(self.student)]
+        self.least = (
+            2 * 8 * max(map(max, self.layers)) ** 2
+        )  # half of it for the float64 sums, H or G, of the widest layer: student.py
         self.guided = not hasattr(teacher, "transformer_blocks")  # FLUX embeds its guidance
         self.factors = sum(p.nbytes for p in self.student.parameters() if p.requires_grad)
         self.packed = sum(t.nbytes for t in tensors_of(self.student)) - self.factors
@@ -314,14 +316,14 @@ def start_of(fp: Footprint, micro_batch: int, checkpointing: bool) -> dict[str, 
     return {"16-bit network": fp.network, "activations": max(fp.activations("teacher", 4 * micro_batch), backward)}
 
 
-def main_memory(fp: Footprint, plan: "Plan", matrices: int, on_cpu: bool) -> int:
-    """Bytes of main memory that the start needs: packed layers with A, B and anchor, and the factors of the widest layer
-    (`matrices` of float64) where they do not fit beside the statistics. on_cpu: the rest of the start is there too."""
-    waiting, widest = fp.packed + 2 * fp.factors, matrices * fp.least // 2
+def main_memory(fp: Footprint, plan: Plan, factors: int, on_cpu: bool) -> int:
+    """Bytes of main memory that the start needs: packed layers with A, B and anchor, and the `factors` of the layer that has the
+    largest, if they do not fit beside the statistics. on_cpu: the rest of the start is there too."""
+    waiting = fp.packed + 2 * fp.factors
     if on_cpu:
         rest = sum(start_of(fp, plan.micro_batch, plan.checkpointing).values())
-        return waiting + rest + max(plan.statistics, plan.statistics // 4 + widest)
-    return waiting + (widest if widest > plan.statistics // 2 else 0)
+        return waiting + rest + max(plan.statistics, plan.statistics // 4 + factors)
+    return waiting + (factors if factors > plan.statistics // 2 else 0)
 
 
 def available() -> float:

@@ -408,8 +408,8 @@ def dry_run(cfg) -> None:
 
 
 def planned(cfg):
-    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb as the GPU has
-    room, at most 8 GiB on a CPU); prints the planned peak. UserError if nothing fits."""
+    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of the
+    GPU leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak. UserError if nothing fits."""
     build, shapes, micro = sizes(cfg)
     fp = memory.Footprint(build, *shapes, cfg.rank, dtype=cfg.torch_dtype, group_w=cfg.group_w)
     teacher = "shard" if cfg.shard_teacher else "offload" if cfg.offload else "resident"
@@ -422,8 +422,8 @@ def planned(cfg):
         cfg = dataclasses.replace(cfg, **choice)
     else:
         if statistics is None:
-            room = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
-            room = int(0.9 * torch.cuda.mem_get_info()[1]) - room if cfg.device == "cuda" else memory.STATISTICS
+            rest = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
+            room = int(0.9 * torch.cuda.mem_get_info()[1]) - rest if cfg.device == "cuda" else memory.STATISTICS
             statistics = max(room, fp.least)
         plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, checkpoint.world(), statistics)
     cfg = dataclasses.replace(cfg, hessian_mb=max(plan.statistics >> 20, -(-fp.least >> 20)))
@@ -433,7 +433,8 @@ def planned(cfg):
     if checkpoint.rank() == 0:
         print(plan)
     if plan.statistics:
-        need, there = memory.main_memory(fp, plan, student.FACTORS.get(cfg.rounding, 6), cfg.device == "cpu"), memory.available()
+        factors = max(student.factor_bytes(*shape, cfg.rounding) for shape in fp.layers)
+        need, there = memory.main_memory(fp, plan, factors, cfg.device == "cpu"), memory.available()
         if checkpoint.rank() == 0:
             print(f"  main memory for the start       {need / 1e9:8.3f} GB")
         if need > there:

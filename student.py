@@ -7,7 +7,7 @@
 Scale [O]. All H of SDXL take 60 GB in float64, all G 55, so layers are worked on in slices, each with its own passes over the
 calibration captions. `--hessian-mb` bounds what statistics and factors hold at a time: half of it the float64 sums of H, which
 stay in float32 (a quarter) while the other half takes the sums of G, and then (G in float32, a quarter) the factors of one
-layer. A layer whose factors need more than that (FACTORS) is split on the CPU. Ranks weigh all layers against each other, so
+layer. A layer whose factors need more than that (factor_bytes) is split on the CPU. Ranks weigh all layers against each other, so
 the slices are gone through twice, for the spectra and for the splits; where one slice holds everything its statistics stay for
 the second time. The network itself is changed at the very end, since later slices are measured on it; until then the packed
 layers wait in main memory.
@@ -34,18 +34,11 @@ import quant
 import tdpt
 from models import UserError
 
-FACTORS = {"gptq": 6, "rtn": 3}  # (K, K) float64 matrices that the split of a layer holds at most: H, L, what GPTQ's is made of
 
-
-def portions(names: list[str], cost: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """Consecutive names whose costs are together at most `limit`; one that costs more is alone."""
-    part, total = [], 0
-    for name in names:
-        if part and total + cost[name] > limit:
-            yield part
-            part, total = [], 0
-        part, total = [*part, name], total + cost[name]
-    yield part
+def factor_bytes(O: int, K: int, rounding: str = "gptq") -> int:
+    """What the split of a layer holds at most, all of it float64: H, L and what GPTQ's factor is made of (K, K), G, R and a copy
+    (O, O), W and its products (O, K)."""
+    return 8 * ((3 if rounding == "rtn" else 6) * K**2 + 3 * O**2 + 5 * O * K)
 
 
 @torch.no_grad()
@@ -61,6 +54,10 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
     order = {name: i for i, name in enumerate(layers)}
     world, rank = checkpoint.world(), checkpoint.rank()
     shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
+    widest = max(shapes, key=lambda name: max(shapes[name]))
+    if cfg.hessian_mb << 19 < 8 * max(shapes[widest]) ** 2:
+        least = -(-16 * max(shapes[widest]) ** 2 >> 20)
+        raise UserError(f"--hessian-mb {cfg.hessian_mb} has no room for layer {widest} {shapes[widest]}: give at least {least}")
 
     # 1. statistics, a slice of the layers at a time
     forward, backward = tdpt.calibration(base, base.path, x_T, cond, [int(K) for K in cfg.phases.split(",")], micro=cfg.micro or 16)
@@ -71,11 +68,10 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
             yield from kept
             return
         kron = cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform")
-        cost = {name: 8 * O**2 if kron else 0 for name, (O, _) in shapes.items()}
         for stats in hessian.collect_passes(base.net, list(layers), forward, half, group_x=cfg.group_x):
-            for names in portions(sorted(stats, key=order.get), cost, half):
-                G = hessian.collect_outputs(base.net, names, backward, half) if kron else {}
-                part = [(name, stats[name], G.get(name)) for name in names]
+            names = sorted(stats, key=order.get)
+            for G in hessian.collect_output_passes(base.net, names, backward, half) if kron else [dict.fromkeys(names)]:
+                part = [(name, stats[name], G_OO) for name, G_OO in G.items()]
                 if len(part) == len(layers):
                     kept.append(part)
                 yield part
@@ -87,21 +83,22 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
         mine, cache = [row for row in part if order[row[0]] % world == rank], {}
         readers = Counter(stats for _, stats, _ in mine)  # q, k, v share a Whitener, which goes with the last of them
         for name, stats, G_OO in mine:
-            layer, taps, K = layers[name], layers[name].weight[0, 0].numel(), shapes[name][1]
-            home = "cpu" if 8 * FACTORS.get(cfg.rounding, 6) * K**2 > half else layer.weight.device
+            layer, taps = layers[name], layers[name].weight[0, 0].numel()
+            home = "cpu" if factor_bytes(*shapes[name], cfg.rounding) > half else layer.weight.device
             w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).float().to(home)
-            H_KK, lam, white = stats.H_KK, None, cache.pop(stats, None)
+            lam, white = None, cache.pop(stats, None)
+            readers[stats] -= 1
             if cfg.smooth and kinds[name] == "w4a4":
                 xmax_I = stats.xmax_I.to(home)
                 lam = quant.smoothing_factors(xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
-                w_OK, H_KK, white = w_OK * lam.repeat(taps), hessian.smooth(H_KK.to(home), lam), None
-            white, plain = white or hgs_lora.Whitener(H_KK.to(home)), lam is None
-            readers[stats] -= 1
-            if plain and readers[stats]:
-                cache[stats] = white
-            noise_K = (stats.noise_I.to(home) / (1 if plain else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
+                w_OK, white = w_OK * lam.repeat(taps), hgs_lora.Whitener(hessian.smooth(stats.H_KK.to(home), lam))
+            else:
+                white = white or hgs_lora.Whitener(stats.H_KK.to(home))
+                if readers[stats]:
+                    cache[stats] = white
+            noise_K = (stats.noise_I.to(home) / (1 if lam is None else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
             yield name, layer, stats, w_OK, white if G_OO is None else white.of_layer(G_OO.to(home), noise_K), lam
-            del H_KK, white
+            del white
 
     # 2. QRA: ranks from the whitened spectrum of what the grid costs and the variation of activations and weights
     spectra, energy, v_x, v_w = {}, {}, {}, {}
@@ -128,7 +125,7 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
     # 3. HGS-LoRA: W ~ Q + B A; the packed layers take the float layers' places when all are there
     table, packed, bar = {}, {}, tqdm(total=len(layers), desc=f"split ({cfg.init}, {cfg.rounding})", disable=rank > 0)
     for part in slices():
-        for name, layer, _, w_OK, white, lam in whitened(part):
+        for name, layer, stats, w_OK, white, lam in whitened(part):
             grid = (cfg.group_w, layer.weight[0, 0].numel(), cfg.rounding, cfg.iters)
             gen = data.step_generator(cfg.seed, order[name], stream=2)
             gw, A_rK, B_Or = hgs_lora.decompose(w_OK, white, ranks[name], cfg.init, *grid, generator=gen)
@@ -137,7 +134,7 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
             table[name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x}
             table[name]["error"] = hgs_lora.relative_error(w_OK, white.L_KK, gw, A_rK, B_Or)
             bar.update()
-            del white
+            del stats, white
         del part
     for name, layer in layers.items():
         if world > 1:

@@ -45,7 +45,7 @@ class Denoiser(models.Denoiser):
 
 @pytest.fixture(scope="module")
 def built():
-    """(network, table, passes over the calibration set, bytes by which resident memory grew at most)"""
+    """(network, table, passes over the calibration set, bytes by which resident memory grew at most, or None)"""
     denoiser, calls = Denoiser("sdxl", Block(), None, models.noise_path("sdxl", {}, (4, 8, 8)), (4, 8, 8)), []
     forward = denoiser.net.forward
     denoiser.net.forward = lambda *args: calls.append(0) or forward(*args)
@@ -53,10 +53,11 @@ def built():
     cfg = train.parse([*flags.split(), "--hessian-mb", str(BUDGET_MB)])
     cond = {"tokens": torch.randn(2, 77, 2048, generator=torch.Generator().manual_seed(1))}
     x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = bench.resident("VmRSS")
+    if marks := Path("/proc/self/clear_refs").exists():  # elsewhere than on Linux: not measured
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        before = bench.resident("VmRSS")
     packed, table = student.build(cfg, denoiser, cond, x_T)
-    return packed, table, len(calls), 1e6 * (bench.resident("VmHWM") - before)
+    return packed, table, len(calls), 1e6 * (bench.resident("VmHWM") - before) if marks else None
 
 
 def test_every_layer_of_a_full_width_block_is_packed_in_slices(built):
@@ -70,6 +71,8 @@ def test_every_layer_of_a_full_width_block_is_packed_in_slices(built):
 
 def test_the_factors_of_one_layer_are_in_memory_at_a_time(built):
     """Catches Cholesky factors that stay until the end of a slice: 24 GB on all of SDXL where 8 GB were asked for."""
+    if built[3] is None:
+        pytest.skip("resident memory is read from Linux's /proc")
     widest = 8 * 5760**2  # a float64 matrix of it
     assert built[3] < (BUDGET_MB << 20) / 4 + 4 * widest  # all H of a slice in float32; H, its factor, two copies
 

@@ -351,6 +351,7 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--group-w 48", "invalid choice: 48"),
         ("--group-x 4", "invalid choice: 4"),
         ("--rank 100", "--rank 100 is larger than layer"),
+        ("--hessian-mb 0", "--hessian-mb 0 has no room for layer .*: give at least"),
         ("--batch 0", "--batch must be at least 1"),
         ("--targets anchor", "EARLY,LATE"),
         ("--bits 16 --rollout 0.5", "anchor .4 bits only."),
