@@ -678,12 +678,16 @@ def bench_gpu(args: argparse.Namespace) -> list[str]:
         torch.compiler.reset()
         torch.cuda.empty_cache()
     for model in ("sdxl", "flux"):  # statistics, ranks, split, 20 updates, packing, reloading, 4 steps, all with random weights
-        flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --out {out}/run-{model}"
+        (out / "prompts.txt").write_text(
+            "\n".join(f"{n} red houses by a river" for n in range(16))
+        )  # the default list takes minutes
+        flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4"
+        flags += f" --data {out}/prompts.txt --out {out}/run-{model}"
         print(f"\n## python train.py {flags}\n", flush=True)
         done = subprocess.run([sys.executable, "train.py", *flags.split()], capture_output=True, text=True)
         text = (done.stdout if done.returncode == 0 else done.stderr).splitlines()
         print("\n".join(text[-40:]))
-        lines.append(f"train.py {model:11} {text[-1]}")
+        lines.append(f"train.py {model:11} {text[-1] if text else f'exit code {done.returncode}'}")
     print("\n## in short\n\n" + "\n".join(lines))
     return lines
 

@@ -18,11 +18,13 @@ when the file is read. What train.py can make again it makes again, and says so:
 one it was trained from, and refuses any other), cached trajectories, config.json, and at its end the model. Instead of a
 damaged state it takes the previous one. Where that is damaged too, and in sample.py and evaluate.py, a UserError names the file.
 
-Signals. SIGTERM or Ctrl-C during training: the update is finished on all ranks, the state saved, the process ends with code 0
-(SIGTERM) or 130 (Ctrl-C); elsewhere, and when it comes a second time, it ends at once. The same command goes on from there.
+Signals. SIGTERM or Ctrl-C during training: the micro-batch is finished, the update too if that was its last one, on all ranks (a
+sharded teacher's finish every update), the state saved, the process ends with code 0 (SIGTERM) or 130 (Ctrl-C); elsewhere,
+and when it comes a second time, it ends at once. The same command goes on from there.
 """
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
@@ -248,6 +250,15 @@ def run_of(folder: Path) -> str:
     return hashlib.sha256(json.dumps(read_config(folder)["config"], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def join(device: str) -> None:
+    """Become a rank of the torchrun that started this process, if one did; each has a GPU of its own."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        hours = datetime.timedelta(hours=3)  # between two exchanges one rank may calibrate FLUX
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=hours)
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -257,7 +268,7 @@ def world() -> int:
 
 
 class State:
-    """Trainable parameters, their optimizers and moments, by name. cfg: optimizer, lr, warmup, steps, clip.
+    """Trainable parameters, their optimizers and moments, by name. cfg: optimizer, lr, warmup, steps, clip, shard_teacher.
 
     muon: Muon (Jordan et al. 2024) on the matrices inside the network's blocks, AdamW on embeddings, convolutions, norms,
     biases and the layers at both ends. Muon's step, scaled to AdamW's size (Liu et al. 2025), is taken 5 times as long: after
@@ -269,6 +280,7 @@ class State:
         self.path, self.previous = out / "state.safetensors", out / "state-previous.safetensors"
         self.start, self.params, self.cfg, self.run = out / "start.safetensors", params, cfg, run_of(out)
         self.lines, self.good, self.stopping = "", False, False  # of metrics.jsonl; whether the newest state is; whether to stop
+        self.given_up = False  # whether the update is not to be made, since a signal came before its gradients were complete
         inner = {k: p for k, p in params.items() if cfg.optimizer == "muon" and p.dim() == 2 and "block" in k}
         rest = [p for k, p in params.items() if k not in inner]
         self.optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)] if rest else []
@@ -277,22 +289,33 @@ class State:
             self.optimizers.append(muon)
         self.optimizer_of = {k: self.optimizers[-1 if k in inner else 0] for k in params}
 
+    def unless_stopped(self, parts):
+        """The micro-batches; a signal ends them and the update is given up: one of FLUX may take longer than a scheduler waits.
+        Ranks that share a teacher make all calls, which the others wait for."""
+        for part in parts:
+            self.given_up = self.given_up or bool(stop.asked and not self.cfg.shard_teacher)
+            if self.given_up:
+                return
+            yield part
+
     def update(self, step: int, loss: float, log) -> None:
         """Average gradients and loss over ranks (one all-reduce), clip, AdamW with warm-up and cosine, one line in metrics.jsonl.
 
         A loss or gradient that is no number stops the run (UserError); the last saved state stays. A signal on any rank goes
-        round with the loss, so all ranks stop after the same update."""
+        round with the loss, so all ranks stop after the same update, or before it if one of them gave it up."""
         params = list(self.params.values())
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a layer that this update did not use
         self.stopping = bool(stop.asked)
         if world() > 1:
-            flat = torch.cat([p.grad.flatten() for p in params] + [params[0].new_tensor([loss, self.stopping])])
+            flat = torch.cat([p.grad.flatten() for p in params] + [params[0].new_tensor([loss, self.stopping, self.given_up])])
             dist.all_reduce(flat)
-            *grads, mean = flat.div_(world()).split([p.numel() for p in params] + [2])
-            loss, self.stopping = mean[0].item(), bool(mean[1] > 0)
+            *grads, mean = flat.div_(world()).split([p.numel() for p in params] + [3])
+            loss, self.stopping, self.given_up = mean[0].item(), bool(mean[1] > 0), bool(mean[2] > 0)
             for p, g in zip(params, grads, strict=True):
                 p.grad.copy_(g.view_as(p))
+        if self.given_up:
+            return
         warm, decay = min(1.0, (step + 1) / max(1, self.cfg.warmup)), 0.5 * (1 + math.cos(math.pi * step / self.cfg.steps))
         norm = torch.nn.utils.clip_grad_norm_(params, self.cfg.clip).item()
         if not math.isfinite(loss + norm):
@@ -347,8 +370,9 @@ class State:
             raise UserError(f"{self.start} is not what the state was trained from: restore it, or delete the folder to begin again")
         for k, p in self.params.items() if tensors else ():
             p.data.copy_(tensors[f"p.{k}"])
-            moments = {key: tensors[f"{key}.{k}"].clone() for key in self.MOMENTS if f"{key}.{k}" in tensors}
-            self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
+            moments = {key: tensors[f"{key}.{k}"].to(p.device, copy=True) for key in self.MOMENTS if f"{key}.{k}" in tensors}
+            if moments:  # none if the first update was given up
+                self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
         if rank() == 0:
             self.lines = bytes(tensors["metrics.jsonl"].tolist()).decode() if tensors else ""
             with atomic(self.path.with_name("metrics.jsonl")) as file:
@@ -379,12 +403,12 @@ class Trajectories:
     """The guided teacher's own solutions of n captions, drawn once: states (E, n, C, H, W) fp16 at `times` (E,), and cond.
 
     Kept in `folder` as shards, which the ranks share out; a killed run goes on with those that are missing. Damaged ones
-    are drawn again. `network` says path, device and latents; `micro` captions are drawn at a time (0: a shard). UserError if
-    a state is no number."""
+    are drawn again. `network` says path and latents; `micro` captions are drawn at a time (0: a shard), on `device`. UserError
+    if a state is no number."""
 
     SHARD = 128  # captions
 
-    def __init__(self, folder: Path, teacher, network: models.Denoiser, examples, n: int, times, seed: int, micro: int):
+    def __init__(self, folder: Path, teacher, network: models.Denoiser, examples, n: int, times, seed: int, micro: int, device):
         self.times, states, conds, run = times, [], [], run_of(folder.parent)
 
         def shard(k: int) -> Path:
@@ -396,8 +420,8 @@ class Trajectories:
             if i % world() == rank() and not usable(shard(k), run, "it is drawn again"):
                 x_T, parts = torch.randn(size, *network.latent, generator=gen), []
                 for rows in torch.arange(size).split(micro or size):
-                    cond = {name: v[rows].to(network.device) for name, v in conds[-1].items()}
-                    x, at = x_T[rows].to(network.device), times.to(network.device)
+                    cond = {name: v[rows].to(device) for name, v in conds[-1].items()}
+                    x, at = x_T[rows].to(device), times.to(device)
                     parts.append(tdpt.rollout_states(teacher, network.path, x, cond, at).half().cpu())
                 drawn = torch.cat(parts, 1)
                 if not drawn.isfinite().all():

@@ -303,6 +303,10 @@ def main(argv: list[str]) -> None:
         return
     if args.n < 256:
         raise UserError(f"--n {args.n} is too few for the covariance of {Reader.num_features} features: use 256 or more")
+    if (model := checkpoint.read_config(Path(args.checkpoint))["config"]["model"]) in models.REAL:
+        raise UserError(
+            f"the classifier knows nothing of {model}'s pictures: see {args.checkpoint}/report.json, draw with sample.py"
+        )
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
     network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(models.FAST)

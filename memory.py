@@ -125,7 +125,7 @@ def ratio(rows: list[Row]) -> float:
     return sum(row.bytes for row in rows) / sum(row.bf16 for row in rows)
 
 
-def format_table(rows: list[Row]) -> str:
+def format_table(rows: list[Row], lora_bits: int = 8) -> str:
     """Layers of one kind, shape and rank in a line, then the totals."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -141,7 +141,7 @@ def format_table(rows: list[Row]) -> str:
     totals = {
         "quantized weights": "codes",
         "their scales": "scales",
-        "LoRA, 8 bits": "lora",
+        f"LoRA, {lora_bits} bits": "lora",
         "16-bit layers, biases, norms": "other",
     }
     sums = {what: sum(getattr(row, field) for row in rows) for what, field in totals.items()}
@@ -247,38 +247,52 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 class Footprint:
     """Sizes in bytes of what training a network needs, and its activations; costs seconds for each kind of activations.
 
-    build() -> the float network on the meta device, called twice. cm_rank: of the consistency LoRA on the teacher, 0 for none."""
+    build() -> the float network on the meta device, called twice. cm_rank: of the consistency LoRA on the teacher, 0 for none.
+    trains: student, or cm: that LoRA."""
 
-    def __init__(self, build, latent, tokens: int, rank: int = 16, cm_rank: int = 64, dtype=torch.bfloat16, group_w: int = 64):
-        self.shapes = (tuple(latent), tokens)
+    def __init__(
+        self,
+        build,
+        latent,
+        tokens: int,
+        rank: int = 16,
+        cm_rank: int = 64,
+        dtype=torch.bfloat16,
+        group_w: int = 64,
+        trains="student",
+    ):
+        self.shapes, self.trains = (tuple(latent), tokens), trains
         self.dtype, self.rank, self.curves = dtype, rank, {}
         student, teacher = packed_twin(nn.Module.to(build(), dtype), rank, group_w), nn.Module.to(build(), dtype)
         self.mode = FakeTensorMode()
         with self.mode:
             self.student, self.teacher = (net._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)) for net in (student, teacher))
+            self.teacher.requires_grad_(False)
             if cm_rank:
                 models.add_lora(SimpleNamespace(net=self.teacher), cm_rank)
-                for lora in models.loras(SimpleNamespace(net=self.teacher)).values():
+                for lora in models.loras(SimpleNamespace(net=self.teacher)).values() if trains == "student" else ():
                     lora.lora_A, lora.lora_B = (nn.Parameter(p.detach().to(dtype)) for p in (lora.lora_A, lora.lora_B))
             for net in (self.student, self.teacher):
                 net.train()
             per_sample = [t for t in tree_leaves(inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
         self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in hgs_lora.packed_layers(self.student)]
-        self.least = (
-            2 * 8 * max(map(max, self.layers)) ** 2
-        )  # half of it for the float64 sums, H or G, of the widest layer: student.py
+        self.least = 16 * max(map(max, self.layers)) ** 2  # half of it for the float64 sums, H or G, of the widest layer
         self.guided = not hasattr(teacher, "transformer_blocks")  # FLUX embeds its guidance
-        self.factors = sum(p.nbytes for p in self.student.parameters() if p.requires_grad)
-        self.packed = sum(t.nbytes for t in tensors_of(self.student)) - self.factors
+        trained = self.student if trains == "student" else self.teacher
+        self.factors = sum(p.nbytes for p in trained.parameters() if p.requires_grad)
+        self.packed = sum(t.nbytes for t in tensors_of(self.student) if not t.requires_grad)
         self.network = sum(t.nbytes for t in tensors_of(self.teacher))
+        # two states and one being written; the start with its anchor and the model, or the consistency LoRA
+        self.files = 9 * self.factors + (2 * self.packed + 2 * self.factors if trains == "student" else self.factors)
         sizes = [sum(t.nbytes for t in tensors_of(block)) for block in blocks(self.teacher)]
         self.gathered = 2 * max(sizes, default=0) + self.network - sum(sizes)
         self.sample = sum(t.nbytes for t in per_sample) + STATES * 4 * math.prod(latent)
 
     def activations(self, what: str, batch: int) -> int:
-        """The most that is alive beside weights and inputs: what = "teacher", "student" or "checkpointed" (the student)."""
+        """The most that is alive beside weights and inputs: what = "teacher" (forward), "trained" or "checkpointed" (forward and
+        backward of what is trained)."""
         if what not in self.curves:
-            net = self.teacher if what == "teacher" else self.student
+            net = self.student if what != "teacher" and self.trains == "student" else self.teacher
             with self.mode:
                 if what != "teacher":
                     (net.enable_gradient_checkpointing if what == "checkpointed" else net.disable_gradient_checkpointing)()
@@ -312,7 +326,7 @@ class Plan(NamedTuple):
 
 def start_of(fp: Footprint, micro_batch: int, checkpointing: bool) -> dict[str, int]:
     """What is alive in the start beside statistics and factors."""
-    backward = fp.activations("checkpointed" if checkpointing else "student", micro_batch)
+    backward = fp.activations("checkpointed" if checkpointing else "trained", micro_batch)
     return {"16-bit network": fp.network, "activations": max(fp.activations("teacher", 4 * micro_batch), backward)}
 
 
@@ -340,16 +354,15 @@ TEACHERS = {"resident": "resident", "shard": "sharded", "offload": "offloaded"}
 def plan(
     fp: Footprint, batch: int, micro_batch: int, checkpointing: bool, teacher: str = "resident", world: int = 1, statistics: int = 0
 ) -> Plan:
-    """The planned peak of one rank, by the equations of the module docstring. batch: over all ranks; teacher: of TEACHERS;
-    statistics: bytes for them in the start, 0: training alone, from a start that is there."""
+    """The planned peak of one rank, by the equations of the module docstring. batch: over all ranks; teacher: of TEACHERS, where
+    a student is trained; statistics: bytes for them in the start, 0: training alone, from a start that is there."""
     a_b, samples = fp.factors, batch // world
-    stays = {
-        "packed student": fp.packed, "A, B (float32)": a_b, "their gradients": a_b, "Adam's moments": 2 * a_b, "anchor A0, B0": a_b,
-        "inputs and states": samples * fp.sample,
-    }  # fmt: skip
+    stays = {"their gradients": a_b, "Adam's moments": 2 * a_b, "inputs and states": samples * fp.sample}
+    if fp.trains == "student":
+        stays = {"packed student": fp.packed, "A, B (float32)": a_b, "anchor A0, B0": a_b} | stays
     between = {"resident": fp.network, "shard": -(-fp.network // world), "offload": 0}[teacher]
     during = {"resident": fp.network, "shard": between + fp.gathered, "offload": fp.gathered}[teacher]
-    student = fp.activations("checkpointed" if checkpointing else "student", micro_batch)
+    student = fp.activations("checkpointed" if checkpointing else "trained", micro_batch)
     taught = fp.activations("teacher", micro_batch * (2 if fp.guided else 1))
     moments = {
         "train": stays | {"teacher and its LoRA": between, "activations": student},
@@ -362,14 +375,14 @@ def plan(
     return Plan(sum(moments[worst].values()), worst, moments[worst], micro_batch, checkpointing, TEACHERS[teacher], statistics)
 
 
-def choose(limit: int, fp: Footprint, batch: int, world: int = 1, shard: bool = False, statistics: int | None = 0) -> Plan:
-    """The first of resident, sharded (if `shard`) and offloaded teacher, without and with gradient checkpointing, that fits `limit`
-    bytes at micro-batch 1, with the largest power of two as micro-batch that fits. statistics: as in `plan`; None: what the
-    limit leaves in the start. UserError if nothing fits."""
+def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str = "resident", statistics: int | None = 0) -> Plan:
+    """Without and with gradient checkpointing, what fits `limit` bytes at micro-batch 1, then the largest power of two as
+    micro-batch that fits. teacher "resident": or offloaded, if a student's does not fit otherwise; "offload", "shard": that.
+    statistics: as in `plan`; None: what the limit leaves in the start. UserError if nothing fits."""
     least = fp.least if statistics is None else statistics
     samples = batch // world
     micro = [n for n in (2**k for k in range(samples.bit_length())) if samples % n == 0]
-    teachers = ["shard"] if shard and world > 1 else ["resident", "offload"]
+    teachers = ["resident", "offload"] if teacher == "resident" and fp.trains == "student" else [teacher]
     for teacher in teachers:
         for checkpointing in (False, True):
             best = plan(fp, batch, 1, checkpointing, teacher, world, least)
@@ -392,24 +405,26 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, shard: bool = 
 
 
 def report(
-    model: str, rank: int = 16, batch: int = 8, limit: str = "", world: int = 1, shard: bool = False, micro_batch: int = 1,
-    checkpointing: bool = False, group_w: int = 64, build=None, shapes=None, training: bool = True, statistics: int = 0,
+    model: str, rank: int = 16, batch: int = 8, limit: str = "", world: int = 1, teacher: str = "resident", micro_batch: int = 1,
+    checkpointing: bool = False, group_w: int = 64, build=None, shapes=None, fp: Footprint | None = None, statistics: int = 0,
+    lora_bits: int = 8, merged: bool = False, training: bool = True,
 ) -> None:  # fmt: skip
-    """Print the table of layers, the planned peak of training and, last, `memory_ratio: 0.xxx`.
+    """Print the table of layers, the planned peak of training and, last, `memory_ratio: 0.xxx`, of the merged network if `merged`.
 
-    limit: such as 24GB; "" plans what micro_batch and checkpointing say, with the teacher resident. build: () -> network on the
-    meta device and shapes: (latent, tokens), where the network is not the one of models.NETWORKS. training=False: no plan.
+    limit: such as 24GB; "" plans what micro_batch, checkpointing and teacher say. build: () -> network on the meta device and
+    shapes: (latent, tokens), where the network is not the one of models.NETWORKS; fp: its Footprint. training=False: no plan.
     statistics: bytes, 0: what the limit leaves, or STATISTICS.
     UserError, after the table, if training does not fit the limit."""
     build, shapes = build or (lambda: meta_network(model)), shapes or SHAPES[model]
-    rows = layer_table(build(), rank, group_w=group_w)
-    print(f"{model}, rank {rank}, groups of {group_w}\n\n{format_table(rows)}")
-    print(f"{'merged, without a branch':30s}{'':15s} {ratio(layer_table(build(), rank, group_w=group_w, merged=True)):8.2%}\n")
+    rows, without = (layer_table(build(), rank, lora_bits, group_w, merged) for merged in (False, True))
+    print(f"{model}, rank {rank}, groups of {group_w}\n\n{format_table(rows, lora_bits)}")
+    print(f"{'merged, without a branch':30s}{'':15s} {ratio(without):8.2%}\n")
     if training:
-        fp = Footprint(build, *shapes, rank, group_w=group_w)
-        fixed = None if limit else plan(fp, batch, micro_batch, checkpointing, world=world, statistics=statistics or STATISTICS)
-        print(f"{fixed or choose(parse_bytes(limit), fp, batch, world, shard, statistics or None)}\n")
-    print(f"memory_ratio: {ratio(rows):.3f}")
+        fp = fp or Footprint(build, *shapes, rank, group_w=group_w)
+        statistics = 0 if fp.trains == "cm" else statistics or (None if limit else STATISTICS)
+        fixed = None if limit else plan(fp, batch, micro_batch, checkpointing, teacher, world, statistics)
+        print(f"{fixed or choose(parse_bytes(limit), fp, batch, world, teacher, statistics)}\n")
+    print(f"memory_ratio: {ratio(without if merged else rows):.3f}")
 
 
 def main(argv: list[str]) -> None:
@@ -423,7 +438,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if min(args.rank, args.batch, args.world) < 1 or args.batch % args.world:
         raise UserError("--rank, --batch and --world must be at least 1, and --batch must divide among --world")
-    report(args.model, args.rank, args.batch, args.limit, args.world, args.shard)
+    report(args.model, args.rank, args.batch, args.limit, args.world, "shard" if args.shard else "resident")
 
 
 if __name__ == "__main__":

@@ -240,7 +240,8 @@ def blueprint(denoiser: Denoiser) -> dict:
     net = denoiser.net
     config = {k: v for k, v in net.config.items() if not k.startswith("_")}
     about = {"model": denoiser.name, "base": denoiser.base, "class": type(net).__name__, "config": config}
-    return json.loads(json.dumps(about | {"scheduler": denoiser.scheduler, "latent": denoiser.latent}))
+    about |= {"scheduler": denoiser.scheduler, "latent": denoiser.latent, "guidance": denoiser.guidance}
+    return json.loads(json.dumps(about))
 
 
 def from_blueprint(about: dict, device: str = "meta") -> Denoiser:
@@ -248,7 +249,7 @@ def from_blueprint(about: dict, device: str = "meta") -> Denoiser:
     with torch.device(device):
         net = NETWORK_CLASSES[about["model"]].from_config(about["config"])
     denoiser = wrap(about["model"], net, None, about["scheduler"], tuple(about["latent"]))
-    denoiser.base = about["base"]
+    denoiser.base, denoiser.guidance = about["base"], about.get("guidance", denoiser.guidance)
     return denoiser
 
 

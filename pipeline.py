@@ -69,11 +69,19 @@ class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a 
 
 class CMQuantConfig(QuantizationConfigMixin):
     """layers: the table of layers of a checkpoint; base: the pipeline that was quantized; backend: of the kernels; latent: the
-    shape of the pictures' latents in training."""
+    shape of the pictures' latents in training; guidance: what the network was given as its guidance, if it has that input."""
 
-    def __init__(self, layers: dict, base: str = "", backend: str = "native", latent=(0, 128, 128), quant_method=Method.CMQUANT):
+    def __init__(
+        self,
+        layers: dict,
+        base: str = "",
+        backend: str = "native",
+        latent=(0, 128, 128),
+        guidance=None,
+        quant_method=Method.CMQUANT,
+    ):
         self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers, base, backend
-        self.latent = list(latent)
+        self.latent, self.guidance = list(latent), guidance
 
     to_diff_dict = QuantizationConfigMixin.to_dict  # what repr prints
 
@@ -167,7 +175,8 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> models.Denoiser:
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
     denoiser.to(dtype)
-    config = CMQuantConfig(about["layers"], about["network"]["base"], about["config"].get("backend", "native"), denoiser.latent)
+    backend = about["config"].get("backend", "native")
+    config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance)
     mark_quantized(denoiser.net, config)
     return denoiser
 
@@ -177,8 +186,10 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
 
     folder: a run folder of train.py, whose other components come from the base that it names (`base`: another copy of it, a
     hub id, folder or single file), or a pipeline folder of save_pretrained. dtype: of everything that is not packed; default
-    bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser. UserError with what to do."""
-    folder, dtype = Path(folder), dtype or (models.FAST if torch.device(device).type == "cpu" else torch.bfloat16)
+    bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser; without it, layers are compiled alone
+    on a GPU and a run made there takes kernels.cpp on a CPU. UserError with what to do."""
+    folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
+    dtype = dtype or (models.FAST if on_cpu else torch.bfloat16)
     if (folder / "model_index.json").is_file():
         pipe = read_base(diffusers.DiffusionPipeline, str(folder), torch_dtype=dtype)
         part = next((part for part in ("unet", "transformer") if hasattr(pipe, part)), None)
@@ -190,11 +201,21 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
         denoiser = load_denoiser(folder, dtype)
         cls, part = family(denoiser.net)
         base, scheduler = base or denoiser.base, few_step_scheduler(denoiser.scheduler, denoiser.path)
-        pipe = read_base(cls, base, torch_dtype=dtype, scheduler=scheduler, **{part: denoiser.net})
+        if pretrained.is_file(base):
+            components = checkpoint.read_config(folder)["config"].get("components", "")
+            pipe = pretrained.Text(denoiser.name, base, components, dtype=dtype).pipeline
+            vae = pretrained.VAE(denoiser.name, base, components).vae.to(dtype)
+            pipe.register_modules(vae=vae, scheduler=scheduler, **{part: denoiser.net})
+            pipe.set_progress_bar_config(disable=False)
+        else:
+            pipe = read_base(cls, base, torch_dtype=dtype, scheduler=scheduler, **{part: denoiser.net})
     pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
     pipe.to(device)
-    if compile:
+    if compile or not on_cpu:
         hgs_lora.set_backend(getattr(pipe, part), "compile")
+    elif quantization_config(getattr(pipe, part)).backend == "compile":
+        hgs_lora.set_backend(getattr(pipe, part), "native")
+    if compile:
         getattr(pipe, part).compile()
     return pipe
 
@@ -398,13 +419,14 @@ The first call on a CPU compiles the kernels (20 seconds).
 def write_card(folder: str | Path) -> Path:
     """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
     folder = Path(folder)
-    report, call = {}, "guidance_scale=1.0"
+    report = {}
     if (folder / "model_index.json").is_file():
         part = next((p.parent for p in folder.glob("*/config.json") if '"quant_method": "cmquant"' in p.read_text()), None)
         if part is None:
             raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --teacher {folder}`")
         config = json.loads((part / "config.json").read_text())
-        network, table, base = config["_class_name"], config["quantization_config"]["layers"], config["quantization_config"]["base"]
+        network, packed = config["_class_name"], config["quantization_config"]
+        table, base, guidance = packed["layers"], packed["base"], packed.get("guidance")
         files, imports = (
             sorted(part.glob("*.safetensors")),
             "from diffusers import DiffusionPipeline\n\nimport pipeline  # registers cmquant\n",
@@ -414,10 +436,10 @@ def write_card(folder: str | Path) -> Path:
     else:
         about = read_run(folder)
         network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
+        guidance = about["network"].get("guidance")
         files, imports, load = [folder / "model.safetensors"], "import pipeline\n", f'pipeline.load_pipeline("{folder.name}")'
         report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
-    if network != "UNet2DConditionModel":
-        call = "guidance_scale=3.5"
+    call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else guidance or 3.5}"
     size, twin = _sizes(files, table)
     yaml, licence = next((v for k, v in LICENSES.items() if k in base), ("license: other", f"see {base}"))
     kinds = Counter(row["kind"] for row in table.values())

@@ -5,6 +5,7 @@
     cm       a LoRA that turns the base into a few-step consistency model (TCD, LCM, PCM, Hyper-SD ..), in any format that diffusers
              reads (its own, PEFT's, kohya's): a hub id, one of its files (OWNER/NAME/FILE.safetensors), a folder or a file. It
              becomes models.LoRA wrappers, so that one network is teacher and consistency model.
+    A file without text encoders or VAE, as FLUX is published, takes those of `components` or of the official base.
 
     network = load_network("sdxl", base)            bfloat16, no second copy at any time
     add_cm(network, "latent-consistency/lcm-lora-sdxl")
@@ -19,6 +20,7 @@ is a UserError whose sentence names the command that helps.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +31,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.hooks import apply_group_offloading
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
@@ -37,6 +40,7 @@ from torch.distributed.fsdp import fully_shard
 import cache
 import checkpoint
 import data
+import integrity
 import memory
 import models
 import student
@@ -47,6 +51,7 @@ BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "flux": "black-fore
 PART = {"sdxl": "unet", "flux": "transformer"}  # subfolder of the denoiser
 CM_EXAMPLES = {"sdxl": "latent-consistency/lcm-lora-sdxl", "flux": "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors"}
 FACTOR = 8  # pixels to a latent
+OF_LIBRARIES = (SafetensorError, SingleFileComponentError)
 
 
 def pipeline_class(name: str):
@@ -65,7 +70,7 @@ def explained(what: str, base: str):
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, *OF_LIBRARIES) as error:
         chain, e = [], error
         while e is not None:
             chain.append(e)
@@ -194,6 +199,11 @@ def add_cm(denoiser: models.Denoiser, cm: str) -> None:
 
     pipeline, part = pipeline_class(denoiser.name), PART[denoiser.name]
     with explained("the consistency LoRA", cm):
+        if Path(cm).is_file():
+            try:
+                integrity.check(Path(cm))  # one that train.py made has a checksum
+            except ValueError as error:
+                raise UserError(f"{cm} is damaged ({error}): copy it again, or delete it to train it again") from None
         options = {"unet_config": denoiser.net.config} if denoiser.name == "sdxl" else {"return_alphas": True}
         options["use_safetensors"] = True
         where = cm
@@ -247,8 +257,28 @@ def load_cm(
     return denoiser
 
 
+def fingerprint(*paths: str) -> str:
+    """Digest of local files and folders of weights: names, sizes and the ends of every safetensors file. Hub ids say nothing."""
+    digest = hashlib.sha256()
+    for path in map(Path, filter(None, paths)):
+        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []:
+            with open(file, "rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                ends = [opened.read(1 << 20) for at in (0, max(0, size - (1 << 20))) if opened.seek(at) >= 0]
+            digest.update(f"{file.relative_to(path.parent)} {size} ".encode() + b"".join(ends))
+    return digest.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text encoders and VAE, by the pipelines' own methods
+
+
+def in_file(cls, name: str, base: str, components: str, **options):
+    """cls.from_single_file; None if the file holds the denoiser alone."""
+    try:
+        return cls.from_single_file(base, config=components or BASES[name], **options)
+    except SingleFileComponentError:
+        return None
 
 
 def square(side: int, n: int) -> torch.Tensor:
@@ -262,15 +292,13 @@ class Text:
 
     def __init__(self, name: str, base: str, components: str = "", resolution: int = 1024, device="cpu", dtype=torch.bfloat16):
         self.name, self.resolution, self.device = name, resolution, device
-        base = base or BASES[name]
+        base, found, options = base or BASES[name], None, {PART[name]: None, "vae": None, "torch_dtype": dtype}
+        if is_file(base):
+            with explained("the text encoders", base):
+                found = in_file(pipeline_class(name), name, base, components, **options)
+            base = components or BASES[name]
         with explained("the text encoders", base):
-            if is_file(base):
-                options = {"config": components or BASES[name], "torch_dtype": dtype}
-                self.pipeline = pipeline_class(name).from_single_file(base, **options)
-                self.pipeline.register_modules(**{PART[name]: None, "vae": None})
-            else:
-                options = {PART[name]: None, "vae": None, "torch_dtype": dtype}
-                self.pipeline = from_pretrained(pipeline_class(name), base, **options)
+            self.pipeline = found or from_pretrained(pipeline_class(name), base, **options)
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -289,16 +317,19 @@ class Text:
 
 class VAE:
     """encode: pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), the posterior's mean, scaled as the denoiser expects
-    them; decode: the inverse, clamped. float32: SDXL's VAE overflows in float16."""
+    them; decode: the inverse, clamped. float32: SDXL's VAE overflows in float16. One picture at a time: at 1024 pixels its first
+    layers hold 2.7 GB for each."""
 
     def __init__(self, name: str, base: str, components: str = "", device="cpu"):
-        base = base or BASES[name]
+        base, found = base or BASES[name], None
+        if is_file(base):
+            with explained("the VAE", base):
+                found = in_file(AutoencoderKL, name, base, components, subfolder="vae")
+            base = components or BASES[name]
         with explained("the VAE", base):
-            if is_file(base):
-                self.vae = AutoencoderKL.from_single_file(base, config=components or BASES[name], subfolder="vae")
-            else:
-                self.vae = from_pretrained(AutoencoderKL, base, subfolder="vae")
-        self.vae, self.device = self.vae.float().to(device).eval().requires_grad_(False), device
+            found = found or from_pretrained(AutoencoderKL, base, subfolder="vae")
+        self.vae, self.device = found.float().to(device).eval().requires_grad_(False), device
+        self.vae.enable_slicing()
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
     @torch.no_grad()
@@ -334,9 +365,26 @@ class RandomText:
 # What train.py asks for. cfg: its Config
 
 
+def open_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
+    """The teacher with its switchable consistency LoRA, on the CPU."""
+    if cfg.model in models.TINY:
+        return models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
+    network = load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.weights, cfg.components, cfg.resolution, dtype)
+    network.guidance = None if network.guidance is None else cfg.guidance
+    return network
+
+
+def examples_of(cfg, out: Path, network: models.Denoiser):
+    """What is trained on: examples.latents(n, gen, mine), .conditions(n, gen, mine), .null(); data.Live or cache.Cache."""
+    if cfg.model in models.TINY:
+        return data.Live(data.source(cfg.data), network)
+    return cached_examples(cfg, Path(cfg.cache) if cfg.cache else out / "cache", network)
+
+
 def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
     """The cache of --data: text encoders and VAE are loaded if something is missing in it, and leave memory with this call.
-    Captions without pictures get latents that the consistency model inside `network` draws in 4 steps, if TDPT asks for any."""
+    Captions without pictures get latents that the consistency model inside `network` draws in 4 steps, if TDPT asks for any;
+    only then `network`, which is given on the CPU, goes to the device."""
     source, resolution, parts = data.captioned(cfg.data), FACTOR * network.latent[1], {}
     random = cfg.weights == "random" and not cfg.teacher
     dtype = network.dtype if cfg.device == "cuda" else torch.float32
@@ -355,14 +403,20 @@ def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
         return parts["vae"].encode(x)
 
     def draw(cond, latent, gen):
-        x_T = torch.randn(len(cond["tokens"]), *latent, generator=gen).to(cfg.device)
-        cond = {k: v.to(cfg.device) for k, v in cond.items()}
-        return tdpt.sample(models.as_cm(network), network.path, x_T, cond, 4)
+        network.to(cfg.device)
+        x_T, parts = torch.randn(len(cond["tokens"]), *latent, generator=gen), []
+        for rows in torch.arange(len(x_T)).split(cfg.micro or len(x_T)):
+            cond_r = {k: v[rows].to(cfg.device) for k, v in cond.items()}
+            parts.append(tdpt.sample(models.as_cm(network), network.path, x_T[rows].to(cfg.device), cond_r, 4))
+        return torch.cat(parts)
 
-    alone = next(iter(source.rows()))[2] is None
+    if (first := next(iter(source.rows()), None)) is None:
+        raise UserError(f"--data {cfg.data} has no captions: look at what it names")
+    alone = first[2] is None
     key = {"model": cfg.model, "base": cfg.teacher or cfg.weights or BASES[cfg.model], "components": cfg.components}
+    key["files of the base"] = fingerprint(cfg.teacher, cfg.components)
     if draws := alone and cfg.rollout < 1:
-        key["consistency model"] = cfg.cm
+        key |= {"consistency model": cfg.cm, "files of the consistency model": fingerprint(cfg.cm)}
     return cache.Cache.build(
         folder, source, pictures, text, key, resolution, draw=draw if draws else None, latent=network.latent,
         rank=checkpoint.rank(), world=checkpoint.world(),
@@ -371,17 +425,20 @@ def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
 
 def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
     """The base in `dtype` with a float32 consistency LoRA to train: that of --cm, or a new one of --rank on every layer."""
+    if cfg.model in models.TINY:
+        return models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, dtype)
     denoiser = load_network(cfg.model, cfg.teacher, cfg.weights, cfg.components, cfg.resolution, dtype)
     if cfg.cm:
         add_cm(denoiser, cfg.cm)
     else:
         models.add_lora(denoiser, cfg.rank, cfg.seed)
+    denoiser.guidance = None if denoiser.guidance is None else cfg.guidance
     return denoiser.requires_grad_(False)
 
 
 def skeleton(name: str, base: str = "") -> nn.Module:
-    """The float network on the meta device: of a folder's or hub id's config, or the official one ("" and single files)."""
-    if not base or is_file(base):
+    """The float network on the meta device: of a folder's or hub id's config, or the official one ("")."""
+    if not base:
         return memory.meta_network(name)
     with explained("the denoiser's config", base), torch.device("meta"):
         check_folder(name, base)
@@ -394,16 +451,28 @@ def skeleton(name: str, base: str = "") -> nn.Module:
 def sizes(cfg) -> tuple:
     """For memory.py: (build, (latent, tokens)), pictures of --resolution, and the micro-batch without --memory-limit."""
     latent, tokens = memory.SHAPES[cfg.model]
-    side = latent_side(skeleton(cfg.model, cfg.teacher), cfg.resolution)
-    return lambda: skeleton(cfg.model, cfg.teacher), ((latent[0], side, side), tokens), cfg.micro or cfg.batch // checkpoint.world()
+    base = cfg.components if is_file(cfg.teacher) else cfg.teacher
+    side = latent_side(skeleton(cfg.model, base), cfg.resolution)
+    return lambda: skeleton(cfg.model, base), ((latent[0], side, side), tokens), cfg.micro or cfg.batch // checkpoint.world()
+
+
+def teacher_of(cfg) -> str:
+    """Where the teacher is in training: one of memory.TEACHERS."""
+    return "shard" if cfg.shard_teacher else "offload" if cfg.offload else "resident"
+
+
+def footprint(cfg, build, shapes) -> memory.Footprint:
+    """Of the 4-bit student, or of the consistency model that --bits 16 trains."""
+    ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
+    return memory.Footprint(build, *shapes, **ranks, dtype=cfg.torch_dtype, group_w=cfg.group_w)
 
 
 def dry_run(cfg) -> None:
     """The table of layers, the planned peak, and last the memory ratio."""
     build, shapes, micro = sizes(cfg)
     memory.report(
-        cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), cfg.shard_teacher, micro, cfg.checkpointing,
-        cfg.group_w, build, shapes, statistics=cfg.hessian_mb << 20,
+        cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), teacher_of(cfg), micro, cfg.checkpointing,
+        cfg.group_w, build, shapes, footprint(cfg, build, shapes), cfg.hessian_mb << 20, cfg.lora_bits, cfg.deploy == "merged",
     )  # fmt: skip
 
 
@@ -411,23 +480,22 @@ def planned(cfg):
     """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of the
     GPU leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak. UserError if nothing fits."""
     build, shapes, micro = sizes(cfg)
-    fp = memory.Footprint(build, *shapes, cfg.rank, dtype=cfg.torch_dtype, group_w=cfg.group_w)
-    teacher = "shard" if cfg.shard_teacher else "offload" if cfg.offload else "resident"
-    has_start = cfg.bits == 16 or checkpoint.has_start(Path(cfg.out))
-    statistics = 0 if has_start else cfg.hessian_mb << 20 or None  # None: as there is room
-    if cfg.memory_limit:
-        limit = memory.parse_bytes(cfg.memory_limit)
-        plan = memory.choose(limit, fp, cfg.batch, checkpoint.world(), cfg.shard_teacher, statistics)
+    fp, teacher, world = footprint(cfg, build, shapes), teacher_of(cfg), checkpoint.world()
+    statistics = 0 if cfg.bits == 16 else cfg.hessian_mb << 20 or None  # None: as there is room
+    if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
+        plan = memory.choose(memory.parse_bytes(cfg.memory_limit), fp, cfg.batch, world, teacher, statistics)
         choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}
-        cfg = dataclasses.replace(cfg, **choice)
-    else:
-        if statistics is None:
-            rest = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
-            room = int(0.9 * torch.cuda.mem_get_info()[1]) - rest if cfg.device == "cuda" else memory.STATISTICS
-            statistics = max(room, fp.least)
-        plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, checkpoint.world(), statistics)
+        cfg, statistics = dataclasses.replace(cfg, **choice), plan.statistics
+        micro, teacher = cfg.micro, teacher_of(cfg)
+    elif statistics is None:
+        rest = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
+        room = int(0.9 * torch.cuda.mem_get_info()[1]) - rest if cfg.device == "cuda" else memory.STATISTICS
+        statistics = max(room, fp.least)
+    if statistics and checkpoint.has_start(Path(cfg.out)):
+        statistics = 0
+    plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, world, statistics)
     cfg = dataclasses.replace(cfg, hessian_mb=max(plan.statistics >> 20, -(-fp.least >> 20)))
-    need, free = fp.packed + 8 * fp.factors, shutil.disk_usage(cfg.out).free  # start with anchor, two states and one being written
+    need, free = fp.files, shutil.disk_usage(cfg.out).free
     if free < need:
         raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
     if checkpoint.rank() == 0:
@@ -454,7 +522,11 @@ def place(network: models.Denoiser, device: str, offload: bool, shard: bool) -> 
         fully_shard(network.net)
     elif offload and device != "cpu":
         apply_group_offloading(
-            network.net, torch.device(device), offload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True
+            network.to("cpu").net,
+            torch.device(device),
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=True,
         )
     else:
         network.to(device)

@@ -102,7 +102,7 @@ def draw_real(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: flo
     """Pictures (n, 3, H, W) in [-1, 1] by a diffusers pipeline, one at a time. guidance: default that of a consistency model."""
     unet, side = getattr(pipe, "unet", None), pipe.default_sample_size
     if guidance is None:
-        guidance = 3.5 if unet is None else 1.0
+        guidance = (pipeline.quantization_config(pipe.transformer).guidance or 3.5) if unet is None else 1.0
     channels = pipe.transformer.config.in_channels // 4 if unet is None else unet.config.in_channels
     size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor}
     pipe.set_progress_bar_config(disable=True)

@@ -16,6 +16,7 @@ Processes of a torchrun each drive their own captions; sums and maxima are excha
 one process and sent to the others. Which process does what changes the last bits of the sums, nothing else.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -41,11 +42,24 @@ def factor_bytes(O: int, K: int, rounding: str = "gptq") -> int:
     return 8 * ((3 if rounding == "rtn" else 6) * K**2 + 3 * O**2 + 5 * O * K)
 
 
+@contextlib.contextmanager
+def explained():
+    """What statistics and factors say of inf, nan and layers that nothing reaches -> UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise UserError(f"no student can be made ({error}): try --dtype float32, another --cm or other --data") from error
+
+
+@explained()
 @torch.no_grad()
 def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[models.Denoiser, dict[str, dict]]:
     """The consistency model as a plain network -> its packed twin with LoRA, in place, and the table of layers.
 
-    cond, x_T: this process' calibration captions, encoded, and their noises, on the network's device. cfg: train.Config."""
+    cond, x_T: this process' calibration captions, encoded, and their noises, on the network's device. cfg: train.Config.
+    UserError for a budget without room for the widest layer, and for statistics of which nothing can be made."""
     kinds = {name: models.precision(name) for name in models.float_layers(base.net)}
     layers = {name: layer for name, layer in models.float_layers(base.net).items() if kinds[name] != "16bit"}
     for name, layer in layers.items():
@@ -81,21 +95,23 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
     def whitened(part):
         """(name, layer, its Stats, W, its Whitener, smoothing factors) of this process' layers in a slice."""
         mine, cache = [row for row in part if order[row[0]] % world == rank], {}
-        readers = Counter(stats for _, stats, _ in mine)  # q, k, v share a Whitener, which goes with the last of them
+        homes = {
+            name: "cpu" if factor_bytes(*shapes[name], cfg.rounding) > half else layers[name].weight.device for name, _, _ in mine
+        }
+        readers = Counter((stats, homes[name]) for name, stats, _ in mine)  # q, k, v share a Whitener, which goes with the last
         for name, stats, G_OO in mine:
-            layer, taps = layers[name], layers[name].weight[0, 0].numel()
-            home = "cpu" if factor_bytes(*shapes[name], cfg.rounding) > half else layer.weight.device
+            layer, taps, home = layers[name], layers[name].weight[0, 0].numel(), homes[name]
             w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).float().to(home)
-            lam, white = None, cache.pop(stats, None)
-            readers[stats] -= 1
+            lam, white = None, cache.pop((stats, home), None)
+            readers[stats, home] -= 1
             if cfg.smooth and kinds[name] == "w4a4":
                 xmax_I = stats.xmax_I.to(home)
                 lam = quant.smoothing_factors(xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
                 w_OK, white = w_OK * lam.repeat(taps), hgs_lora.Whitener(hessian.smooth(stats.H_KK.to(home), lam))
             else:
                 white = white or hgs_lora.Whitener(stats.H_KK.to(home))
-                if readers[stats]:
-                    cache[stats] = white
+                if readers[stats, home]:
+                    cache[stats, home] = white
             noise_K = (stats.noise_I.to(home) / (1 if lam is None else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
             yield name, layer, stats, w_OK, white if G_OO is None else white.of_layer(G_OO.to(home), noise_K), lam
             del white

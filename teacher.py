@@ -18,10 +18,10 @@ def train(cfg, out: Path, pictures) -> None:
     """Plain diffusion training: squared error at stratified times, 10% of captions dropped, EMA 0.999 -> MODEL.safetensors."""
     torch.manual_seed(cfg.seed)
     model = models.load_teacher(cfg.model, cfg.teacher).requires_grad_() if cfg.teacher else models.build(cfg.model)
-    params = dict(model.named_parameters())
+    params = dict(model.to(cfg.device).named_parameters())
     state = checkpoint.State(out, params, cfg)
     start, saved = state.load()
-    ema = {k: saved[f"ema.{k}"] if saved else p.detach().clone() for k, p in params.items()}
+    ema = {k: saved[f"ema.{k}"].to(p.device) if saved else p.detach().clone() for k, p in params.items()}
     times, mine = model.path.grid(1000), slice(rank(), None, world())
     with open(out / "metrics.jsonl", "a") as log:
         for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="teacher")):
@@ -30,9 +30,9 @@ def train(cfg, out: Path, pictures) -> None:
             drop = torch.rand(cfg.batch, generator=gen) < 0.1
             cond = model.encode([data.UNCONDITIONAL if d else c for d, c in zip(drop, captions, strict=True)][mine])
             strata = (torch.arange(cfg.batch) + torch.rand(cfg.batch, generator=gen)) / cfg.batch  # one t in every B-th of [0, 1)
-            x0, t = models.to_latents(x)[mine], times[(1000 * strata).long()][mine]
-            eps = torch.randn(cfg.batch, *model.latent, generator=gen)[mine]
-            with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            x0, t = models.to_latents(x)[mine].to(cfg.device), times[(1000 * strata).long()][mine].to(cfg.device)
+            eps = torch.randn(cfg.batch, *model.latent, generator=gen)[mine].to(cfg.device)
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
                 pred = model(model.path.add_noise(x0, eps, t), t, t, cond)
             loss = (pred.float() - model.path.prediction_of(x0, eps, t)).square().mean()
             loss.backward()
@@ -50,7 +50,7 @@ def train(cfg, out: Path, pictures) -> None:
 def ship(cfg, path: Path, tensors: dict[str, torch.Tensor], network: models.Denoiser, cm: bool) -> None:
     """16-bit weights that other runs start from, as float16, with the command and the scores that go with them."""
     halves = {k: v.half() for k, v in tensors.items()}  # before the network that holds them is cast
-    scores = evaluate.network_report(network.eval().to(models.FAST), dataclasses.asdict(cfg), cm)
+    scores = evaluate.network_report(network.eval().to("cpu", models.FAST), dataclasses.asdict(cfg), cm)
     command, what = " ".join(["python train.py", *sys.argv[1:]]), {"seed": cfg.seed, "steps": cfg.steps, "batch": cfg.batch}
     checkpoint.write(path, halves, {"command": command, "scores": scores} | what)
     print(f"weights: {path}")

@@ -16,7 +16,6 @@ A run folder holds what checkpoint.py lists; model.safetensors is the deployed c
 
 import argparse
 import dataclasses
-import datetime
 import os
 import resource
 import time
@@ -126,6 +125,7 @@ MODELS = {
     "flux": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 3.5, "hessian_mb": 0},
 }  # fmt: skip
 REAL = {"lora_bits": 8, "eval_n": 16, "dtype": "bfloat16", "data": "prompts", "calibration": 32, "cached": 512}
+REAL_CM = {"lr": 1e-4, "steps": 1000}  # --bits 16; LCM-LoRA's figures
 CHOICES = {
     "model": models.MODELS, "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
     "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS), "bits": (4, 16),
@@ -149,7 +149,7 @@ def parse(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     stage = "teacher" if given.get("stage") == "teacher" else "cm" if given.get("bits") == 16 else "student"
     folder = {"out": f"runs/{given.get('model', 'tiny')}" + {"teacher": "-teacher", "cm": "-cm", "student": ""}[stage]}
-    scale = MODELS.get(given.get("model"), {}) and REAL | MODELS[given["model"]]
+    scale = MODELS.get(given.get("model"), {}) and REAL | MODELS[given["model"]] | (REAL_CM if stage == "cm" else {})
     return Config(**(folder | STAGES.get(stage, {}) | scale | RECIPES[given.get("recipe", "cmquant")] | given))
 
 
@@ -158,18 +158,33 @@ def check(cfg: Config) -> None:
     for name in ("batch", "rank", "calibration", "edges", "grid", "eval_n", "save_every", "cached"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
-    if cfg.batch % world():
-        raise UserError(f"--batch {cfg.batch} does not divide among {world()} ranks")
-    unknown = set(cfg.targets.split(",")) - {"fp", "self", "teacher", "anchor" if cfg.bits == 4 or cfg.rollout == 1 else "fp"}
-    if unknown or cfg.targets.count(",") != 1:
-        raise UserError(f"--targets {cfg.targets} must be EARLY,LATE, each of anchor (4 bits only), fp, self, teacher")
+    real, shard, phases = cfg.model in models.REAL, cfg.shard_teacher, cfg.phases.split(",")
+    shares = cfg.rollout, cfg.jitter, cfg.split
+    known = {"fp", "self", "teacher", "anchor" if cfg.bits == 4 or cfg.rollout == 1 else "fp"}
     points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
-    if not all(k.isdigit() and 1 <= int(k) <= points for k in cfg.phases.split(",")):
-        raise UserError(f"--phases {cfg.phases} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)")
-    if cfg.edges > cfg.grid:
-        raise UserError(f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer")
-    if cfg.shard_teacher and cfg.trajectory == "teacher":
-        raise UserError("--shard-teacher and --trajectory teacher do not go together: draw the trajectories with --offload")
+    for wrong, message in (
+        (cfg.device not in ("cpu", "cuda"), f"--device {cfg.device} is not supported: give cpu or cuda"),
+        (cfg.device == "cuda" and not torch.cuda.is_available(), "torch finds no CUDA device: give --device cpu"),
+        (cfg.batch % world(), f"--batch {cfg.batch} does not divide among {world()} ranks"),
+        (cfg.calibration < world(), f"--calibration {cfg.calibration} leaves some of {world()} ranks without a caption: give more"),
+        (not all(0 <= share <= 1 for share in shares), f"--rollout, --jitter and --split must be from 0 to 1, got {shares}"),
+        (cfg.micro < 0, f"--micro must be at least 0, got {cfg.micro}"),
+        (cfg.grid > 1000, f"--grid {cfg.grid} is more than the 1000 points of a noise schedule: choose fewer"),
+        (cfg.edges > cfg.grid, f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer"),
+        (not all(k.isdigit() and 1 <= int(k) <= points for k in phases),
+         f"--phases {cfg.phases} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)"),
+        (set(cfg.targets.split(",")) - known or cfg.targets.count(",") != 1,
+         f"--targets {cfg.targets} must be EARLY,LATE, each of anchor (4 bits only), fp, self, teacher"),
+        (cfg.stage == "teacher" and real, "--stage teacher trains tiny and tiny-flux: sdxl and flux have public teachers"),
+        (cfg.export and (not real or cfg.deploy == "merged"), "--export lora needs sdxl or flux and --deploy branch"),
+        (cfg.bits == 16 and (shard or cfg.offload), "--offload and --shard-teacher are for 4-bit students: leave them out"),
+        (shard and cfg.trajectory == "teacher",
+         "--shard-teacher and --trajectory teacher do not go together: draw the trajectories with --offload"),
+        (shard and not (cfg.dry_run or dist.is_initialized() or "RANK" in os.environ),
+         "--shard-teacher shares the teacher among processes: start them with `torchrun --nproc-per-node 8 train.py ..`"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +216,7 @@ def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], net
     edges = tdpt.phase_edges(grid, cfg.edges)
     if cfg.rollout and cfg.trajectory == "teacher":
         times, folder = path.grid(cfg.grid // 2), out / "trajectories"
-        cache = checkpoint.Trajectories(folder, guide, network, examples, cfg.cached, times, cfg.seed, cfg.micro)
+        cache = checkpoint.Trajectories(folder, guide, network, examples, cfg.cached, times, cfg.seed, cfg.micro, cfg.device)
     state = checkpoint.State(out, params, cfg)
     start, _ = state.load()
     parts = torch.arange(cfg.batch // world()).split(cfg.micro or cfg.batch)
@@ -211,7 +226,7 @@ def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], net
             if torch.rand(1, generator=gen) < cfg.rollout:
                 # on-policy rollout: K jumps of the student, each from its own last state to where the reference arrives
                 cond, jumps, x_T, states = rollout_start(cfg, gen, network, examples, cache)
-                for rows in parts:
+                for rows in state.unless_stopped(parts):
                     cond_r, jumps_r, share = to(cond, cfg.device, rows), jumps.to(cfg.device), len(rows) * world() / cfg.batch
                     if x_T is None:
                         reference = states[:, rows].to(cfg.device)
@@ -225,7 +240,7 @@ def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], net
                 x0, cond = examples.latents(cfg.batch, gen, mine)
                 noise = torch.randn(cfg.batch, *x0.shape[1:], generator=gen)[mine]
                 idx = torch.randint(cfg.grid, (cfg.batch,), generator=gen)[mine]
-                for rows in parts:
+                for rows in state.unless_stopped(parts):
                     batch = (to(cond, cfg.device, rows) if v is cond else v[rows].to(cfg.device) for v in (x0, cond, noise, idx))
                     phases, share = (grid, edges, cfg.split, targets, cfg.huber, cfg.shard_teacher), len(rows) * world() / cfg.batch
                     loss_r, _ = tdpt.tdpt_loss(learner, anchor, fp, guide, path, *batch, *phases)
@@ -233,34 +248,19 @@ def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], net
                     loss += loss_r.item() * share
             state.update(step, loss, log)
             bar.set_postfix_str(f"loss {loss:.4f}")
-            if state.due(step + 1):
-                state.save(step + 1)
+            if state.due(done := step + (not state.given_up)):
+                state.save(done)
 
 
 def to(cond: dict[str, torch.Tensor], device: str, rows=slice(None)) -> dict[str, torch.Tensor]:
     return {k: v[rows].to(device) for k, v in cond.items()}
 
 
-def open_cm(cfg: Config, dtype: torch.dtype) -> models.Denoiser:
-    """The teacher with its switchable consistency LoRA, on the CPU."""
-    if cfg.model in models.TINY:
-        return models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
-    network = pretrained.load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.weights, cfg.components, cfg.resolution, dtype)
-    network.guidance = None if network.guidance is None else cfg.guidance
-    return network
-
-
-def examples_of(cfg: Config, out: Path, network: models.Denoiser):
-    """What is trained on: examples.latents(n, gen, mine), .conditions(n, gen, mine), .null(); data.Live or cache.Cache."""
-    if cfg.model in models.TINY:
-        return data.Live(data.source(cfg.data), network)
-    return pretrained.cached_examples(cfg, Path(cfg.cache) if cfg.cache else out / "cache", network)
-
-
 def train_student(cfg: Config, out: Path) -> None:
     if not checkpoint.has_start(out):  # 1. - 3. statistics, ranks, split: student.py
-        network = open_cm(cfg, torch.float32 if cfg.model in models.TINY else cfg.torch_dtype).to(cfg.device)
-        examples, mine = examples_of(cfg, out, network), slice(rank(), None, world())
+        network = pretrained.open_cm(cfg, torch.float32 if cfg.model in models.TINY else cfg.torch_dtype)
+        examples = pretrained.examples_of(cfg, out, network)  # text encoders and VAE go before the network is on the device
+        network, mine = network.to(cfg.device), slice(rank(), None, world())
         gen = data.step_generator(cfg.seed, 0, stream=1)
         cond = to(examples.conditions(cfg.calibration, gen, mine), cfg.device)
         x_T = torch.randn(cfg.calibration, *network.latent, generator=gen)[mine].to(cfg.device)
@@ -278,8 +278,9 @@ def train_student(cfg: Config, out: Path) -> None:
     params = {k: p.requires_grad_() for k, p in packed.named_parameters() if "lora_" in k}
     if cfg.checkpointing:
         packed.net.train().enable_gradient_checkpointing()
-    network = pretrained.place(open_cm(cfg, cfg.torch_dtype), cfg.device, cfg.offload, cfg.shard_teacher)
-    examples = examples_of(cfg, out, network)
+    network = pretrained.open_cm(cfg, cfg.torch_dtype).to(cfg.torch_dtype)  # its LoRA too
+    examples = pretrained.examples_of(cfg, out, network)
+    pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
 
     def anchor(*args):
         with hgs_lora.anchor(packed):
@@ -300,12 +301,12 @@ def train_student(cfg: Config, out: Path) -> None:
 
 def train_cm(cfg: Config, out: Path) -> None:
     """The same objective at 16 bits: the LoRA of the full-precision consistency model, MODEL-cm.safetensors."""
-    if cfg.model in models.TINY:
-        network = models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, cfg.torch_dtype).to(cfg.device)
-    else:
-        network = pretrained.trainable_cm(cfg, cfg.torch_dtype).to(cfg.device)
-    params = {k: p.requires_grad_() for k, p in network.named_parameters() if "lora_" in k}
-    distil(cfg, out, models.as_cm(network), params, network, examples_of(cfg, out, network))
+    network = pretrained.trainable_cm(cfg, cfg.torch_dtype)
+    examples = pretrained.examples_of(cfg, out, network)
+    params = {k: p.requires_grad_() for k, p in network.to(cfg.device).named_parameters() if "lora_" in k}
+    if cfg.checkpointing:
+        network.net.train().enable_gradient_checkpointing()
+    distil(cfg, out, models.as_cm(network), params, network, examples)
     path = out / f"{cfg.model}-cm.safetensors"
     if rank() == 0 and cfg.model in models.TINY:
         teacher.ship(cfg, path, {k.removeprefix("net."): p for k, p in params.items()}, network, cm=True)
@@ -321,19 +322,17 @@ def main(argv: list[str]) -> None:
     print("\n".join(f"{k:12} {v}" for k, v in dataclasses.asdict(cfg).items()))
     if cfg.dry_run:
         return pretrained.dry_run(cfg) if cfg.model in models.REAL else None
-    if "RANK" in os.environ and not dist.is_initialized():
-        cuda = cfg.device == "cuda"
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=3))  # calibration of FLUX in between
+    checkpoint.join(cfg.device)
     began, out = time.time(), Path(cfg.out)
     if cfg.cm == "self":  # the consistency model first, in a folder of its own
         path = out / "cm" / f"{cfg.model}-cm.safetensors"
         if not path.exists():
-            first = {"bits": 16, "cm": "", "rollout": 1, "trajectory": "teacher", "targets": "fp,fp", "out": out / "cm"}
-            main([*argv, *(word for k, v in first.items() for word in (f"--{k}", str(v)))])
+            first = "--bits 16 --rollout 1 --trajectory teacher --targets fp,fp --no-offload --no-shard-teacher".split()
+            cached = ["--cache", f"{cfg.cache}-cm"] if cfg.cache else []
+            main([*argv, *first, "--cm", "", "--export", "", "--out", str(out / "cm"), *cached])
         cfg = dataclasses.replace(cfg, cm=str(path))
-    checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": ""}, leader=rank() == 0)
+    files = pretrained.fingerprint(cfg.teacher, cfg.cm, cfg.components)
+    checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": "", "files of teacher and cm": files}, leader=rank() == 0)
     cfg = pretrained.planned(cfg) if cfg.model in models.REAL else cfg
     if cfg.stage == "teacher":
         teacher.train(cfg, out, data.source(cfg.data))

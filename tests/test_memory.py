@@ -159,7 +159,7 @@ def test_planned_activations_are_within_15_percent_of_resident_memory(name, batc
     out = subprocess.run(command, env=os.environ | large_blocks_go_back, capture_output=True, text=True, check=True).stdout
     resident, tracked = map(int, out.split())
     fp = memory.Footprint(lambda: float_network(name), *memory.SHAPES[name], 16, cm_rank=0, dtype=torch.float32)
-    planned = fp.activations("checkpointed" if checkpointing else "student", batch)
+    planned = fp.activations("checkpointed" if checkpointing else "trained", batch)
     assert planned == pytest.approx(resident, rel=0.15), tracked
     assert planned == pytest.approx(tracked, rel=0.001)  # real tensors, the same operations
 
@@ -222,7 +222,7 @@ def test_choose_gives_the_fastest_way_that_fits_and_says_what_is_missing(footpri
     assert tight.checkpointing and tight.teacher == "resident" and tight.peak <= below
     tighter = memory.choose(plan(footprint, 48, 1, True).peak - 1, footprint, 48)
     assert tighter.teacher == "offloaded" and not tighter.checkpointing
-    assert memory.choose(10**12, footprint, 48, world=2, shard=True).teacher == "sharded"
+    assert memory.choose(10**12, footprint, 48, world=2, teacher="shard").teacher == "sharded"
     with pytest.raises(
         UserError, match=r"needs 0\.0\d GB \(micro-batch 1 with gradient checkpointing, teacher offloaded\)"
     ) as error:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import checkpoint
+import evaluate
 import hgs_lora
 import kernels
 import models
@@ -192,6 +193,18 @@ def test_compiled_pipelines_draw_the_same_and_feel_a_style(runs, monkeypatch):
     assert (latents(pipe, 1) - styled).norm() < 0.01 * plain.norm() and len(resets) == 1
     remove()
     assert len(resets) == 2 and not any(module._forward_hooks for module in pipe.transformer.modules())
+
+
+def test_a_run_of_a_gpu_takes_the_kernels_of_a_cpu(runs, tmp_path):
+    """Catches a CPU that compiles every layer for minutes because the run was made where that is the fast way."""
+    about = checkpoint.read_config(runs["flux"])
+    for stored, used in (("compile", "native"), ("eager", "eager"), ("native", "native")):
+        (folder := tmp_path / stored).mkdir()
+        checkpoint.write_config(folder, about | {"config": about["config"] | {"backend": stored}})
+        run = checkpoint.run_of(folder)
+        checkpoint.write(folder / "model.safetensors", *checkpoint.read(runs["flux"] / "model.safetensors", ""), run)
+        layers = [layer for _, layer in hgs_lora.packed_layers(load(folder).transformer)]
+        assert {layer.backend for layer in layers} == {used}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,6 +509,9 @@ def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases,
     bent = style("flux")
     bent |= {k: v[:, ::2].contiguous() for k, v in bent.items() if "x_embedder.lora_A" in k}
     about = checkpoint.read_config(runs["flux"])
+    real = tmp_path / "real"
+    real.mkdir()
+    checkpoint.write_config(real, about | {"config": about["config"] | {"model": "flux"}})
     longer, none = ({k: row | {"rank": rank} for k, row in about["layers"].items()} for rank in (9, 0))
     for folder, change in ((broken, {"layers": longer}), (merged, {"layers": none}), (tiny, {"network": "tiny-flux"})):
         folder.mkdir()
@@ -514,6 +530,7 @@ def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases,
         "size mismatch|shape": lambda: pipeline.add_style_lora(pipe, bent),
         "holds no checkpoint": lambda: pipeline.write_card(tmp_path / "none"),
         "holds no packed network": lambda: pipeline.write_card(bases["sdxl"]),
+        "knows nothing of flux's pictures": lambda: evaluate.main(["--checkpoint", str(real)]),
     }
     for sentence, call in cases.items():
         with pytest.raises(UserError, match=sentence) as caught:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,12 +118,29 @@ def test_sample_export_and_reload(real, finished, tmp_path):
     assert len(models.loras(network)) > 100
 
 
-def test_a_consistency_model_of_ones_own_comes_first(real, tmp_path):
+def test_a_consistency_model_of_ones_own_comes_first(real, tmp_path, capsys):
     """Catches --cm self that trains nothing, or whose LoRA the next stage cannot read."""
     flags = real["flux"].split()
     flags[flags.index("--cm") + 1] = "self"
-    train.main([*QUICK.split(), *flags, "--cached", "4", "--steps", "1", "--out", str(tmp_path / "r")])
+    extra = ["--cached", "4", "--steps", "1", "--checkpointing", "--offload", "--cache", str(tmp_path / "c"), "--export", "lora"]
+    train.main([*QUICK.split(), *flags, *extra, "--out", str(tmp_path / "r")])
     assert (tmp_path / "r" / "cm" / "flux-cm.safetensors").exists() and (tmp_path / "r" / "model.safetensors").exists()
+    of_the_cm, of_the_student = capsys.readouterr().out.split("planned peak")[1:]
+    assert "teacher resident" in of_the_cm and "teacher offloaded" in of_the_student
+
+
+def test_checkpointing_changes_no_loss_of_the_consistency_model(real, finished, tmp_path, monkeypatch):
+    """Catches blocks that are computed again with the LoRA switched off, and a flag that is ignored."""
+    flags, found, calls = f"--bits 16 --targets fp,fp --micro 1 --steps 2 --cached 4 --cache {finished['flux']}/cache", [], []
+    once = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **more: calls.append(0) or once(*args, **more))
+    for out, switch in (("kept", "--no-checkpointing"), ("again", "--checkpointing")):
+        assert not calls
+        run(real, "flux", tmp_path / out, f"{flags} {switch}")
+        found.append(losses(tmp_path / out))
+    assert calls
+    for (_, a), (_, b) in zip(*found, strict=True):
+        assert abs(a - b) < 1e-5 * abs(b)
 
 
 @pytest.mark.parametrize("name", models.REAL)
@@ -148,6 +166,67 @@ def test_too_little_main_memory_is_one_sentence(real, tmp_path, capsys, monkeypa
     """Catches a start that the system kills in its middle."""
     monkeypatch.setattr(memory, "available", lambda: 10**8)
     refuse([*QUICK.split(), *real["sdxl"].split(), "--out", str(tmp_path / "r")], capsys, "GB of main memory and 0.1 GB are there")
+
+
+def test_a_resumed_run_makes_the_choices_of_its_beginning(real, tmp_path, monkeypatch):
+    """Catches another micro-batch, and with it other sums, once statistics need no room any more."""
+    cfg, seen = train.parse(f"{QUICK} {real['sdxl']} --batch 64 --out {tmp_path} --memory-limit 150MB".split()), []
+    for has_start in (False, True):
+        monkeypatch.setattr(checkpoint, "has_start", lambda out, has_start=has_start: has_start)
+        chosen = pretrained.planned(cfg)
+        seen.append((chosen.micro, chosen.checkpointing, chosen.offload))
+    assert seen[0] == seen[1] and seen[0][0] < 64  # training alone would have room for more
+
+
+def test_dry_run_prints_what_the_flags_make(real, capsys):
+    """Catches flags that are printed and not looked at."""
+    said = {}
+    for flags in ("", "--lora-bits 16", "--deploy merged", "--bits 16 --targets fp,fp", "--offload", "--dtype float32"):
+        train.main(f"{QUICK} --dtype bfloat16 --checkpointing {real['flux']} --dry-run {flags}".split())
+        text = capsys.readouterr().out.split("dry_run")[1]
+        planned = float(re.search(r"planned peak of training ([\d.]+) GB", text)[1])
+        said[flags] = float(re.search(r"memory_ratio: ([\d.]+)", text)[1]), planned, re.search(r"teacher (\w+)", text)[1], text
+    assert said["--deploy merged"][0] < said[""][0] < said["--lora-bits 16"][0] and "LoRA, 16 bits" in said["--lora-bits 16"][3]
+    assert "packed student" not in said["--bits 16 --targets fp,fp"][3] and said["--offload"][2] == "offloaded"
+    assert said["--dtype float32"][3] != said[""][3]
+
+
+def test_weights_that_are_not_the_run_s_any_more_are_noticed(real, tmp_path, capsys):
+    """Catches a cache and a start of a consistency model that was trained anew, and a flipped bit in one of our own."""
+    flags, cm = real["flux"].split(), tmp_path / "cm.safetensors"
+    shutil.copy(flags[flags.index("--cm") + 1], cm)
+    flags[flags.index("--cm") + 1] = str(cm)
+    argv = [*QUICK.split(), *flags, "--steps", "1", "--out", str(tmp_path / "r")]
+    train.main(argv)
+    tensors, info = checkpoint.read(cm, "")
+    checkpoint.write(cm, {k: 2 * v for k, v in tensors.items()}, info)
+    refuse(argv, capsys, "holds a run with another files of teacher and cm")
+    refuse([*argv[:-1], str(tmp_path / "s"), "--cache", f"{tmp_path}/r/cache"], capsys, "another files of the consistency model")
+    whole = bytearray(cm.read_bytes())
+    whole[-5] ^= 4
+    cm.write_bytes(whole)
+    refuse([*argv[:-1], str(tmp_path / "t")], capsys, "cm.safetensors is damaged")
+
+
+def test_a_file_of_the_denoiser_alone_takes_the_rest_of_components(real, tmp_path):
+    """Catches a single file, as FLUX is published, that trains and then cannot be drawn with."""
+    base = real["sdxl"].split()[3]
+    file = miniature.single_file(pretrained.load_network("sdxl", base, dtype=torch.float32).net, tmp_path / "model.safetensors")
+    argv = real["sdxl"].replace(f"--teacher {base}", f"--teacher {file} --components {base}").split()
+    train.main([*QUICK.split(), *argv, "--steps", "1", "--out", str(tmp_path / "r")])
+    alone, folder = (pipeline.load_pipeline(tmp_path / "r", dtype=torch.float32, base=b) for b in ("", base))
+    draw = dict(num_inference_steps=1, guidance_scale=1.0, output_type="pt", height=64, width=64)
+    pictures = [pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), **draw).images for pipe in (alone, folder)]
+    assert torch.equal(*pictures) and pictures[0].std() > 0
+
+
+def test_guidance_reaches_the_student_the_reference_and_the_card(real, finished, tmp_path):
+    """Catches a student that is given 3.5 where its targets are given 5."""
+    run(real, "flux", tmp_path / "r", f"--guidance 5 --steps 1 --cache {finished['flux']}/cache")
+    assert checkpoint.load_checkpoint(tmp_path / "r")[0].guidance == checkpoint.load_start(tmp_path / "r")[0].guidance == 5
+    assert "guidance_scale=5.0" in (tmp_path / "r" / "README.md").read_text()
+    assert pipeline.quantization_config(pipeline.load_pipeline(tmp_path / "r").transformer).guidance == 5
+    assert checkpoint.load_checkpoint(finished["flux"])[0].guidance == 3.5
 
 
 def test_one_file_is_read_like_its_folder(real, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ import evaluate
 import kernels
 import models
 import sample
+import tdpt
 import teacher
 import train
 
@@ -115,6 +117,30 @@ def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, mo
     run(weights, tmp_path / "r")
     same_files(finished, tmp_path / "r", "start.safetensors", "state.safetensors", "model.safetensors")
     assert losses(tmp_path / "r") == losses(finished)
+
+
+@pytest.mark.parametrize("objective, call, done", [("--rollout 1 --phases 1", 2, 1), ("--rollout 0", 2, 1), ("--rollout 0", 0, 0)])
+def test_a_signal_between_micro_batches_gives_the_update_up(weights, tmp_path, monkeypatch, capsys, objective, call, done):
+    """Catches an update of minutes that a scheduler does not wait for, one that is made of half of its pictures, and moments of a
+    state without any update."""
+    flags, huber, calls = f"--micro 2 --steps 3 --save-every 20 {objective}", tdpt.pseudo_huber, []
+    monkeypatch.setattr(evaluate, "closing_report", lambda *args: None)
+    run(weights, tmp_path / "whole", flags)
+
+    def hit(*args):
+        calls.append(0)
+        if len(calls) == call + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return huber(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(tdpt, "pseudo_huber", hit)
+        run(weights, tmp_path / "r", flags)
+    assert stop.value.code == 0 and len(calls) == call + 1 and len(losses(tmp_path / "r")) == done
+    assert f"stopped by SIGTERM after update {done}, which is saved" in capsys.readouterr().out
+    run(weights, tmp_path / "r", flags)
+    same_files(tmp_path / "whole", tmp_path / "r", "state.safetensors", "model.safetensors")
+    assert losses(tmp_path / "r") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-flux"])
@@ -362,6 +388,16 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--teacher none.safetensors", "none.safetensors does not exist: make it with"),
         ("--data nowhere", "not a folder"),
         ("--out /proc/no/run", "cannot write to the run folder"),
+        ("--device gpu", "--device gpu is not supported: give cpu or cuda"),
+        ("--micro -1", "--micro must be at least 0"),
+        ("--split 2", "--split must be from 0 to 1"),
+        ("--rollout 1.5", "--rollout, --jitter and --split must be from 0 to 1"),
+        ("--grid 1001", "more than the 1000 points of a noise schedule"),
+        ("--stage teacher --model sdxl", "sdxl and flux have public teachers"),
+        ("--export lora", "--export lora needs sdxl or flux"),
+        ("--model flux --export lora --deploy merged", "needs sdxl or flux and --deploy branch"),
+        ("--bits 16 --offload --targets fp,fp", "leave them out"),
+        ("--shard-teacher", "start them with `torchrun"),
     ],
 )
 def test_bad_flags_are_one_sentence(weights, tmp_path, capsys, flags, says):
