@@ -29,6 +29,11 @@ lifetimes, no numbers) under a mode that follows which storages are alive. The l
 im2col and the recomputation of gradient checkpointing are in it because they happen. From two samples on the operations are the
 same and their sizes affine in the batch, so the curves of 2 and 3 samples give all others exactly (one alone skips some copies).
 
+Not planned: the cache, which text encoders and VAE make before (SDXL 1.6 + 0.3 GB, FLUX 9.8 + 0.3, and 2.7 for a picture of 1024
+pixels inside the VAE), beside the 16-bit network only where that draws latents, a micro-batch at a time.
+
+Training a consistency LoRA (trains="cm") holds the 16-bit network, which is the teacher too, in place of student and teacher.
+
 Kernels are the eager ones, which run on CUDA; attention never holds the scores of all tokens (flash). Not in it: the CUDA context
 and the allocator's fragments (24GB is 24e9 bytes, a 24 GB card has 25.8e9), workspaces inside of an operation, and what fused
 kernels save. Activations are checked against resident memory on the CPU, nothing on a GPU yet.
