@@ -7,7 +7,8 @@
                                                      tiny also 4 steps against the teacher's 20 guided ones, and throughput
     python bench.py train                            an update of training, W4A4 against a LoRA of the 16-bit network
     python bench.py costs                            how time grows with tokens, width and rank
-    python bench.py gpu                              all of these on CUDA; what fails is named, the others go on
+    python bench.py gpu                              all of these on CUDA, and training at full size; what fails is named, the
+                                                     others go on; --parts kernels,tiny chooses, --minutes 5 bounds each
 
 One process, the same tensors for all: rounds in which every implementation runs once, in random order, after a warm-up that also
 pays for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
@@ -31,7 +32,9 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -217,12 +220,14 @@ CUDA = {k: v for k, v in CPU.items() if k not in ("ours", "ours_compile", "sdnq_
 
 
 def clock(fn: Callable, cuda: bool) -> tuple[float, torch.Tensor]:
-    """(seconds, result) of one call."""
+    """(seconds, result) of one call. A GPU is kept busy for a millisecond first, so that a layer's launches are queued when it
+    begins: its time, not Python's. For whole networks that is nothing, they are timed as they are called."""
     if not cuda:
         start = time.perf_counter()
         y = fn()
         return time.perf_counter() - start, y
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # cycles
     begin.record()
     y = fn()
     end.record()
@@ -240,6 +245,8 @@ def prepare(builders: dict[str, Callable], cuda: bool) -> tuple[dict[str, Callab
             (first, _), (second, _) = clock(call, cuda), clock(call, cuda)
         except Exception as error:
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}", file=sys.stderr)
+            if cuda and name.startswith("ours"):
+                traceback.print_exc()
             continue
         calls[name], compile_s[name] = call, max(0, first - second)
     return calls, compile_s
@@ -463,12 +470,20 @@ def bench_model(args: argparse.Namespace) -> list[dict]:
             x = (), part_inputs(args.model, part)
         else:
             x = step_inputs(nets["bf16"], 1, args.device), {}
-        if args.compile:
+        large = whole and args.model in PARTS  # blocks are compiled one by one: the whole of one takes minutes
+        if args.compile and not large:
             nets |= {f"{name}_compiled": torch.compile(net) if part else compiled_denoiser(net) for name, net in nets.items()}
         rows += timed(part or "one step", {k: lambda net=net: lambda: net(*x[0], **x[1]) for k, net in nets.items()}, nets, args)  # noqa: B023
         if whole:
-            rows += timed("a picture", generations(nets, args), nets, args)
             rows += throughput(nets, args)
+        if args.compile and large:
+            for net in nets.values():
+                net.net.compile_repeated_blocks()
+            nets |= {f"{name}_compiled": net for name, net in nets.items()}
+            calls = {k: lambda net=net: lambda: net(*x[0]) for k, net in nets.items() if k.endswith("compiled")}  # noqa: B023
+            rows += timed("one step", calls, nets, args)
+        if whole:
+            rows += timed("a picture", generations(nets, args), nets, args)
     print("\n".join(model_table(rows)))
     print(f"\n{args.model}, rank {args.rank}; {about(args)}; median of {args.rounds} rounds")
     return rows
@@ -486,6 +501,7 @@ def timed(what: str, builders: dict[str, Callable], nets: dict[str, nn.Module], 
     return rows
 
 
+@torch.inference_mode()
 def generations(nets: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, Callable]:
     """Whole samplings of one picture: 4 steps of both, and 20 of the teacher, guided by two predictions a step (FLUX: one)."""
     x, _, _, cond = step_inputs(nets["bf16"], 1, args.device)
@@ -663,31 +679,42 @@ def about(args: argparse.Namespace) -> str:
     return f"{torch.cuda.get_device_name() if args.device == 'cuda' else cpu}; torch {torch.__version__}"
 
 
-def bench_gpu(args: argparse.Namespace) -> list[str]:
-    """Everything that waits for a GPU, in one call; a part that fails does not stop the others. Last a line for each part."""
-    out, lines = Path(args.out), []
-    out.mkdir(parents=True, exist_ok=True)
-    for job in ("kernels", "model --model tiny", "model --model sdxl", "model --model flux", "train", "costs"):
-        print(f"\n## python bench.py {job}\n", flush=True)
-        try:
-            rows = main([*job.split(), "--device", "cuda", "--json", str(out / f"{job.split()[-1]}.json")])
-            lines.append(f"{job:20} {summary(rows)}")
-        except Exception as error:
-            lines.append(f"{job:20} {type(error).__name__}: {error}")
-            print(lines[-1])
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+def gpu_jobs(out: Path, runs: Path) -> dict[str, str]:
+    """Name -> command of each part of `bench.py gpu`, the shortest first. Rows go to `out`, run folders to `runs`."""
+    rows = {"kernels": "kernels", "tiny": "model --model tiny", "costs": "costs", "train": "train"}
+    rows |= {model: f"model --model {model} --rounds 5" for model in ("sdxl", "flux")}
+    jobs = {"tests": "-m pytest -q -m gpu tests/test_kernels.py tests/test_tdpt.py"}
+    jobs |= {name: f"bench.py {job} --device cuda --json {out}/{name}.json" for name, job in rows.items()}
     for model in ("sdxl", "flux"):  # statistics, ranks, split, 20 updates, packing, reloading, 4 steps, all with random weights
-        (out / "prompts.txt").write_text(
-            "\n".join(f"{n} red houses by a river" for n in range(16))
-        )  # the default list takes minutes
-        flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4"
-        flags += f" --data {out}/prompts.txt --out {out}/run-{model}"
-        print(f"\n## python train.py {flags}\n", flush=True)
-        done = subprocess.run([sys.executable, "train.py", *flags.split()], capture_output=True, text=True)
-        text = (done.stdout if done.returncode == 0 else done.stderr).splitlines()
+        flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --data {runs}/prompts.txt"
+        jobs[f"train-{model}"] = f"train.py {flags} --out {runs}/{model}"
+    return jobs
+
+
+def bench_gpu(args: argparse.Namespace) -> list[str]:
+    """What waits for a GPU, each part in a process of its own: one that fails or hangs leaves the others a clean device, what it
+    printed is in NAME.txt. Last a line for each part."""
+    out, lines = Path(args.out), []
+    runs = Path(tempfile.mkdtemp())
+    out.mkdir(parents=True, exist_ok=True)
+    (runs / "prompts.txt").write_text("\n".join(f"{n} red houses by a river" for n in range(16)))  # our own list takes minutes
+    jobs = gpu_jobs(out, runs)
+    if unknown := set(filter(None, args.parts.split(","))) - jobs.keys():
+        raise UserError(f"--parts knows {', '.join(jobs)}, not {', '.join(sorted(unknown))}")
+    for name, job in jobs.items():
+        if args.parts and name not in args.parts.split(","):
+            continue
+        print(f"\n## python {job}\n", flush=True)
+        with open(out / f"{name}.txt", "w") as file:
+            command = dict(args=[sys.executable, *job.split()], stdout=file, stderr=subprocess.STDOUT, cwd=Path(__file__).parent)
+            try:
+                end = f"exit code {subprocess.run(**command, timeout=60 * args.minutes).returncode}"
+            except subprocess.TimeoutExpired:
+                end = f"stopped after {args.minutes} minutes"
+        text = (out / f"{name}.txt").read_text().splitlines()
         print("\n".join(text[-40:]))
-        lines.append(f"train.py {model:11} {text[-1] if text else f'exit code {done.returncode}'}")
+        rows = json.loads((out / f"{name}.json").read_text()) if (out / f"{name}.json").exists() else []
+        lines.append(f"{name:12} {end}: {summary(rows) if rows else text[-1] if text else ''}")
     print("\n## in short\n\n" + "\n".join(lines))
     return lines
 
@@ -733,7 +760,9 @@ def main(argv: list[str]) -> list:
     cli.add_argument("--batch", type=int, default=32)
     clis["costs"].add_argument("--plot", default="", metavar="PNG")
     gpu = commands.add_parser("gpu", allow_abbrev=False, help="all of these on CUDA")
-    gpu.add_argument("--out", default="benchmarks/gpu", help="folder for the rows as JSON")
+    gpu.add_argument("--out", default="benchmarks/gpu", help="folder for rows as JSON and what each part printed")
+    gpu.add_argument("--parts", default="", help="some of " + ", ".join(gpu_jobs(Path(), Path())) + "; default all")
+    gpu.add_argument("--minutes", type=float, default=60, help="a part may take")
     gpu.set_defaults(device="cuda", json="")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -213,7 +213,7 @@ class Cache:
         if isinstance(items, data.Source):
             key |= {"data": items.spec, "fingerprint of the data": items.fingerprint}
         key = json.loads(json.dumps(key))
-        manifest, run = folder / "manifest.json", hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        manifest = folder / "manifest.json"
         if rank == 0 and _manifest(folder) is None:
             if folder.is_dir() and any(file.suffix != ".tmp" for file in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and no cache: choose another --cache, or delete the folder")
@@ -225,8 +225,10 @@ class Cache:
         if world > 1:
             wait()
         about = _manifest(folder)
-        if changed := sorted(k for k in key | about["key"] if key.get(k) != about["key"].get(k)):
+        asked = {k for k in key if k in about["key"] or not k.startswith("files of ")}  # which older versions did not write
+        if changed := sorted(k for k in asked | about["key"].keys() if key.get(k) != about["key"].get(k)):
             raise UserError(f"{folder} was made with another {', '.join(changed)}: delete the folder or choose another --cache")
+        run = hashlib.sha256(json.dumps(about["key"], sort_keys=True).encode()).hexdigest()[:16]
         n, complete = about["shards"] or 0, about["shards"] is not None
         if rank == 0 and not _whole(folder / "null.safetensors", run, complete):
             cond = {f"null/{k}": _stored(k, v, ("",)) for k, v in encode_captions([data.UNCONDITIONAL]).items()}

@@ -199,7 +199,7 @@ def open_run(out: Path, config: dict, leader: bool) -> None:
             if leader:
                 print(f"{out}/config.json is missing or damaged: it is written again")
         else:
-            if changed := sorted(k for k in config if old.get(k) != config[k]):
+            if changed := sorted(k for k in config if old.get(k, config[k]) != config[k]):  # older versions know fewer
                 raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
     if old is None and leader:
         git = ["git", "rev-parse", "--short", "HEAD"]
@@ -364,7 +364,7 @@ class State:
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
         """(updates done, every tensor of the file); (0, {}) where there is no file.
 
-        From here to the last save, a signal waits for the end of an update. UserError if no state is good."""
+        From here to the last save, a signal waits for the end of a micro-batch or update. UserError if no state is good."""
         tensors, info = self._newest()
         if info.get("start", "") != (integrity.recorded(self.start) if tensors else ""):
             raise UserError(f"{self.start} is not what the state was trained from: restore it, or delete the folder to begin again")
@@ -522,7 +522,8 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
     floats = {f"net.{name}.scale_O" for name, row in about["layers"].items() if row.get("lora", 16) == 16}
     tensors = {k: kernels.unpack_scales(v) if k in floats else v for k, v in tensors.items()}
     student = _packed_model(about["network"], about["layers"], tensors, folder / "model.safetensors")
-    hgs_lora.set_backend(student, about["config"].get("backend", "native"))  # older folders name none
+    backend = about["config"].get("backend", "native")  # older folders name none
+    hgs_lora.set_backend(student, "native" if backend == "compile" and student.name in models.TINY else backend)  # for the CPU
     return student.to(models.FAST if student.name in models.TINY else getattr(torch, about["config"]["dtype"])), about
 
 

@@ -157,6 +157,7 @@ def int8_matmul(X_TK: Tensor, W_OK: Tensor) -> Tensor:
     if not (X_TK.is_cuda or VNNI):
         return int8_matmul_in_float(X_TK, W_OK)
     T, O = X_TK.shape[0], W_OK.shape[0]
+    X_TK = X_TK.contiguous() if X_TK.is_cuda else X_TK  # a transposed view, as diffusers makes of one picture, is not cuBLAS' order
     if X_TK.is_cuda and (T <= 16 or O % 8):
         X_TK, W_OK = F.pad(X_TK, (0, 0, 0, max(0, 17 - T))), F.pad(W_OK, (0, 0, 0, -O % 8))
         return torch._int_mm(X_TK, W_OK.t())[:T, :O]

@@ -253,19 +253,12 @@ class Footprint:
     """Sizes in bytes of what training a network needs, and its activations; costs seconds for each kind of activations.
 
     build() -> the float network on the meta device, called twice. cm_rank: of the consistency LoRA on the teacher, 0 for none.
-    trains: student, or cm: that LoRA."""
+    trains: student, or cm: that LoRA. gradients: whether the start collects G (hessian.py) as well as H."""
 
     def __init__(
-        self,
-        build,
-        latent,
-        tokens: int,
-        rank: int = 16,
-        cm_rank: int = 64,
-        dtype=torch.bfloat16,
-        group_w: int = 64,
-        trains="student",
-    ):
+        self, build, latent, tokens: int, rank: int = 16, cm_rank: int = 64, dtype=torch.bfloat16, group_w: int = 64,
+        trains: str = "student", gradients: bool = True,
+    ):  # fmt: skip
         self.shapes, self.trains = (tuple(latent), tokens), trains
         self.dtype, self.rank, self.curves = dtype, rank, {}
         student, teacher = packed_twin(nn.Module.to(build(), dtype), rank, group_w), nn.Module.to(build(), dtype)
@@ -281,13 +274,15 @@ class Footprint:
                 net.train()
             per_sample = [t for t in tree_leaves(inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
         self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in hgs_lora.packed_layers(self.student)]
-        self.least = 16 * max(map(max, self.layers)) ** 2  # half of it for the float64 sums, H or G, of the widest layer
+        widest = max(max(O, K) if gradients else K for O, K in self.layers)
+        self.least = 16 * widest**2  # half of it for the float64 sums, H or G, of the widest layer
+        self.most = max(self.least, 16 * max(sum(O * O for O, _ in self.layers), sum(K * K for _, K in self.layers)))  # .. of all
         self.guided = not hasattr(teacher, "transformer_blocks")  # FLUX embeds its guidance
         trained = self.student if trains == "student" else self.teacher
         self.factors = sum(p.nbytes for p in trained.parameters() if p.requires_grad)
         self.packed = sum(t.nbytes for t in tensors_of(self.student) if not t.requires_grad)
         self.network = sum(t.nbytes for t in tensors_of(self.teacher))
-        # two states and one being written; the start with its anchor and the model, or the consistency LoRA
+        # what a run writes: two states and one more at a time; the start with its anchor and the model, or the consistency LoRA
         self.files = 9 * self.factors + (2 * self.packed + 2 * self.factors if trains == "student" else self.factors)
         sizes = [sum(t.nbytes for t in tensors_of(block)) for block in blocks(self.teacher)]
         self.gathered = 2 * max(sizes, default=0) + self.network - sum(sizes)
@@ -398,11 +393,12 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str =
                 best = larger if larger.peak <= limit else best
             if statistics is None:
                 rest = sum(start_of(fp, best.micro_batch, checkpointing).values())
-                best = plan(fp, batch, best.micro_batch, checkpointing, teacher, world, limit - rest)
+                best = plan(fp, batch, best.micro_batch, checkpointing, teacher, world, min(limit - rest, fp.most))
             return best
+    less = "--shard-teacher on several GPUs" if fp.trains == "student" else "a ready --cm"
     raise UserError(
         f"training needs {best.peak / 1e9:.2f} GB ({best.how}) and the limit is {limit / 1e9:.2f} GB: use a GPU with more memory, "
-        "--shard-teacher on several GPUs, a smaller --batch or a lower --rank"
+        f"{less}, a smaller --batch or a lower --rank"
     )
 
 
@@ -426,7 +422,7 @@ def report(
     print(f"{'merged, without a branch':30s}{'':15s} {ratio(without):8.2%}\n")
     if training:
         fp = fp or Footprint(build, *shapes, rank, group_w=group_w)
-        statistics = 0 if fp.trains == "cm" else statistics or (None if limit else STATISTICS)
+        statistics = 0 if fp.trains == "cm" else statistics or (None if limit else min(STATISTICS, fp.most))
         fixed = None if limit else plan(fp, batch, micro_batch, checkpointing, teacher, world, statistics)
         print(f"{fixed or choose(parse_bytes(limit), fp, batch, world, teacher, statistics)}\n")
     print(f"memory_ratio: {ratio(without if merged else rows):.3f}")

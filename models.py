@@ -190,7 +190,7 @@ class FluxDenoiser(Denoiser):
     def _call(self, x, t, s, cond):
         B, C, H, W = x.shape
         tokens = x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
-        row, column = torch.meshgrid(torch.arange(H // 2), torch.arange(W // 2), indexing="ij")
+        row, column = torch.meshgrid(*(torch.arange(n // 2, device=x.device) for n in (H, W)), indexing="ij")
         ids = torch.stack([torch.zeros_like(row), row, column], -1).view(-1, 3).to(x)
         guidance = torch.zeros_like(t) if s is None else s
         if self.name == "flux":

@@ -23,8 +23,9 @@ Scheduler.  The pipeline's steps are the jumps of tdpt.sample on path.grid(steps
            by subtracting 1000 // steps, so steps must divide 1000: 1, 2, 4, 5, 8.
     FLUX   FlowMatchEulerDiscreteScheduler with the path's shift, not that of the picture's size.
 
-SDXL takes guidance_scale=1.0 (no second call: guidance is distilled into the network), FLUX 3.5 (its default: an input of the
-network, constant in training). States are rounded to the pipeline's dtype between steps; in float32 they are tdpt.sample's.
+SDXL takes guidance_scale=1.0 (no second call: guidance is distilled into the network), FLUX what it was trained with (--guidance,
+3.5 by default: an input of the network). States are rounded to the pipeline's dtype between steps; in float32 they are
+tdpt.sample's.
 
 Left out on purpose: device_map and offloading of single layers, pipelines for inpainting and image-to-image (from_pipe gives them).
 """
@@ -202,7 +203,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
         cls, part = family(denoiser.net)
         base, scheduler = base or denoiser.base, few_step_scheduler(denoiser.scheduler, denoiser.path)
         if pretrained.is_file(base):
-            components = checkpoint.read_config(folder)["config"].get("components", "")
+            components = components_of(folder)
             pipe = pretrained.Text(denoiser.name, base, components, dtype=dtype).pipeline
             vae = pretrained.VAE(denoiser.name, base, components).vae.to(dtype)
             pipe.register_modules(vae=vae, scheduler=scheduler, **{part: denoiser.net})
@@ -211,28 +212,35 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
             pipe = read_base(cls, base, torch_dtype=dtype, scheduler=scheduler, **{part: denoiser.net})
     pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
     pipe.to(device)
-    if compile or not on_cpu:
+    stored = quantization_config(getattr(pipe, part)).backend
+    if compile or (not on_cpu and stored != "eager"):
         hgs_lora.set_backend(getattr(pipe, part), "compile")
-    elif quantization_config(getattr(pipe, part)).backend == "compile":
+    elif stored == "compile":
         hgs_lora.set_backend(getattr(pipe, part), "native")
     if compile:
         getattr(pipe, part).compile()
     return pipe
 
 
+def components_of(folder: Path) -> str:
+    """--components of a run folder; "" where there were none."""
+    return "" if (folder / "model_index.json").is_file() else checkpoint.read_config(folder)["config"].get("components", "")
+
+
 def is_hub_id(base: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
 
 
-def read_base(cls, base: str, **kwargs):
-    """cls.from_pretrained, or from_single_file, of a pipeline. UserError if that fails or it is of another class."""
+def read_base(cls, base: str, components: str = "", **kwargs):
+    """cls.from_pretrained, or from_single_file with the configs of `components`, of a pipeline. UserError if that fails or it is of
+    another class."""
     if not base:
         raise UserError(
             "the run was made from random weights, not from a base: name a folder with its text encoders and VAE by --base"
         )
     with pretrained.explained("the pipeline", base):
         if pretrained.is_file(base):
-            return cls.from_single_file(base, **kwargs)
+            return cls.from_single_file(base, **({"config": components} if components else {}), **kwargs)
         found = cls.load_config(base)["_class_name"]
         if cls is not diffusers.DiffusionPipeline and not found.startswith(cls.__name__.removesuffix("Pipeline")):
             raise UserError(f"{base} is a {found}, not a {cls.__name__}: name the one that was quantized by --base")
@@ -439,7 +447,7 @@ def write_card(folder: str | Path) -> Path:
         guidance = about["network"].get("guidance")
         files, imports, load = [folder / "model.safetensors"], "import pipeline\n", f'pipeline.load_pipeline("{folder.name}")'
         report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
-    call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else guidance or 3.5}"
+    call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"
     size, twin = _sizes(files, table)
     yaml, licence = next((v for k, v in LICENSES.items() if k in base), ("license: other", f"see {base}"))
     kinds = Counter(row["kind"] for row in table.values())

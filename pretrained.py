@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -71,6 +72,8 @@ def explained(what: str, base: str):
     except (UserError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, *OF_LIBRARIES) as error:
+        if isinstance(error, ImportError):
+            raise UserError(f"{what} of {base} needs a package: {str(error).strip().splitlines()[0]}") from None
         chain, e = [], error
         while e is not None:
             chain.append(e)
@@ -199,11 +202,6 @@ def add_cm(denoiser: models.Denoiser, cm: str) -> None:
 
     pipeline, part = pipeline_class(denoiser.name), PART[denoiser.name]
     with explained("the consistency LoRA", cm):
-        if Path(cm).is_file():
-            try:
-                integrity.check(Path(cm))  # one that train.py made has a checksum
-            except ValueError as error:
-                raise UserError(f"{cm} is damaged ({error}): copy it again, or delete it to train it again") from None
         options = {"unet_config": denoiser.net.config} if denoiser.name == "sdxl" else {"return_alphas": True}
         options["use_safetensors"] = True
         where = cm
@@ -258,9 +256,15 @@ def load_cm(
 
 
 def fingerprint(*paths: str) -> str:
-    """Digest of local files and folders of weights: names, sizes and the ends of every safetensors file. Hub ids say nothing."""
+    """Digest of local files and folders of weights: names, sizes and the ends of every safetensors file. Hub ids say nothing.
+    UserError for a file of ours that does not fit its checksum."""
     digest = hashlib.sha256()
     for path in map(Path, filter(None, paths)):
+        try:
+            if path.is_file():
+                integrity.check(path)
+        except ValueError as error:
+            raise UserError(f"{path} is truncated or damaged ({error}): copy it again, or delete it to train it again") from None
         for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []:
             with open(file, "rb") as opened:
                 size = opened.seek(0, os.SEEK_END)
@@ -458,21 +462,28 @@ def sizes(cfg) -> tuple:
 
 def teacher_of(cfg) -> str:
     """Where the teacher is in training: one of memory.TEACHERS."""
-    return "shard" if cfg.shard_teacher else "offload" if cfg.offload else "resident"
+    return "shard" if cfg.shard_teacher and checkpoint.world() > 1 else "offload" if cfg.offload else "resident"
 
 
 def footprint(cfg, build, shapes) -> memory.Footprint:
     """Of the 4-bit student, or of the consistency model that --bits 16 trains."""
     ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
-    return memory.Footprint(build, *shapes, **ranks, dtype=cfg.torch_dtype, group_w=cfg.group_w)
+    gradients = student.wants_gradients(cfg)
+    return memory.Footprint(build, *shapes, **ranks, dtype=cfg.torch_dtype, group_w=cfg.group_w, gradients=gradients)
+
+
+def asked(cfg, fp: memory.Footprint) -> int | None:
+    """Bytes of --hessian-mb, at least what the widest layer needs; None: as there is room."""
+    return 0 if cfg.bits == 16 else max(cfg.hessian_mb << 20, fp.least) if cfg.hessian_mb else None
 
 
 def dry_run(cfg) -> None:
     """The table of layers, the planned peak, and last the memory ratio."""
     build, shapes, micro = sizes(cfg)
+    fp = footprint(cfg, build, shapes)
     memory.report(
         cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), teacher_of(cfg), micro, cfg.checkpointing,
-        cfg.group_w, build, shapes, footprint(cfg, build, shapes), cfg.hessian_mb << 20, cfg.lora_bits, cfg.deploy == "merged",
+        cfg.group_w, build, shapes, fp, asked(cfg, fp) or 0, cfg.lora_bits, cfg.deploy == "merged",
     )  # fmt: skip
 
 
@@ -481,21 +492,24 @@ def planned(cfg):
     GPU leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak. UserError if nothing fits."""
     build, shapes, micro = sizes(cfg)
     fp, teacher, world = footprint(cfg, build, shapes), teacher_of(cfg), checkpoint.world()
-    statistics = 0 if cfg.bits == 16 else cfg.hessian_mb << 20 or None  # None: as there is room
+    cfg, statistics = dataclasses.replace(cfg, micro=micro), asked(cfg, fp)
     if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
         plan = memory.choose(memory.parse_bytes(cfg.memory_limit), fp, cfg.batch, world, teacher, statistics)
         choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}
-        cfg, statistics = dataclasses.replace(cfg, **choice), plan.statistics
-        micro, teacher = cfg.micro, teacher_of(cfg)
+        cfg, statistics, micro = dataclasses.replace(cfg, **choice), plan.statistics, plan.micro_batch
+        teacher = teacher_of(cfg)
     elif statistics is None:
         rest = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
-        room = int(0.9 * torch.cuda.mem_get_info()[1]) - rest if cfg.device == "cuda" else memory.STATISTICS
-        statistics = max(room, fp.least)
+        room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else memory.STATISTICS
+        statistics = max(min(room, fp.most), fp.least)
     if statistics and checkpoint.has_start(Path(cfg.out)):
         statistics = 0
     plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, world, statistics)
     cfg = dataclasses.replace(cfg, hessian_mb=max(plan.statistics >> 20, -(-fp.least >> 20)))
-    need, free = fp.files, shutil.disk_usage(cfg.out).free
+    drawn = 2 * cfg.cached * (cfg.grid // 2 + 1) * math.prod(shapes[0])  # float16
+    written = fp.files + (drawn if cfg.rollout and cfg.trajectory == "teacher" else 0)
+    there = sum(file.stat().st_size for file in (*Path(cfg.out).glob("*.safetensors"), *Path(cfg.out).glob("trajectories/*")))
+    need, free = written - there, shutil.disk_usage(cfg.out).free
     if free < need:
         raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
     if checkpoint.rank() == 0:

@@ -102,7 +102,8 @@ def draw_real(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: flo
     """Pictures (n, 3, H, W) in [-1, 1] by a diffusers pipeline, one at a time. guidance: default that of a consistency model."""
     unet, side = getattr(pipe, "unet", None), pipe.default_sample_size
     if guidance is None:
-        guidance = (pipeline.quantization_config(pipe.transformer).guidance or 3.5) if unet is None else 1.0
+        given = None if unet else pipeline.quantization_config(pipe.transformer).guidance
+        guidance = 1.0 if unet else 3.5 if given is None else given
     channels = pipe.transformer.config.in_channels // 4 if unet is None else unet.config.in_channels
     size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor}
     pipe.set_progress_bar_config(disable=True)
@@ -117,7 +118,7 @@ def draw_real(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: flo
     return torch.stack(pictures)
 
 
-def real_base(pipe, base: str):
+def real_base(pipe, base: str, components: str = ""):
     """The 16-bit pipeline that `pipe` was quantized from, its scheduler too, or None where memory lacks room for its denoiser."""
     cls, part = pipeline.family(net := getattr(pipe, "unet", None) or pipe.transformer)
     packed = dict(hgs_lora.packed_layers(net))
@@ -129,7 +130,7 @@ def real_base(pipe, base: str):
     if values * net.dtype.itemsize > 0.8 * free:
         return None
     shared = {k: v for k, v in pipe.components.items() if k not in (part, "scheduler")}
-    twin = pipeline.read_base(cls, base, torch_dtype=net.dtype, **shared).to(net.device)
+    twin = pipeline.read_base(cls, base, components, torch_dtype=net.dtype, **shared).to(net.device)
     twin.default_sample_size = pipe.default_sample_size
     return twin
 
@@ -140,7 +141,7 @@ def main_real(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     rows = {}
     if args.compare:
         net = getattr(pipe, "unet", None) or pipe.transformer
-        twin = real_base(pipe, args.base or pipeline.quantization_config(net).base)
+        twin = real_base(pipe, args.base or pipeline.quantization_config(net).base, pipeline.components_of(Path(args.checkpoint)))
         if twin is None:
             print("the 16-bit base does not fit beside the packed model: its row is left out")
         else:

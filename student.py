@@ -42,6 +42,11 @@ def factor_bytes(O: int, K: int, rounding: str = "gptq") -> int:
     return 8 * ((3 if rounding == "rtn" else 6) * K**2 + 3 * O**2 + 5 * O * K)
 
 
+def wants_gradients(cfg) -> bool:
+    """Whether ranks or splits use G."""
+    return cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform")
+
+
 @contextlib.contextmanager
 def explained():
     """What statistics and factors say of inf, nan and layers that nothing reaches -> UserError."""
@@ -68,9 +73,10 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
     order = {name: i for i, name in enumerate(layers)}
     world, rank = checkpoint.world(), checkpoint.rank()
     shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
-    widest = max(shapes, key=lambda name: max(shapes[name]))
-    if cfg.hessian_mb << 19 < 8 * max(shapes[widest]) ** 2:
-        least = -(-16 * max(shapes[widest]) ** 2 >> 20)
+    sides = {name: max(O, K) if wants_gradients(cfg) else K for name, (O, K) in shapes.items()}
+    widest = max(sides, key=sides.get)
+    if cfg.hessian_mb << 19 < 8 * sides[widest] ** 2:
+        least = -(-16 * sides[widest] ** 2 >> 20)
         raise UserError(f"--hessian-mb {cfg.hessian_mb} has no room for layer {widest} {shapes[widest]}: give at least {least}")
 
     # 1. statistics, a slice of the layers at a time
@@ -81,10 +87,10 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
         if kept:
             yield from kept
             return
-        kron = cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform")
         for stats in hessian.collect_passes(base.net, list(layers), forward, half, group_x=cfg.group_x):
             names = sorted(stats, key=order.get)
-            for G in hessian.collect_output_passes(base.net, names, backward, half) if kron else [dict.fromkeys(names)]:
+            none = [dict.fromkeys(names)]
+            for G in hessian.collect_output_passes(base.net, names, backward, half) if wants_gradients(cfg) else none:
                 part = [(name, stats[name], G_OO) for name, G_OO in G.items()]
                 if len(part) == len(layers):
                     kept.append(part)

@@ -163,13 +163,13 @@ def check(cfg: Config) -> None:
     known = {"fp", "self", "teacher", "anchor" if cfg.bits == 4 or cfg.rollout == 1 else "fp"}
     points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
     for wrong, message in (
-        (cfg.device not in ("cpu", "cuda"), f"--device {cfg.device} is not supported: give cpu or cuda"),
-        (cfg.device == "cuda" and not torch.cuda.is_available(), "torch finds no CUDA device: give --device cpu"),
+        (cfg.device not in ("cpu", "cuda"), f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"),
+        (cfg.device == "cuda" and not (torch.cuda.is_available() or cfg.dry_run), "torch finds no CUDA device: give --device cpu"),
         (cfg.batch % world(), f"--batch {cfg.batch} does not divide among {world()} ranks"),
         (cfg.calibration < world(), f"--calibration {cfg.calibration} leaves some of {world()} ranks without a caption: give more"),
         (not all(0 <= share <= 1 for share in shares), f"--rollout, --jitter and --split must be from 0 to 1, got {shares}"),
         (cfg.micro < 0, f"--micro must be at least 0, got {cfg.micro}"),
-        (cfg.grid > 1000, f"--grid {cfg.grid} is more than the 1000 points of a noise schedule: choose fewer"),
+        (cfg.grid > 1000 and "flux" not in cfg.model, f"--grid {cfg.grid} is more than a noise schedule's 1000: choose fewer"),
         (cfg.edges > cfg.grid, f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer"),
         (not all(k.isdigit() and 1 <= int(k) <= points for k in phases),
          f"--phases {cfg.phases} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)"),
@@ -328,7 +328,7 @@ def main(argv: list[str]) -> None:
         path = out / "cm" / f"{cfg.model}-cm.safetensors"
         if not path.exists():
             first = "--bits 16 --rollout 1 --trajectory teacher --targets fp,fp --no-offload --no-shard-teacher".split()
-            cached = ["--cache", f"{cfg.cache}-cm"] if cfg.cache else []
+            cached = ["--cache", f"{Path(cfg.cache)}-cm"] if cfg.cache else []
             main([*argv, *first, "--cm", "", "--export", "", "--out", str(out / "cm"), *cached])
         cfg = dataclasses.replace(cfg, cm=str(path))
     files = pretrained.fingerprint(cfg.teacher, cfg.cm, cfg.components)

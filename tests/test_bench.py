@@ -1,6 +1,7 @@
 """bench.py's measuring: what it reports is what ran. Speeds are not judged here."""
 
 import argparse
+import subprocess
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import bench
 import hgs_lora
 import models
+import train
 
 
 def broken(layer):
@@ -111,6 +113,34 @@ def test_without_a_gpu_its_programme_is_one_sentence(capsys):
     with pytest.raises(models.UserError, match="no CUDA device"):
         bench.main(["gpu"])
     assert not capsys.readouterr().out
+
+
+def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkeypatch, capsys):
+    """Catches a part whose flags are not understood, one that ends the others, and rows that are not where they are looked for."""
+    seen = []
+
+    def run(args, stdout, timeout, **options):
+        script, flags = args[1], args[2:]
+        if script == "bench.py":
+            for name in ("kernels", "model", "train", "costs"):
+                monkeypatch.setattr(bench, f"bench_{name}", lambda parsed: [{"what": "x", "impl": "ours", "median_ms": 1.0}])
+            bench.main(flags)
+        elif script == "train.py":
+            train.check(train.parse([*flags, "--device", "cpu"]))
+        seen.append(script)
+        stdout.write("last words\n")
+        if "flux" in args:
+            raise subprocess.TimeoutExpired(args, timeout)
+        return subprocess.CompletedProcess(args, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "run", run)
+    lines = bench.main(["gpu", "--out", str(tmp_path), "--minutes", "7"])
+    assert len(lines) == len(seen) == 9 and seen[0] == "-m" and seen.count("train.py") == 2
+    assert lines[1] == "kernels      exit code 0: 1 rows" and lines[-1] == "train-flux   stopped after 7.0 minutes: last words"
+    assert bench.main(["gpu", "--out", str(tmp_path), "--parts", "costs"]) == ["costs        exit code 0: 1 rows"]
+    with pytest.raises(models.UserError, match=r"--parts knows tests, kernels, .*, not cost"):
+        bench.main(["gpu", "--out", str(tmp_path), "--parts", "cost"])
 
 
 def test_the_gpu_runs_last_lines_compare_with_the_right_bf16():

@@ -504,3 +504,30 @@ def test_cuda_sums_equal_the_cpu_sums():
     for T, O in ((1, 8), (16, 12), (17, 12), (100, 64)):
         X, W = (torch.randint(-128, 113, (n, 64), generator=gen(n), dtype=torch.int8) for n in (T, O))
         assert torch.equal(kernels.int8_matmul(X.cuda(), W.cuda()).cpu(), kernels.int8_matmul(X, W))
+
+
+@pytest.mark.gpu
+def test_cuda_takes_a_transposed_first_operand():
+    """Catches the view that diffusers makes of one picture's tokens, an order that cuBLAS does not know."""
+    X, W = (torch.randint(-128, 113, (n, 64), generator=gen(n), dtype=torch.int8) for n in (100, 64))
+    assert torch.equal(kernels.int8_matmul(X.cuda().t().contiguous().t(), W.cuda()).cpu(), kernels.int8_matmul(X, W))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_layers_equal_the_cpu_s(backend, dtype):
+    """Catches an operand that stays on the CPU, other codes, and a compiled layer that is another one. A rounding of x that falls
+    on the other side moves a code, so that few values may differ by more than the last bits."""
+    linear, conv = (kernels.BACKENDS[backend](fn) for fn in EAGER)
+    ops = operands(64, 96)
+    pw, x = kernels.pack(grid_weight(64, 96)), torch.randn(2, 50, 96, generator=gen(1)).to(dtype)
+    taps = operands(32, 64, 9)
+    pc, z = kernels.pack(grid_weight(32, 64, 64, 9)), torch.randn(2, 64, 8, 8, generator=gen(2)).to(dtype)
+
+    pairs = [(linear, kernels.w4a4_linear, x, pw, ops), (conv, kernels.w4a4_conv2d, z, pc, taps)]
+    for on_gpu, on_cpu, x, packed, rest in pairs:
+        cuda = type(packed)(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in packed))
+        ours, theirs = on_gpu(x.cuda(), cuda, *(t.cuda() for t in rest)).cpu().float(), on_cpu(x, packed, *rest).float()
+        close = (ours - theirs).abs() <= 8 * UNIT[dtype] * theirs.abs().max()
+        assert close.float().mean() > 0.98 and (ours - theirs).square().mean() < 1e-4 * theirs.square().mean()

@@ -205,7 +205,7 @@ def test_weights_that_are_not_the_run_s_any_more_are_noticed(real, tmp_path, cap
     whole = bytearray(cm.read_bytes())
     whole[-5] ^= 4
     cm.write_bytes(whole)
-    refuse([*argv[:-1], str(tmp_path / "t")], capsys, "cm.safetensors is damaged")
+    refuse([*argv[:-1], str(tmp_path / "t")], capsys, "cm.safetensors is truncated or damaged")
 
 
 def test_a_file_of_the_denoiser_alone_takes_the_rest_of_components(real, tmp_path):
@@ -218,6 +218,8 @@ def test_a_file_of_the_denoiser_alone_takes_the_rest_of_components(real, tmp_pat
     draw = dict(num_inference_steps=1, guidance_scale=1.0, output_type="pt", height=64, width=64)
     pictures = [pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), **draw).images for pipe in (alone, folder)]
     assert torch.equal(*pictures) and pictures[0].std() > 0
+    sample.main(["--checkpoint", str(tmp_path / "r"), "--prompt", PROMPTS[0], "--compare", "--out", str(tmp_path / "grid.png")])
+    assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
 def test_guidance_reaches_the_student_the_reference_and_the_card(real, finished, tmp_path):
