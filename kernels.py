@@ -262,7 +262,7 @@ def compiled(fn: Callable) -> Callable:
     """torch.compile of fn, cached per function. Without a working C++ compiler: fn itself, after one warning.
 
     Linear kernels get one graph for layers of all sizes (tensor sizes dynamic, ints such as the group constants). The
-    convolution gets one graph for each geometry and any batch size: with symbolic channels im2col compiles to integer
+    convolution gets one graph for each geometry and rank and any batch size: with symbolic channels im2col compiles to integer
     divisions for every element, 12 times slower."""
     from torch._inductor.exc import InductorError, InvalidCxxCompiler  # slow import, needed here only
 
@@ -277,7 +277,7 @@ def compiled(fn: Callable) -> Callable:
                 torch._dynamo.maybe_mark_dynamic(x, 0)
             try:
                 with (
-                    torch._dynamo.config.patch(specialize_int=True, recompile_limit=64),
+                    torch._dynamo.config.patch(specialize_int=True, recompile_limit=256),
                     torch.fx.experimental._config.patch(use_duck_shape=False),
                 ):
                     return fast(x, *args, **kwargs)
