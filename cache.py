@@ -251,7 +251,7 @@ class Cache:
         if rank == 0 and not complete:
             if missing := [path.stem for path in (_shard_file(folder, k) for k in range(n)) if not path.exists()]:
                 raise UserError(f"{folder} still lacks {', '.join(missing[:5])}: run the same command again on all ranks")
-            checkpoint.write_json(manifest, {"key": key, "shards": n})
+            checkpoint.write_json(manifest, {"key": about["key"], "shards": n})  # the one that the shards name
         if world > 1:
             wait()
         made = Cache(folder)

@@ -1,6 +1,7 @@
 """cache.py: buckets are near and inside the picture; a cache survives kills, flipped bits and ranks; stale ones are refused."""
 
 import itertools
+import json
 import os
 import re
 import threading
@@ -449,3 +450,13 @@ def test_a_real_vae_and_real_text_encoders_fill_a_cache(source, tmp_path, name):
     x0, cond = made.latents(2, data.step_generator(0, 1))
     assert x0.shape[1] == pipe.vae.config.latent_channels and x0.isfinite().all() and ("time_ids" in cond) == (name == "sdxl")
     assert cond["tokens"].shape[1:] == made.null()["tokens"].shape[1:] and x0.shape[2] * x0.shape[3] <= 256
+
+
+def test_an_unfinished_cache_of_an_older_version_is_finished_and_stays_whole(source, finished, tmp_path, capsys):
+    """Catches a manifest that ends with another key than its shards name: all of them would be made again."""
+    folder = restore(tmp_path / "c", finished[1])
+    key = json.loads((folder / "manifest.json").read_text())["key"]
+    checkpoint.write_json(folder / "manifest.json", {"key": key, "shards": None})
+    for _ in range(2):
+        build(folder, source, key=KEY | {"files of the base": "89ab"})
+    assert "it is made again" not in capsys.readouterr().out and files(folder) == finished[1]
