@@ -694,11 +694,17 @@ def gpu_jobs(out: Path, runs: Path) -> dict[str, str]:
 def bench_gpu(args: argparse.Namespace) -> list[str]:
     """What waits for a GPU, each part in a process of its own: one that fails or hangs leaves the others a clean device, what it
     printed is in NAME.txt. Last a line for each part."""
+    with tempfile.TemporaryDirectory() as runs:  # gigabytes, of which nothing is kept
+        (Path(runs) / "prompts.txt").write_text(
+            "\n".join(f"{n} red houses by a river" for n in range(16))
+        )  # our list takes minutes
+        return run_parts(gpu_jobs(Path(args.out), Path(runs)), args)
+
+
+def run_parts(jobs: dict[str, str], args: argparse.Namespace) -> list[str]:
+    """Those of `jobs` that --parts names, or all of them."""
     out, lines = Path(args.out), []
-    runs = Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
-    (runs / "prompts.txt").write_text("\n".join(f"{n} red houses by a river" for n in range(16)))  # our own list takes minutes
-    jobs = gpu_jobs(out, runs)
     if unknown := set(filter(None, args.parts.split(","))) - jobs.keys():
         raise UserError(f"--parts knows {', '.join(jobs)}, not {', '.join(sorted(unknown))}")
     for name, job in jobs.items():

@@ -58,6 +58,7 @@ import checkpoint
 import hgs_lora
 import models
 from models import UserError
+from student import least_bytes
 
 SHAPES = {  # latent (C, H, W) and caption tokens
     "tiny": ((12, 16, 16), 24), "tiny-flux": ((12, 16, 16), 24), "sdxl": ((4, 128, 128), 77), "flux": ((16, 128, 128), 512),
@@ -274,8 +275,7 @@ class Footprint:
                 net.train()
             per_sample = [t for t in tree_leaves(inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
         self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in hgs_lora.packed_layers(self.student)]
-        widest = max(max(O, K) if gradients else K for O, K in self.layers)
-        self.least = 16 * widest**2  # half of it for the float64 sums, H or G, of the widest layer
+        self.least = least_bytes(self.layers, gradients)
         self.most = max(self.least, 16 * max(sum(O * O for O, _ in self.layers), sum(K * K for _, K in self.layers)))  # .. of all
         self.guided = not hasattr(teacher, "transformer_blocks")  # FLUX embeds its guidance
         trained = self.student if trains == "student" else self.teacher

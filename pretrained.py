@@ -277,12 +277,15 @@ def fingerprint(*paths: str) -> str:
 # Text encoders and VAE, by the pipelines' own methods
 
 
-def in_file(cls, name: str, base: str, components: str, **options):
-    """cls.from_single_file; None if the file holds the denoiser alone."""
-    try:
-        return cls.from_single_file(base, config=components or BASES[name], **options)
-    except SingleFileComponentError:
-        return None
+def component(cls, what: str, name: str, base: str, components: str, **options):
+    """cls of `base`; if that is a file of the denoiser alone, of `components` or the official base."""
+    base = base or BASES[name]
+    if is_file(base):
+        with explained(what, base), contextlib.suppress(SingleFileComponentError):
+            return cls.from_single_file(base, config=components or BASES[name], **options)
+        base = components or BASES[name]
+    with explained(what, base):
+        return from_pretrained(cls, base, **options)
 
 
 def square(side: int, n: int) -> torch.Tensor:
@@ -296,13 +299,8 @@ class Text:
 
     def __init__(self, name: str, base: str, components: str = "", resolution: int = 1024, device="cpu", dtype=torch.bfloat16):
         self.name, self.resolution, self.device = name, resolution, device
-        base, found, options = base or BASES[name], None, {PART[name]: None, "vae": None, "torch_dtype": dtype}
-        if is_file(base):
-            with explained("the text encoders", base):
-                found = in_file(pipeline_class(name), name, base, components, **options)
-            base = components or BASES[name]
-        with explained("the text encoders", base):
-            self.pipeline = found or from_pretrained(pipeline_class(name), base, **options)
+        options = {PART[name]: None, "vae": None, "torch_dtype": dtype}
+        self.pipeline = component(pipeline_class(name), "the text encoders", name, base, components, **options)
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -325,14 +323,8 @@ class VAE:
     layers hold 2.7 GB for each."""
 
     def __init__(self, name: str, base: str, components: str = "", device="cpu"):
-        base, found = base or BASES[name], None
-        if is_file(base):
-            with explained("the VAE", base):
-                found = in_file(AutoencoderKL, name, base, components, subfolder="vae")
-            base = components or BASES[name]
-        with explained("the VAE", base):
-            found = found or from_pretrained(AutoencoderKL, base, subfolder="vae")
-        self.vae, self.device = found.float().to(device).eval().requires_grad_(False), device
+        vae = component(AutoencoderKL, "the VAE", name, base, components, subfolder="vae")
+        self.vae, self.device = vae.float().to(device).eval().requires_grad_(False), device
         self.vae.enable_slicing()
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
@@ -472,7 +464,7 @@ def footprint(cfg, build, shapes) -> memory.Footprint:
     return memory.Footprint(build, *shapes, **ranks, dtype=cfg.torch_dtype, group_w=cfg.group_w, gradients=gradients)
 
 
-def asked(cfg, fp: memory.Footprint) -> int | None:
+def statistics_bytes(cfg, fp: memory.Footprint) -> int | None:
     """Bytes of --hessian-mb, at least what the widest layer needs; None: as there is room."""
     return 0 if cfg.bits == 16 else max(cfg.hessian_mb << 20, fp.least) if cfg.hessian_mb else None
 
@@ -483,16 +475,17 @@ def dry_run(cfg) -> None:
     fp = footprint(cfg, build, shapes)
     memory.report(
         cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), teacher_of(cfg), micro, cfg.checkpointing,
-        cfg.group_w, build, shapes, fp, asked(cfg, fp) or 0, cfg.lora_bits, cfg.deploy == "merged",
+        cfg.group_w, build, shapes, fp, statistics_bytes(cfg, fp) or 0, cfg.lora_bits, cfg.deploy == "merged",
     )  # fmt: skip
 
 
 def planned(cfg):
-    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of the
-    GPU leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak. UserError if nothing fits."""
+    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of
+    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak.
+    UserError if nothing fits."""
     build, shapes, micro = sizes(cfg)
     fp, teacher, world = footprint(cfg, build, shapes), teacher_of(cfg), checkpoint.world()
-    cfg, statistics = dataclasses.replace(cfg, micro=micro), asked(cfg, fp)
+    cfg, statistics = dataclasses.replace(cfg, micro=micro), statistics_bytes(cfg, fp)
     if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
         plan = memory.choose(memory.parse_bytes(cfg.memory_limit), fp, cfg.batch, world, teacher, statistics)
         choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}

@@ -47,6 +47,11 @@ def wants_gradients(cfg) -> bool:
     return cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform")
 
 
+def least_bytes(shapes, gradients: bool) -> int:
+    """Of --hessian-mb, for layers of `shapes` (O, K): half of it takes the float64 sums, H or G, of the widest one."""
+    return 16 * max(max(O, K) if gradients else K for O, K in shapes) ** 2
+
+
 @contextlib.contextmanager
 def explained():
     """What statistics and factors say of inf, nan and layers that nothing reaches -> UserError."""
@@ -73,11 +78,11 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
     order = {name: i for i, name in enumerate(layers)}
     world, rank = checkpoint.world(), checkpoint.rank()
     shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
-    sides = {name: max(O, K) if wants_gradients(cfg) else K for name, (O, K) in shapes.items()}
-    widest = max(sides, key=sides.get)
-    if cfg.hessian_mb << 19 < 8 * sides[widest] ** 2:
-        least = -(-16 * sides[widest] ** 2 >> 20)
-        raise UserError(f"--hessian-mb {cfg.hessian_mb} has no room for layer {widest} {shapes[widest]}: give at least {least}")
+    least = {name: least_bytes([shape], wants_gradients(cfg)) for name, shape in shapes.items()}
+    widest = max(least, key=least.get)
+    if cfg.hessian_mb << 20 < least[widest]:
+        needed = f"give at least {-(-least[widest] >> 20)}"
+        raise UserError(f"--hessian-mb {cfg.hessian_mb} has no room for layer {widest} {shapes[widest]}: {needed}")
 
     # 1. statistics, a slice of the layers at a time
     forward, backward = tdpt.calibration(base, base.path, x_T, cond, [int(K) for K in cfg.phases.split(",")], micro=cfg.micro or 16)
