@@ -186,6 +186,14 @@ def test_gptq_equals_the_update_with_explicit_inverses(K, group):
     assert same >= 0.9  # a tie that float32 breaks differently changes the rest of its row
 
 
+def test_gptq_of_one_row_is_that_of_the_row_among_others():
+    """Catches a transposed view in place of a copy, which a single row is: its errors are then compared on other weights."""
+    w, H = draw("normal", 8, 192, seed=1), hessian(192, 3)
+    together = quant.dequantize(quant.quantize_weight(w, 64, 1, H, "gptq"))
+    alone = torch.cat([quant.dequantize(quant.quantize_weight(row[None], 64, 1, H, "gptq")) for row in w])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("O,K,group,taps", [(64, 128, 64, 1), (32, 300, 64, 1), (24, 9 * 40, 32, 9), (16, 7, 8, 1)])
 def test_gptq_is_never_worse_than_nearest_in_the_h_norm(O, K, group, taps, search):
