@@ -85,7 +85,10 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
         raise UserError(f"--hessian-mb {cfg.hessian_mb} has no room for layer {widest} {shapes[widest]}: {needed}")
 
     # 1. statistics, a slice of the layers at a time
-    forward, backward = tdpt.calibration(base, base.path, x_T, cond, [int(K) for K in cfg.phases.split(",")], micro=cfg.micro or 16)
+    phases, micro = [int(K) for K in cfg.phases.split(",")], cfg.micro or 16
+    forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
+    few = slice(-(-cfg.gradient_captions // world) or None)
+    _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
     kept, half = [], cfg.hessian_mb << 19
 
     def slices() -> Iterator[list[tuple[str, hessian.Stats, Tensor | None]]]:
@@ -133,10 +136,11 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
         for name, layer, stats, w_OK, white, _ in whitened(part):
             gw = quant.quantize_weight(w_OK, cfg.group_w, layer.weight[0, 0].numel())
             if white.R_OO is not None:  # all layers in the picture's units
-                spectra[name] = hgs_lora.whitened_spectrum(w_OK, hgs_lora.grid_cost(w_OK, white, gw).sqrt(), white.R_OO)
+                cost_K = hgs_lora.grid_cost(w_OK, white, gw)
+                spectra[name] = hgs_lora.whitened_spectrum(w_OK, cost_K.sqrt(), white.R_OO, 4 * cfg.rank)
                 energy[name] = 1.0
             else:
-                spectra[name] = hgs_lora.whitened_spectrum(w_OK - quant.dequantize(gw), white.L_KK)
+                spectra[name] = hgs_lora.whitened_spectrum(w_OK - quant.dequantize(gw), white.L_KK, None, 4 * cfg.rank)
                 energy[name] = float((w_OK.double() @ white.L_KK).square().sum())
             v_x[name], v_w[name] = hessian.variation(stats, layer.weight)
             del stats, white  # before those of the next are made

@@ -65,6 +65,25 @@ def reference(E: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
 # ---------------------------------------------------------------- reference math
 
 
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_subspace_iteration_leaves_what_the_exact_eigenvectors_leave(decay, rank):
+    """Catches too few iterations or vectors, a basis that is not orthonormal, eigenvalues in another order. Flat spectra, where
+    it converges slowest, and falling ones."""
+    n = hgs_lora.EXACT + 64
+    gen = torch.Generator().manual_seed(0)
+    M = torch.randn(n, n, generator=gen, dtype=torch.float64) * torch.arange(1, n + 1) ** -decay
+    gram, exact = M @ M.mT, torch.linalg.eigvalsh(M @ M.mT).flip(0)
+    energy, basis = hgs_lora.strongest(gram, rank)
+    assert energy.shape == (rank,) and torch.equal(energy, energy.sort(descending=True).values)
+    assert torch.allclose(basis.mT @ basis, torch.eye(rank, dtype=torch.float64), atol=1e-10)
+    left = gram.trace() - (basis.mT @ gram @ basis).trace()
+    assert exact[rank:].sum() * (1 - 1e-9) <= left <= 1.001 * exact[rank:].sum()
+    M, few = M.float(), min(rank, 8)
+    spectrum = hgs_lora.whitened_spectrum(M, torch.eye(n, dtype=torch.float64), rank=rank)
+    assert len(spectrum) == rank and torch.allclose(spectrum[:few], exact[:few].sqrt(), rtol=0.01)
+
+
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 24), H_KINDS, st.integers(0, 999))
 @example(O=3, K=9, r=2, kind="correlated", seed=0)
 @example(O=9, K=3, r=2, kind="correlated", seed=0)
