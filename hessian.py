@@ -20,8 +20,9 @@ a row x holds one window, tap-major, channel fastest, so it multiplies `w_OIhw.p
     Dimensions: N images, C = I input channels, O output channels, T rows (tokens or output pixels),
                 K reduction axis (linear: I; conv: kh*kw*I), Bin timestep bin.
 
-Numerics [O]. Each block of rows gives one float32 product (at most `BLOCK_BYTES` of rows); products are summed in float64,
-so the total does not depend on how calibration is cut into batches, to float32 rounding of one block. Kept as float32.
+Numerics [O]. Each block of rows gives one float32 product (at most `BLOCK_BYTES` of rows; on CUDA 16-bit rows go to its tensor
+cores, which multiply them exactly and add in float32); products are summed in float64, so the total does not depend on how
+calibration is cut into batches, to float32 rounding of one block. Kept as float32.
 
 Sharing [O]. q, k and v read one tensor object, and so do the k and v of every cross-attention. At a layer's first call,
 "same object, same version, same window" puts it into the group of the layer that came first; the group has ONE `Stats`,
@@ -50,7 +51,7 @@ from torch.nn import functional as F
 
 import quant
 
-BLOCK_BYTES = 64 << 20  # rows that are unfolded at a time; changes memory, not results
+BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # rows that are unfolded at a time, in float32; changes memory, not results
 
 
 # ---------------------------------------------------------------- reference math
@@ -104,9 +105,8 @@ class Stats:
 
     def update(self, rows_TK: Tensor) -> None:
         """Add one block of rows to the running sum (H is a sum until `finish`)."""
-        rows = rows_TK.float()
-        self.H_KK += rows.mT @ rows  # float32 into float64, without a copy
-        self.count += len(rows)
+        self.H_KK += moments(rows_TK)  # float32 into float64, without a copy
+        self.count += len(rows_TK)
 
     def finish(self) -> None:
         totals = torch.tensor([self.count, self.pixels], dtype=torch.int64, device=self.H_KK.device)
@@ -117,6 +117,14 @@ class Stats:
         self.noise_I = self.noise_I.div(self.pixels).float()
         if not torch.isfinite(self.H_KK).all():
             raise ValueError(f"layer {self.layers[0]!r}: the second moments of its input overflow float32")
+
+
+def moments(rows_TK: Tensor) -> Tensor:
+    """rows^T rows, float32 (K, K)."""
+    if rows_TK.is_cuda and rows_TK.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(rows_TK.mT, rows_TK, out_dtype=torch.float32)
+    rows = rows_TK.float()
+    return rows.mT @ rows
 
 
 def exchange(*tensors: Tensor, op: str = "sum") -> None:
@@ -207,15 +215,14 @@ def _observe(group: _Group, x: Tensor, bin: int, bins: int, group_x: int) -> Non
     group.stats.absmax_BinI[bin] = torch.maximum(group.stats.absmax_BinI[bin], absmax_I)
     group.stats.calls_Bin[bin] += 1
     group.stats.pixels += len(x_TI)
-    if group_x:
-        group.stats.noise_I += _rounding_noise(x, group_x, group.window is not None)
     if group.window is None:
-        for rows in x_TI.split(max(1, BLOCK_BYTES // (4 * K))):
-            group.stats.update(rows)
+        blocks, row_bytes = x_TI, 4 * K
     else:
-        image_bytes = 4 * K * x.shape[2] * x.shape[3]  # at stride 1 and "same" padding, about the size of its rows
-        for images in x.split(max(1, BLOCK_BYTES // image_bytes)):
-            group.stats.update(unfold(images.float(), *group.window))
+        blocks, row_bytes = x, 4 * K * x.shape[2] * x.shape[3]  # at stride 1 and "same" padding, about the size of its rows
+    for block in blocks.split(max(1, BLOCK_BYTES[x.device.type] // row_bytes)):
+        if group_x:
+            group.stats.noise_I += _rounding_noise(block, group_x, group.window is not None)
+        group.stats.update(block if group.window is None else unfold(block, *group.window))
 
 
 def collect_passes(
@@ -343,8 +350,8 @@ def collect_output_passes(
 
     def make_hook(name: str, total_OO: Tensor):
         def backward(g):
-            g_TO = (g.permute(0, 2, 3, 1) if isinstance(modules[name], nn.Conv2d) else g).reshape(-1, len(total_OO)).float()
-            total_OO.add_(g_TO.mT @ g_TO)
+            g_NHWO = g.permute(0, 2, 3, 1) if isinstance(modules[name], nn.Conv2d) else g
+            total_OO.add_(moments(g_NHWO.reshape(-1, len(total_OO))))
             reached.add(name)
 
         def forward(module, args, y):

@@ -101,7 +101,7 @@ def test_conv_blocks_do_not_change_its_hessian(monkeypatch):
     """Catches: a block counted twice or dropped, images per block rounded down to zero."""
     conv, x = nn.Conv2d(6, 4, 3, stride=2, padding=1), torch.randn(5, 6, 8, 8)
     whole = calibrate(conv, [x], [""])[""]
-    monkeypatch.setattr(hessian, "BLOCK_BYTES", 1)
+    monkeypatch.setitem(hessian.BLOCK_BYTES, "cpu", 1)
     blocks = calibrate(conv, [x], [""])[""]
     reference = hessian.unfold(x.double(), (3, 3), (2, 2), (1, 1))
     assert whole.count == blocks.count == len(reference) == 5 * 16
@@ -389,3 +389,12 @@ def test_two_processes_share_their_statistics(tmp_path):
         assert torch.equal(shared["absmax"], stats.absmax_BinI)
         for ours, alone in ((shared["H"], stats.H_KK), (shared["noise"], stats.noise_I), (shared["G"], G)):
             torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cuda_moments_are_those_of_float64(dtype):
+    """Catches products that are rounded to 16 bits, and tf32."""
+    x = torch.randn(5000, 256, device="cuda", dtype=dtype)
+    exact = x.double().mT @ x.double()
+    assert (hessian.moments(x) - exact).norm() < 1e-5 * exact.norm()
