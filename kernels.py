@@ -1,4 +1,4 @@
-"""Packed INT4 storage and the W4A4 linear and convolution: eager functions, torch.compile of the same functions, and C++.
+"""Packed INT4 storage and the W4A4 linear and convolution: eager, torch.compile, and by hand for CPUs and GPUs.
 
     x'  = x * inv_smooth                                  (optional smoothing; inv_smooth = 1 / lambda is what is stored)
     X   = m_x q_x   int8,  s_x float32                    dynamic, groups of group_x      (quant.py: x' ~= s_x m_x q_x)
@@ -27,9 +27,10 @@ The eager function is the documentation and the oracle. Two backends compute the
 
     compiled(f)   torch.compile of that function with dynamic sizes: equal to it bit for bit on CPU. On CUDA, Inductor may
                   contract the epilogue's multiply-add; the int32 sums are exact.
-    native(f)     kernels.cpp, for x86 CPUs (AVX512-VNNI or AVX2) with a C++ compiler: codes, sums and scaling bit for bit;
-                  the branch is summed in another order, always the same one, whatever the batch and the threads. (bfloat16
-                  outputs below 2^-126 are zero where the CPU has units for bfloat16.)
+    native(f)     kernels.cpp, for x86 CPUs (AVX512-VNNI or AVX2) with a C++ compiler, and kernels_triton.py for NVIDIA GPUs: codes,
+                  sums and scaling bit for bit (GPUs contract the epilogue's multiply-add); the branch is summed in another
+                  order, always the same one, whatever the batch and the threads. (bfloat16 outputs below 2^-126 are zero
+                  where the CPU has units for bfloat16.)
 
 Left out on purpose: quantized outputs.
 Dimension key: see quant.py; P packed bytes of a row.          W4A4 [A]; branch on unquantized input as in SVDQuant [R]; layout [O]
@@ -358,10 +359,30 @@ def _has_native() -> bool:
     return load_native()
 
 
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    import kernels_triton
+
+    return kernels_triton.available()
+
+
 def native(fn: Callable) -> Callable:
-    """The C++ twin of w4a4_linear or w4a4_conv2d for tensors on the CPU; fn itself for others and where there is none."""
+    """The twin of w4a4_linear or w4a4_conv2d that is written for the device, C++ on the CPU and Triton on a GPU; fn itself where
+    there is none. A GPU's w4a16_linear is compiled: eager, it would write W in float32."""
     twin = {w4a4_linear: native_linear, w4a4_conv2d: native_conv2d}.get(fn)
-    return (lambda x, *args: (fn if x.is_cuda else twin)(x, *args)) if twin and _has_native() else fn
+
+    def call(x: Tensor, *args) -> Tensor:
+        if not x.is_cuda:
+            return (twin if twin and _has_native() else fn)(x, *args)
+        if not _has_triton():
+            return fn(x, *args)
+        if twin is None:
+            return backend_compile(fn)(x, *args)
+        import kernels_triton
+
+        return getattr(kernels_triton, fn.__name__)(x, *args)
+
+    return call
 
 
 def backend_compile(fn: Callable) -> Callable:

@@ -187,8 +187,8 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
 
     folder: a run folder of train.py, whose other components come from the base that it names (`base`: another copy of it, a
     hub id, folder or single file), or a pipeline folder of save_pretrained. dtype: of everything that is not packed; default
-    bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser; without it, layers are compiled alone
-    on a GPU and a run made there takes kernels.cpp on a CPU. UserError with what to do."""
+    bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser; without it a run whose layers were
+    compiled takes kernels.cpp on a CPU. UserError with what to do."""
     folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
     dtype = dtype or (models.FAST if on_cpu else torch.bfloat16)
     if (folder / "model_index.json").is_file():
@@ -213,9 +213,9 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
     pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
     pipe.to(device)
     stored = quantization_config(getattr(pipe, part)).backend
-    if compile or (not on_cpu and stored != "eager"):
+    if compile and (on_cpu or stored == "eager"):
         hgs_lora.set_backend(getattr(pipe, part), "compile")
-    elif stored == "compile":
+    elif stored == "compile" and on_cpu:
         hgs_lora.set_backend(getattr(pipe, part), "native")
     if compile:
         getattr(pipe, part).compile()

@@ -1,0 +1,475 @@
+"""kernels.w4a4_linear and kernels.w4a4_conv2d for NVIDIA GPUs (written for Hopper), in Triton: two launches for a linear layer,
+three for a convolution, whatever its rank, smoothing and bias.
+
+    1 prepare   programs of three roles, which need nothing of each other and run side by side:
+                  low     low = x' A^T (parts, T, R), by tiles of 32 rows and, if these are few, by parts of K, which 3 adds up;
+                          R is the rank padded with zeros to a power of two
+                  unpack  W = m_w q_w, int8 (O, taps C)
+                  rows    linear: X = m_x q_x, int8 (T, C), and s_x float32 (T);  convolution: bounds of each sample's parts
+    2 pixels    convolution only: s_x from its sample's bounds, X int8 (N, H, W, C)
+    3 product   y = s_x s_w (X W^T) + bias + low B^T in one pass over tiles of y; a convolution's windows are gathered from X
+                as they are read (im2col's matrix never exists). product_hopper for Hopper, bf16 and fp16; product for the rest
+
+C is the channels padded to a multiple of 64, so that a K-block of 64 or 128 lies in one tap and no load over K needs a mask. X is 0
+there, W is whatever the memory held. Equations, layouts, NaN and inf: kernels.py, quant.py.
+
+Casts, in order: x to float32; x' and its quantization in float32 without contraction, so codes and scales equal
+quant.activation_int8's bit for bit; x' and A to x.dtype, low summed in float32 over chunks of K, which are added in order, then
+to x.dtype; int32 sums exact; then all in float32: (acc s_x) s_w + bias, onto which the tensor cores add low B^T (B in x.dtype);
+y in x.dtype, once. kernels.py also rounds low B^T to x.dtype before it adds it. float32 inputs are not rounded to tf32.
+A row's result does not depend on the rows beside it; a tile's size changes neither the order nor the kind of any sum.
+
+The order of quantization, for x >= 0 and x < 0 alike: b = max(x / 7.5, -x / 8.5) >= 0, and the bits of floats >= 0 are ordered as
+integers are, with inf above all numbers and NaN above inf. Maxima are taken of these integers: none loses a NaN.
+
+Left out on purpose: unpacking inside of the product, a cache of unpacked weights, tiles chosen by trying (the two of TILES were
+within 5% of the best of ten on an H200, and every other one has to be compiled for each rank).
+Dimension key: kernels.py; R padded rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:  # a CPU build of torch
+    triton = None
+
+jit, gluon_jit = (triton.jit, gluon.jit) if triton else [lambda fn=None, **_: fn or (lambda fn: fn)] * 2
+WINDOWS = ["H", "W", "Ho", "Wo", "stride_y", "stride_x", "pad_y", "pad_x"]  # what code need not be compiled for
+LOW_ROWS, UNPACK_BYTES, ROW_ELEMENTS = 32, 4096, 4096  # of one program
+PARTS, CHUNK, FEW = 512, 8, 128  # programs for a sample's bound; K-blocks of a partial sum of low; its tiles that are few
+TILES = (128, 128, 4, 3), (64, 128, 4, 4)  # rows, columns, warps, stages; the second where the first leave processors idle
+FLOAT32 = (64, 64, 4, 3)  # the branch by FMAs
+
+
+def available() -> bool:
+    """Triton and a GPU with int8 tensor cores. (Its interpreter, for tests, takes tensors on the CPU.)"""
+    if triton and torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return bool(triton) and triton.knobs.runtime.interpret
+
+
+# ------------------------------------------------------------------------------------------------ quantization
+
+
+@jit
+def _bound(x):
+    """Bits of max(x / 7.5, -x / 8.5)."""
+    return tl.where(x > 0, x * (1 / 7.5), x * (-1 / 8.5)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def _scale(bits):
+    """s = b / 16, at least 1e-30; NaN for inf and NaN."""
+    s = bits.to(tl.float32, bitcast=True) * 0.0625
+    return tl.where(s < float("inf"), tl.maximum(s, 1e-30), float("nan"))
+
+
+@jit
+def _codes(x_RGg, bits_RG, s_R):
+    """m q, int8: m = ceil(b / s), q = round(x / (s m)) to even, by adding 1.5 * 2^23 (not to be fused with the product)."""
+    m = tl.ceil(tl.div_rn(bits_RG.to(tl.float32, bitcast=True), s_R[:, None]))
+    m = tl.minimum(tl.maximum(m, 1.0), 16.0)
+    step = tl.div_rn(1.0, s_R[:, None] * m)
+    q = (x_RGg * step[:, :, None] + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    return (tl.minimum(tl.maximum(q, -8), 7) * m.to(tl.int32)[:, :, None]).to(tl.int8)
+
+
+@jit
+def _load(x, inv_smooth, t, c, ok, I):
+    """x' of rows t and channels c, float32."""
+    ok = ok & (c < I)
+    v = tl.load(x + t.to(tl.int64) * I + c, mask=ok, other=0).to(tl.float32)
+    return v if inv_smooth is None else v * tl.load(inv_smooth + c, mask=c < I, other=0)
+
+
+@jit
+def _rows(x, inv_smooth, X, s, first, t_end, I, C, partial, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+          PARTS: tl.constexpr):  # fmt: skip
+    """Quantizes rows first .. first + ROWS. Their scales are their own, or that of the sample whose bounds are `partial`."""
+    t = first + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK // GROUP)[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    t3 = t[:, None, None]
+    v = _load(x, inv_smooth, t3, c, t3 < t_end, I)
+    bits = tl.max(_bound(v), 2)
+    if PARTS:
+        s_R = tl.zeros([ROWS], tl.float32) + _scale(tl.max(tl.load(partial + tl.arange(0, PARTS)), 0))
+    else:
+        s_R = _scale(tl.max(bits, 1))
+    tl.store(X + t3.to(tl.int64) * C + c, _codes(v, bits, s_R), mask=(t3 < t_end) & (c < C))
+    tl.store(s + t, s_R, mask=t < t_end)
+
+
+@jit
+def _part(x, inv_smooth, partial, first, t_end, step, I, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Bits of the bound of pixels first .. first + step of a sample that ends at t_end."""
+    c = tl.arange(0, BLOCK)[None, :]
+    bits = tl.zeros([ROWS, BLOCK], tl.int32)
+    for i in range(0, step, ROWS):
+        t = i + tl.arange(0, ROWS)[:, None]
+        bits = tl.maximum(bits, _bound(_load(x, inv_smooth, first + t, c, (t < step) & (first + t < t_end), I)))
+    tl.store(partial, tl.max(tl.max(bits, 1), 0))
+
+
+# ------------------------------------------------------------------------------------------------ weight, branch
+
+
+@jit
+def _unpack(codes, mult, W, first, O, G, Cp, C, taps, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Half-groups first .. first + BLOCK, of HALF bytes each; a row has G. Byte j holds u[j] and u[j + G HALF]."""
+    f = first + tl.arange(0, BLOCK)
+    row, ok = f // G, f < O * G
+    lane = tl.arange(0, HALF // 4)[None, :]
+    u = tl.load(codes.to(tl.pointer_type(tl.int32)) + f[:, None] * (HALF // 4) + lane, mask=ok[:, None], other=0)
+    for high in tl.static_range(2):
+        half = f % G + high * G
+        n = row * G + half // 2
+        m = (tl.load(mult + n // 2, mask=ok, other=0).to(tl.int32) >> n % 2 * 4 & 15) + 1
+        v = (u >> high * 4 & 0x0F0F0F0F) * m[:, None] + ((128 - 8 * m) * 0x01010101)[:, None] ^ -0x7F7F7F80
+        k = half * HALF
+        to = (row * taps + k // Cp) * C + k % Cp
+        tl.store(W.to(tl.pointer_type(tl.int32)) + (to // 4)[:, None] + lane, v, mask=ok[:, None])
+
+
+@jit
+def _window(t, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x):
+    """Sample and first row and column of the window of output pixel t."""
+    pixel = t % (Ho * Wo)
+    return t // (Ho * Wo), pixel // Wo * stride_y - pad_y, pixel % Wo * stride_x - pad_x
+
+
+@jit
+def _low(x, inv_smooth, A, low, first, part, T, I, rank, parts, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x, KW: tl.constexpr,
+         TAPS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """low (parts, T, R) float32: K in chunks of CHUNK blocks, one for each part, or added here one by one if there is one part."""
+    t, r = first + tl.arange(0, ROWS), tl.arange(0, R)
+    n, y, z = _window(t, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x)
+    total = tl.zeros([ROWS, R], tl.float32)
+    acc = tl.zeros([ROWS, R], tl.float32)
+    blocks = tl.cdiv(I, BLOCK)
+    last = tl.where(parts > 1, tl.minimum(part * CHUNK + CHUNK, TAPS * blocks), TAPS * blocks)
+    for i in tl.range(part * CHUNK, last, num_stages=3):
+        tap, c = i // blocks, i % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+        yt, zt = y + tap // KW, z + tap % KW
+        ok = (t < T) & (yt >= 0) & (yt < H) & (zt >= 0) & (zt < W)
+        pixel = ((n * H + yt) * W + zt)[:, None]
+        if inv_smooth is None:  # nothing between load and product, so that loads of later blocks are under way
+            v = tl.load(x + pixel.to(tl.int64) * I + c, mask=ok[:, None] & (c < I), other=0)
+        else:
+            v = _load(x, inv_smooth, pixel, c, ok[:, None], I).to(x.dtype.element_ty)
+        a = tl.load(A + (r[:, None] * TAPS + tap) * I + c, mask=(r[:, None] < rank) & (c < I), other=0).to(x.dtype.element_ty)
+        acc = tl.dot(v, a.T, acc, input_precision="ieee")
+        if i % CHUNK == CHUNK - 1:
+            total += acc
+            acc = tl.zeros([ROWS, R], tl.float32)
+    tl.store(low + (part * T + t)[:, None] * R + r[None, :], total + acc, mask=t[:, None] < T)
+
+
+@jit(do_not_specialize=["T", "M", "O", "G", "rank", "parts", "lows", "unpacks", *WINDOWS])
+def prepare(x, inv_smooth, codes, mult, A, X, s, W8, low, partial, T, M, I, O, G, Cp, C, rank, parts, H, W, Ho, Wo, stride_y,
+            stride_x, pad_y, pad_x, lows, unpacks, KW: tl.constexpr, TAPS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+            BLOCK: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, LOW_ROWS: tl.constexpr, LOW_BLOCK: tl.constexpr,
+            CHUNK: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
+    """Programs 0 .. lows - 1: low; the next `unpacks`: unpack; others: rows."""
+    pid = tl.program_id(0)
+    if pid < lows:
+        if R:
+            tiles = lows // parts
+            _low(x, inv_smooth, A, low, pid % tiles * LOW_ROWS, pid // tiles, M, I, rank, parts, H, W, Ho, Wo, stride_y, stride_x,
+                 pad_y, pad_x, KW, TAPS, R, LOW_ROWS, LOW_BLOCK, CHUNK)  # fmt: skip
+    elif pid < lows + unpacks:
+        _unpack(codes, mult, W8, (pid - lows) * HALVES, O, G, Cp, C, TAPS, HALF, HALVES)
+    else:
+        pid -= lows + unpacks
+        if PARTS:
+            sample, part = pid // PARTS, pid % PARTS
+            step = tl.cdiv(H * W, PARTS)
+            first = sample * H * W
+            _part(x, inv_smooth, partial + pid, first + part * step, first + H * W, step, I, BLOCK, ROWS)
+        else:
+            _rows(x, inv_smooth, X, s, pid * ROWS, T, I, C, partial, BLOCK, GROUP, ROWS, 0)
+
+
+@jit(do_not_specialize=["HW"])
+def pixels(x, inv_smooth, X, s, partial, I, C, HW, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+           PARTS: tl.constexpr):  # fmt: skip
+    n = tl.program_id(1)
+    first = n * HW + tl.program_id(0) * ROWS
+    _rows(x, inv_smooth, X, s, first, n * HW + HW, I, C, partial + n * PARTS, BLOCK, GROUP, ROWS, PARTS)
+
+
+# ------------------------------------------------------------------------------------------------ product
+
+
+@jit
+def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Tiles in columns of 8: what runs at one time shares its operands in the L2 cache."""
+    pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = pid // (8 * tiles_n) * 8
+    height = tl.minimum(tiles_m - first, 8)
+    return first + pid % (8 * tiles_n) % height, pid % (8 * tiles_n) // height
+
+
+@jit
+def _finish(acc, m0, n0, s, scale, bias, low, B, Y, M, N, rank, parts, per_scale, pixels_in, R: tl.constexpr, BM: tl.constexpr,
+            BN: tl.constexpr):  # fmt: skip
+    """y = (acc s_x) s_w + bias + low B^T. s has a value for each row of X; a sample's are all the same."""
+    m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
+    s_x = tl.load(s + m // per_scale * pixels_in, mask=m < M, other=0)
+    y = acc.to(tl.float32) * s_x[:, None] * tl.load(scale + n, mask=n < N, other=0)[None, :]
+    if bias is not None:
+        y += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    for i in tl.static_range(0, R, 64):
+        r = i + tl.arange(0, min(R, 64))
+        a = tl.zeros([BM, min(R, 64)], tl.float32)
+        for part in range(parts):
+            a += tl.load(low + (part * M + m)[:, None] * R + r[None, :], mask=m[:, None] < M, other=0)
+        b = tl.load(B + n[:, None] * rank + r[None, :], mask=(n[:, None] < N) & (r[None, :] < rank), other=0)
+        y = tl.dot(a.to(Y.dtype.element_ty), b.to(Y.dtype.element_ty).T, y, input_precision="ieee")
+    to = Y + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(to, y.to(Y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@jit(do_not_specialize=["M", *WINDOWS])
+def product(X, W8, s, scale, bias, low, B, Y, M, N, C, rank, parts, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x,
+            KW: tl.constexpr, TAPS: tl.constexpr, INSIDE: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            BK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """INSIDE: no window reaches over an edge."""
+    tile_m, tile_n = _tile(M, N, BM, BN)
+    k = tl.arange(0, BK)[None, :]
+    n, y, z = _window((tile_m * BM + tl.arange(0, BM)) % M, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x)
+    row = (n * H + y) * W + z
+    w = W8 + ((tile_n * BN + tl.arange(0, BN)) % N)[:, None] * (TAPS * C) + k
+    acc = tl.zeros([BM, BN], tl.int32)
+    blocks = C // BK
+    for i in tl.range(0, TAPS * blocks, num_stages=STAGES):
+        tap, c = i // blocks, i % blocks * BK
+        dy, dz = tap // KW, tap % KW
+        from_x = X + (row + dy * W + dz).to(tl.int64)[:, None] * C + c + k
+        if INSIDE:
+            x = tl.load(from_x)
+        else:
+            ok = (y + dy >= 0) & (y + dy < H) & (z + dz >= 0) & (z + dz < W)
+            x = tl.load(from_x, mask=ok[:, None], other=0)
+        acc = tl.dot(x, tl.load(w + i * BK).T, acc, out_dtype=tl.int32)
+    _finish(acc, tile_m * BM, tile_n * BN, s, scale, bias, low, B, Y, M, N, rank, parts, Ho * Wo, H * W, R, BM, BN)
+
+
+@gluon_jit
+def _fetch(X, W8, XS, WS, full, n, y, z, n0, i, blocks, KW: gl.constexpr, TAPS: gl.constexpr, BYTES: gl.constexpr,
+           BK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    stage, there = i % STAGES, i < TAPS * blocks
+    tap = i // blocks
+    bar = full.index(stage)
+    hopper.mbarrier.expect(bar, BYTES, pred=there)
+    hopper.tma.async_copy_global_to_shared(X, [n, y + tap // KW, z + tap % KW, i % blocks * BK], bar, XS.index(stage), pred=there)
+    hopper.tma.async_copy_global_to_shared(W8, [n0, i * BK], bar, WS.index(stage), pred=there)
+
+
+@gluon_jit
+def _pixels(row, n, y, z, Ho, Wo, BW: gl.constexpr):
+    """Row of Y for a row of the tile, and whether there is one."""
+    y, z = y + row // BW, z + row % BW
+    return (n * Ho + y) * Wo + z, (y < Ho) & (z < Wo)
+
+
+@gluon_jit(do_not_specialize=["M", "C", "tiles_m", "per_scale", "pixels_in", *WINDOWS])
+def product_hopper(X, W8, s, scale, bias, low, B, Y, M, N, C, rank, parts, tiles_m, Ho, Wo, pad_y, pad_x, per_scale, pixels_in,
+                   KW: gl.constexpr, TAPS: gl.constexpr, BW: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+                   BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """product with strides of 1, in Gluon: operands come by TMA, and a product is issued before the one ahead of it has ended,
+    which Triton's compiler does for floating-point sums only. X (N, H, W, C), of which a tile reads BM / BW x BW pixels, zeros
+    outside; a linear layer's is one picture of one line. W8 (O, TAPS C). R is at most 256."""
+    pid, tiles_n = gl.program_id(0), gl.cdiv(N, BN)
+    first = pid // (8 * tiles_n) * 8
+    tile = first + pid % (8 * tiles_n) % gl.minimum(tiles_m - first, 8)
+    n0 = pid % (8 * tiles_n) // gl.minimum(tiles_m - first, 8) * BN
+    across = gl.cdiv(Wo, BW)
+    tiles = across * gl.cdiv(Ho, BM // BW)
+    n, y, z = tile // tiles, tile % tiles // across * (BM // BW), tile % tiles % across * BW
+
+    XS = gl.allocate_shared_memory(gl.int8, [STAGES, 1, BM // BW, BW, BK], X.layout)
+    WS = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], W8.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(i), count=1)
+    bytes: gl.constexpr = (BM + BN) * BK
+    blocks = C // BK
+    for i in gl.static_range(STAGES - 1):
+        _fetch(X, W8, XS, WS, full, n, y - pad_y, z - pad_x, n0, i, blocks, KW, TAPS, bytes, BK, STAGES)
+    acc = gl.zeros([BM, BN], gl.int32, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, min(BN, 128), 32]))
+    for i in range(TAPS * blocks):
+        hopper.mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
+        x, w = XS.index(i % STAGES).reshape([BM, BK]), WS.index(i % STAGES).permute((1, 0))
+        acc = hopper.warpgroup_mma(x, w, acc, is_async=True)
+        acc = hopper.warpgroup_mma_wait(1, deps=(acc,))  # the product before has read its buffer
+        _fetch(X, W8, XS, WS, full, n, y - pad_y, z - pad_x, n0, i + STAGES - 1, blocks, KW, TAPS, bytes, BK, STAGES)
+    acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+    for i in gl.static_range(STAGES):
+        hopper.mbarrier.invalidate(full.index(i))
+
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, min(BN, 128), 16])
+    m, ok = _pixels(gl.arange(0, BM, gl.SliceLayout(1, sums)), n, y, z, Ho, Wo, BW)
+    o = n0 + gl.arange(0, BN, gl.SliceLayout(0, sums))
+    out = gl.convert_layout(acc, sums, assert_trivial=True).to(gl.float32)
+    out = (
+        out * gl.load(s + m // per_scale * pixels_in, mask=ok, other=0)[:, None] * gl.load(scale + o, mask=o < N, other=0)[None, :]
+    )
+    if bias is not None:
+        out += gl.load(bias + o, mask=o < N, other=0).to(gl.float32)[None, :]
+    if R:
+        lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // R, R // 8], [WARPS, 1], [1, 0])
+        shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, R], Y.dtype.element_ty)
+        r = gl.arange(0, R, gl.SliceLayout(0, lines))[None, :]
+        m, ok = _pixels(gl.arange(0, BM, gl.SliceLayout(1, lines)), n, y, z, Ho, Wo, BW)
+        o = n0 + gl.arange(0, BN, gl.SliceLayout(1, lines))[:, None]
+        a = gl.zeros([BM, R], gl.float32, lines)
+        for part in range(parts):
+            a += gl.load(low + (part * M + m)[:, None] * R + r, mask=ok[:, None], other=0)
+        b = gl.load(B + o * rank + r, mask=(o < N) & (r < rank), other=0).to(Y.dtype.element_ty)
+        AS = gl.allocate_shared_memory(b.dtype, [BM, R], shared, a.to(b.dtype))
+        BS = gl.allocate_shared_memory(b.dtype, [BN, R], shared, b)
+        hopper.fence_async_shared()
+        out = hopper.warpgroup_mma(AS, BS.permute((1, 0)), out)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
+    m, ok = _pixels(gl.arange(0, BM, gl.SliceLayout(1, wide)), n, y, z, Ho, Wo, BW)
+    o = n0 + gl.arange(0, BN, gl.SliceLayout(0, wide))[None, :]
+    out = gl.convert_layout(out.to(Y.dtype.element_ty), wide)
+    gl.store(Y + m.to(gl.int64)[:, None] * N + o, out, mask=ok[:, None] & (o < N))
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)  # triton.cdiv takes microseconds
+
+
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def _layouts(bk: int) -> list:
+    return [gl.NVMMASharedLayout(swizzle_byte_width=bk, element_bitwidth=8, rank=rank) for rank in (4, 2)]
+
+
+@functools.cache
+def _tile_width(bm: int, ho: int, wo: int) -> int:
+    """Of the rectangles of bm pixels those that cover a picture of ho x wo with the fewest tiles; the widest of them."""
+    return min((bm >> i for i in range(5)), key=lambda bw: _blocks(ho, bm // bw) * _blocks(wo, bw))
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[bool, int]:
+    """Whether it is a Hopper, and its processors."""
+    about = torch.cuda.get_device_properties(device)
+    return about.major == 9, about.multi_processor_count
+
+
+def _w4a4(
+    x_NHWC: Tensor, codes_OP: Tensor, mult_P: Tensor, scale_O: Tensor, bias: Tensor | None, A_rK: Tensor | None,
+    B_Or: Tensor | None, inv_smooth_I: Tensor | None, group: int, group_x: int, per_sample: bool, kernel: list[int],
+    stride: list[int], padding: list[int],
+) -> Tensor:  # fmt: skip
+    """(N, H', W', O); operands contiguous. A linear layer's rows are N pictures of one pixel."""
+    y = _empty(x_NHWC, codes_OP, kernel, stride, padding)
+    (N, H, W, I), (_, Ho, Wo, O) = x_NHWC.shape, y.shape
+    if y.numel() == 0:
+        return y
+    T, M, taps, rank = N * H * W, N * Ho * Wo, kernel[0] * kernel[1], 0 if A_rK is None else len(A_rK)
+    Cp = 2 * codes_OP.shape[1] // taps
+    C, R = -(-Cp // 64) * 64, max(16, _power(rank)) if rank else 0
+    X, W8 = (x_NHWC.new_empty(n * C, dtype=torch.int8) for n in (T, O * taps))
+    low_block, tiles = 128 if R <= 64 else 32, _blocks(M, LOW_ROWS)
+    parts = _blocks(taps * _blocks(I, low_block), CHUNK) if tiles <= FEW else 1  # the same sums, by more programs
+    s = x_NHWC.new_empty(T, dtype=torch.float32)
+    low = x_NHWC.new_empty(parts * M * R, dtype=torch.float32) if R else None
+    partial = x_NHWC.new_empty(N * PARTS, dtype=torch.int32) if per_sample else None
+
+    block = _power(max(C, group_x))
+    rows, half = max(1, ROW_ELEMENTS // block), group // 2
+    halves = UNPACK_BYTES // half
+    lows, unpacks = tiles * parts if R else 0, _blocks(O * (Cp * taps // group), halves)
+    options = dict(GROUP=group_x, BLOCK=block, ROWS=rows, num_warps=8 if block > 4096 else 4, enable_fp_fusion=False)
+    windows = (H, W, Ho, Wo, *stride, *padding)
+    with torch.cuda.device_of(x_NHWC):
+        prepare[(lows + unpacks + (N * PARTS if per_sample else _blocks(T, rows)),)](
+            x_NHWC, inv_smooth_I, codes_OP, mult_P, A_rK, X, s, W8, low, partial, T, M, I, O, Cp * taps // group, Cp, C, rank,
+            parts, *windows, lows, unpacks, KW=kernel[1], TAPS=taps, HALF=half, R=R, LOW_ROWS=LOW_ROWS, LOW_BLOCK=low_block,
+            CHUNK=CHUNK, PARTS=PARTS if per_sample else 0, HALVES=halves, **options,
+        )  # fmt: skip
+        if per_sample:
+            pixels[(_blocks(H * W, rows), N)](x_NHWC, inv_smooth_I, X, s, partial, I, C, H * W, PARTS=PARTS, **options)
+
+        bk = 128 if C % 128 == 0 else 64
+        rest = (s, scale_O, bias, low, B_Or, y, M, O, C, rank, parts)
+
+        hopper_gpu, processors = _gpu(x_NHWC.device) if x_NHWC.is_cuda else (False, 1)
+        tile = FLOAT32 if x_NHWC.dtype == torch.float32 else TILES[_blocks(M, 128) * _blocks(O, 128) <= processors]
+        bm, bn, warps, stages = tile
+        options = dict(KW=kernel[1], TAPS=taps, R=R, BM=bm, BN=bn, BK=bk, STAGES=stages, num_warps=warps)
+        if hopper_gpu and tile is not FLOAT32 and max(stride) == 1 and R <= 256:
+            n, h, w, ho, wo = (N, H, W, Ho, Wo) if per_sample else (1, 1, T, 1, T)
+            bw = _tile_width(bm, ho, wo)
+            tiles_m = n * _blocks(ho, bm // bw) * _blocks(wo, bw)
+            pixel, row = _layouts(bk)
+            from_x = TensorDescriptor(X, [n, h, w, C], [h * w * C, w * C, C, 1], [1, bm // bw, bw, bk], pixel)
+            from_w = TensorDescriptor(W8, [O, taps * C], [taps * C, 1], [bn, bk], row)
+            product_hopper[(tiles_m * _blocks(O, bn),)](
+                from_x, from_w, *rest, tiles_m, ho, wo, *padding, Ho * Wo, H * W, BW=bw, WARPS=warps, **options
+            )
+        else:
+            inside = padding[0] == padding[1] == 0
+            product[(_blocks(M, bm) * _blocks(O, bn),)](X, W8, *rest, *windows, INSIDE=inside, **options)
+    return y
+
+
+def _empty(x_NHWC: Tensor, codes_OP: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    size = [(x_NHWC.shape[i + 1] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
+    return x_NHWC.new_empty(x_NHWC.shape[0], *size, codes_OP.shape[0])
+
+
+w4a4_op = torch.library.custom_op("cmquant::w4a4_triton", _w4a4, mutates_args=())
+
+
+@w4a4_op.register_fake
+def _(x, codes, mult, scale, bias, A, B, inv_smooth, group, group_x, per_sample, kernel, stride, padding):
+    return _empty(x, codes, kernel, stride, padding)
+
+
+def _run(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, kernel, stride, padding) -> Tensor:
+    """The operator where a graph is being traced; without the dispatcher, which takes longer than a launch, elsewhere."""
+    bias, A, B, inv_smooth = (None if t is None else t.detach().contiguous() for t in (bias, A, B, inv_smooth))
+    run = w4a4_op if torch.compiler.is_compiling() else _w4a4
+    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, A, B, inv_smooth, pw.group, group_x, per_sample)
+    return run(x_NHWC.contiguous(), *operands, list(kernel), list(stride), list(padding))
+
+
+def w4a4_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16) -> Tensor:
+    """kernels.w4a4_linear."""
+    rows = x.reshape(math.prod(x.shape[:-1]), 1, 1, x.shape[-1])
+    y = _run(rows, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, False, (1, 1), (1, 1), (0, 0))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def w4a4_conv2d(
+    x_NCHW, pw, bias=None, lora_A_rK=None, lora_B_Or=None, inv_smooth_I=None, group_x=16,
+    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1),
+) -> Tensor:  # fmt: skip
+    """kernels.w4a4_conv2d."""
+    geometry = (kernel_size, stride, padding)
+    x_NHWC = x_NCHW.permute(0, 2, 3, 1)
+    return _run(x_NHWC, pw, bias, lora_A_rK, lora_B_Or, inv_smooth_I, group_x, True, *geometry).permute(0, 3, 1, 2)
