@@ -45,6 +45,7 @@ from torch import nn
 
 import hgs_lora
 import kernels
+import kernels_triton
 import memory
 import models
 import quant
@@ -108,8 +109,8 @@ class Layer:
 
 
 def ours(layer: Layer, backend: str) -> Callable:
-    if backend == "native" and not kernels.load_native():
-        raise RuntimeError("kernels.cpp cannot be built here")
+    if backend == "native" and not (kernels_triton.available() if layer.x.is_cuda else kernels.load_native()):
+        raise RuntimeError("there is no Triton" if layer.x.is_cuda else "kernels.cpp cannot be built here")
     packed = layer.packed
     fn = kernels.BACKENDS[backend](kernels.w4a4_conv2d if layer.kind == "conv" else kernels.w4a4_linear)
     A, B = (p.to(layer.dtype) for p in (packed.lora_A, packed.lora_B))
@@ -187,9 +188,16 @@ def bitsandbytes(layer: Layer) -> Callable:
 
 
 def gemlite(layer: Layer) -> Callable:
-    from gemlite.helper import A8W4_HQQ_INT8_dynamic
+    """Weights on a uint4 grid with a scale for 64, activations float8."""
+    from gemlite.helper import A8W4_HQQ_INT_dynamic
 
-    module = A8W4_HQQ_INT8_dynamic(device=str(layer.x.device)).from_linear(layer.module()[0])
+    if layer.kind == "conv":
+        raise RuntimeError("no convolutions")
+    w_NGg = layer.float.weight.unflatten(1, (-1, 64))
+    scale_NG = w_NGg.abs().amax(-1) / 7.5
+    codes_NK = (w_NGg / scale_NG[..., None] + 8).round().clamp(0, 15).to(torch.uint8).flatten(1)
+    grid = codes_NK, scale_NG.flatten()[:, None], torch.full_like(scale_NG, 8).flatten()[:, None], layer.float.bias
+    module = A8W4_HQQ_INT_dynamic(device=str(layer.x.device), dtype=layer.dtype).from_weights(*grid)
     return lambda: module(layer.x)
 
 
@@ -208,8 +216,7 @@ CPU = {
     "torchao_int4": lambda layer: torchao(layer, torchao_int4_on_cpu),
     "bnb_nf4": bitsandbytes,
 }
-CUDA = {k: v for k, v in CPU.items() if k not in ("ours", "ours_compile", "sdnq_uint4_openvino", "torchao_int4")} | {
-    "ours": lambda layer: ours(layer, "compile"),
+CUDA = {k: v for k, v in CPU.items() if k not in ("sdnq_uint4_openvino", "torchao_int4")} | {
     "torchao_int4": lambda layer: torchao(layer, lambda q: q.Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d")),
     "torchao_fp8": lambda layer: torchao(layer, lambda q: q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow())),
     "gemlite_a8w4": gemlite,
@@ -409,7 +416,7 @@ def networks(args: argparse.Namespace, part: str) -> tuple[nn.Module, nn.Module]
     dense, packed = (fill(net.get_submodule(part), args.device, torch.bfloat16) for net in (dense, packed))
     if not part:
         dense, packed = (models.wrap(args.model, net) for net in (dense, packed))
-    hgs_lora.set_backend(packed, "compile" if args.device == "cuda" else "native")
+    hgs_lora.set_backend(packed, "native")
     return dense, packed
 
 
@@ -447,11 +454,46 @@ def compiled_denoiser(denoiser: models.Denoiser) -> models.Denoiser:
     return fast
 
 
+class Graphed:
+    """A denoiser whose step is a CUDA graph, one for each shape: the kernels without the time that Python takes to launch them."""
+
+    def __init__(self, denoiser: models.Denoiser):
+        self.denoiser, self.path, self.name, self.graphs = denoiser, denoiser.path, denoiser.name, {}
+
+    def capture(self, inputs: dict[str, torch.Tensor], cond: dict) -> tuple:
+        mine, stream, graph = {k: v.clone() for k, v in inputs.items()}, torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+        def call() -> torch.Tensor:
+            return self.denoiser(mine["x"], mine["t"], mine["s"], {k: mine[k] for k in cond})
+
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compilation, choice of tiles
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            y = call()
+        return graph, mine, y
+
+    def __call__(self, x, t, s, cond) -> torch.Tensor:
+        inputs = {"x": x, "t": t, "s": s, **cond}
+        if x.shape not in self.graphs:
+            self.graphs[x.shape] = self.capture(inputs, cond)
+        graph, mine, y = self.graphs[x.shape]
+        for k, v in inputs.items():
+            mine[k].copy_(v)
+        graph.replay()
+        return y.clone()
+
+
 def step_inputs(denoiser: models.Denoiser, batch: int, device: str) -> tuple:
     """x, t, s, cond for a step of `batch` pictures."""
     tokens, pooled = CONDITION[denoiser.name]
     x = torch.randn(batch, *denoiser.latent, device=device, dtype=torch.bfloat16)
     cond = {"tokens": torch.randn(batch, *tokens, device=device), "pooled": torch.randn(batch, *pooled, device=device)}
+    if isinstance(denoiser, models.UNetDenoiser):
+        side = 8.0 * denoiser.latent[1] if denoiser.name in models.REAL else float(models.SIDE)
+        cond["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(batch, 1)
     times = denoiser.path.grid(4, device)
     return x, times[0].expand(batch), times[1].expand(batch), cond
 
@@ -471,15 +513,17 @@ def bench_model(args: argparse.Namespace) -> list[dict]:
         else:
             x = step_inputs(nets["bf16"], 1, args.device), {}
         large = whole and args.model in PARTS  # blocks are compiled one by one: the whole of one takes minutes
+        graphed = Graphed if args.device == "cuda" else lambda denoiser: denoiser
         if args.compile and not large:
-            nets |= {f"{name}_compiled": torch.compile(net) if part else compiled_denoiser(net) for name, net in nets.items()}
+            fast = {name: torch.compile(net) if part else graphed(compiled_denoiser(net)) for name, net in nets.items()}
+            nets |= {f"{name}_compiled": net for name, net in fast.items()}
         rows += timed(part or "one step", {k: lambda net=net: lambda: net(*x[0], **x[1]) for k, net in nets.items()}, nets, args)  # noqa: B023
         if whole:
             rows += throughput(nets, args)
         if args.compile and large:
             for net in nets.values():
                 net.net.compile_repeated_blocks()
-            nets |= {f"{name}_compiled": net for name, net in nets.items()}
+            nets |= {f"{name}_compiled": graphed(net) for name, net in nets.items()}
             calls = {k: lambda net=net: lambda: net(*x[0]) for k, net in nets.items() if k.endswith("compiled")}  # noqa: B023
             rows += timed("one step", calls, nets, args)
         if whole:
@@ -572,7 +616,7 @@ def bench_costs(args: argparse.Namespace) -> list[dict]:
                 dense = nn.Linear(K, N)
                 packed = hgs_lora.W4A4Linear(dense, r)
             dense, packed = (fill(layer, args.device, torch.bfloat16) for layer in (dense, packed))
-            hgs_lora.set_backend(packed, "compile" if cuda else "native")
+            hgs_lora.set_backend(packed, "native")
             x = torch.randn(M, K, device=args.device, dtype=torch.bfloat16)
             calls, _ = prepare({"bf16": lambda: lambda: dense(x), "ours": lambda: lambda: packed(x)}, cuda)  # noqa: B023
             for name, times in interleave(calls, args.rounds, cuda).items():
@@ -683,7 +727,7 @@ def gpu_jobs(out: Path, runs: Path) -> dict[str, str]:
     """Name -> command of each part of `bench.py gpu`, the shortest first. Rows go to `out`, run folders to `runs`."""
     rows = {"kernels": "kernels", "tiny": "model --model tiny", "costs": "costs", "train": "train"}
     rows |= {model: f"model --model {model} --rounds 5" for model in ("sdxl", "flux")}
-    jobs = {"tests": "-m pytest -q -m gpu tests/test_kernels.py tests/test_tdpt.py"}
+    jobs = {"tests": "-m pytest -q -m gpu"}
     jobs |= {name: f"bench.py {job} --device cuda --json {out}/{name}.json" for name, job in rows.items()}
     for model in ("sdxl", "flux"):  # statistics, ranks, split, 20 updates, packing, reloading, 4 steps, all with random weights
         flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --data {runs}/prompts.txt"
@@ -759,7 +803,7 @@ def main(argv: list[str]) -> list:
     cli.add_argument("--model", choices=tuple(CONDITION), default="tiny")
     cli.add_argument("--weights", choices=("random",), default="random", help="random: the speed does not depend on them")
     cli.add_argument("--rank", type=int, default=16)
-    cli.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    cli.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, as CUDA graphs")
     cli = clis["train"]
     cli.add_argument("--model", choices=tuple(CONDITION), default="tiny")
     cli.add_argument("--rank", type=int, default=16)
