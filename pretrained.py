@@ -118,16 +118,18 @@ def check_architecture(name: str, net: nn.Module | dict, base: str) -> None:
 
 
 def load_network(
-    name: str, base: str = "", weights: str = "", components: str = "", resolution: int = 0, dtype: torch.dtype = torch.bfloat16
+    name: str, base: str = "", weights: str = "", components: str = "", resolution: int = 0, dtype=torch.bfloat16, device="cpu"
 ) -> models.Denoiser:
     """The denoiser in `dtype` on the CPU, without gradients, without text encoders. weights "random": only configs are read, of a
-    folder, or for base "" none at all. resolution: of pictures, in pixels; 0: the base's own."""
+    folder, or for base "" none at all; then they are drawn on `device` and stay there. resolution: of pictures, in pixels; 0: the
+    base's own."""
     if weights == "random" and not base:
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # no float32 copy
         try:
-            net, scheduler = models.NETWORKS[name](), {}
+            with torch.device(device):
+                net, scheduler = models.NETWORKS[name](), {}
         finally:
             torch.set_default_dtype(before)
     else:
@@ -242,10 +244,10 @@ def save_cm(path: Path, denoiser: models.Denoiser) -> None:
 
 
 def load_cm(
-    name: str, base: str, cm: str, weights: str = "", components: str = "", resolution: int = 0, dtype=torch.bfloat16
+    name: str, base: str, cm: str, weights: str = "", components: str = "", resolution: int = 0, dtype=torch.bfloat16, device="cpu"
 ) -> models.Denoiser:
     """load_network with its consistency LoRA, switchable by models.as_teacher / as_cm."""
-    denoiser = load_network(name, base, weights, components, resolution, dtype)
+    denoiser = load_network(name, base, weights, components, resolution, dtype, device)
     if cm:
         add_cm(denoiser, cm)
     elif weights == "random":
@@ -361,11 +363,16 @@ class RandomText:
 # What train.py asks for. cfg: its Config
 
 
+def home(cfg) -> str:
+    """Where random weights are drawn: one CPU thread takes two minutes for FLUX's."""
+    return "cpu" if cfg.offload or cfg.shard_teacher else cfg.device
+
+
 def open_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
-    """The teacher with its switchable consistency LoRA, on the CPU."""
+    """The teacher with its switchable consistency LoRA, on the CPU (random weights: where they are drawn)."""
     if cfg.model in models.TINY:
         return models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
-    network = load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.weights, cfg.components, cfg.resolution, dtype)
+    network = load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.weights, cfg.components, cfg.resolution, dtype, home(cfg))
     network.guidance = None if network.guidance is None else cfg.guidance
     return network
 
@@ -423,7 +430,7 @@ def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
     """The base in `dtype` with a float32 consistency LoRA to train: that of --cm, or a new one of --rank on every layer."""
     if cfg.model in models.TINY:
         return models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, dtype)
-    denoiser = load_network(cfg.model, cfg.teacher, cfg.weights, cfg.components, cfg.resolution, dtype)
+    denoiser = load_network(cfg.model, cfg.teacher, cfg.weights, cfg.components, cfg.resolution, dtype, home(cfg))
     if cfg.cm:
         add_cm(denoiser, cfg.cm)
     else:

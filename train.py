@@ -86,6 +86,7 @@ class Config:
     ranks: str = "qra"  # uniform, variation, spectrum, qra, shuffled
     rank: int = 16  # average rank at equal parameters
     calibration: int = 64  # captions for Hessians and variation
+    gradient_captions: int = 0  # of these, for G, whose passes take four times as long; 0: all
     hessian_mb: int = 4096  # bound of what statistics and factors hold at a time; 0 (sdxl, flux): what memory there is
     # objective
     rollout: float = 0.75  # share of updates that are on-policy rollouts, the others are TDPT
@@ -105,7 +106,7 @@ class Config:
     lora_bits: int = 16  # of A and B in the checkpoint; 8 for sdxl and flux, where LoRA is a small share of a layer
     eval_n: int = 256  # pictures of the closing quality line
     save_every: int = 20  # updates between two resumable states
-    backend: str = "compile" if torch.cuda.is_available() else "native"  # native: kernels.cpp or eager; compile: torch.compile
+    backend: str = "native"  # native: kernels.cpp, kernels_triton.py or eager; compile: torch.compile; eager
     export: str = ""  # lora: also write the LoRA alone in diffusers' format, for the 16-bit base
     dry_run: bool = False  # print the configuration (sdxl, flux: and the table of layers, memory) and stop
 
@@ -120,11 +121,11 @@ STAGES = {
     "cm": {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "phases": "1,2,2,4,4,4",
            "jitter": 0.1, "cached": 4096, "eval_n": 1024},
 }  # fmt: skip
-MODELS = {
-    "sdxl": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 7.5, "hessian_mb": 0},
-    "flux": {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "guidance": 3.5, "hessian_mb": 0},
+REAL = {
+    "steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "lora_bits": 8, "eval_n": 16, "dtype": "bfloat16",
+    "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512,
 }  # fmt: skip
-REAL = {"lora_bits": 8, "eval_n": 16, "dtype": "bfloat16", "data": "prompts", "calibration": 32, "cached": 512}
+MODELS = {"sdxl": {"guidance": 7.5}, "flux": {"guidance": 3.5, "gradient_captions": 8}}
 REAL_CM = {"lr": 1e-4, "steps": 1000}  # --bits 16; LCM-LoRA's figures
 CHOICES = {
     "model": models.MODELS, "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
@@ -168,7 +169,7 @@ def check(cfg: Config) -> None:
         (cfg.batch % world(), f"--batch {cfg.batch} does not divide among {world()} ranks"),
         (cfg.calibration < world(), f"--calibration {cfg.calibration} leaves some of {world()} ranks without a caption: give more"),
         (not all(0 <= share <= 1 for share in shares), f"--rollout, --jitter and --split must be from 0 to 1, got {shares}"),
-        (cfg.micro < 0, f"--micro must be at least 0, got {cfg.micro}"),
+        (min(cfg.micro, cfg.gradient_captions) < 0, "--micro and --gradient-captions must be at least 0"),
         (cfg.grid > 1000 and "flux" not in cfg.model, f"--grid {cfg.grid} is more than a noise schedule's 1000: choose fewer"),
         (cfg.edges > cfg.grid, f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer"),
         (not all(k.isdigit() and 1 <= int(k) <= points for k in phases),
