@@ -42,6 +42,8 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    async_load = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared  # its name before Triton 3.8
 except ImportError:  # a CPU build of torch
     triton = None
 
@@ -273,8 +275,8 @@ def _fetch(X, W8, XS, WS, full, n, y, z, n0, i, blocks, KW: gl.constexpr, TAPS: 
     tap = i // blocks
     bar = full.index(stage)
     hopper.mbarrier.expect(bar, BYTES, pred=there)
-    hopper.tma.async_copy_global_to_shared(X, [n, y + tap // KW, z + tap % KW, i % blocks * BK], bar, XS.index(stage), pred=there)
-    hopper.tma.async_copy_global_to_shared(W8, [n0, i * BK], bar, WS.index(stage), pred=there)
+    async_load(X, [n, y + tap // KW, z + tap % KW, i % blocks * BK], bar, XS.index(stage), pred=there)
+    async_load(W8, [n0, i * BK], bar, WS.index(stage), pred=there)
 
 
 @gluon_jit

@@ -58,7 +58,7 @@ import checkpoint
 import hgs_lora
 import models
 from models import UserError
-from student import least_bytes
+from student import factor_bytes, least_bytes
 
 SHAPES = {  # latent (C, H, W) and caption tokens
     "tiny": ((12, 16, 16), 24), "tiny-flux": ((12, 16, 16), 24), "sdxl": ((4, 128, 128), 77), "flux": ((16, 128, 128), 512),
@@ -276,7 +276,8 @@ class Footprint:
             per_sample = [t for t in tree_leaves(inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
         self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in hgs_lora.packed_layers(self.student)]
         self.least = least_bytes(self.layers, gradients)
-        self.most = max(self.least, 16 * max(sum(O * O for O, _ in self.layers), sum(K * K for _, K in self.layers)))  # .. of all
+        self.sums = 8 * sum(K * K for _, K in self.layers), 8 * sum(O * O for O, _ in self.layers) * gradients  # of all H, all G
+        self.most = max(self.least, -(-2 * max(self.sums) >> 20) << 20)  # .. of all; --hessian-mb has to say it
         self.guided = not hasattr(teacher, "transformer_blocks")  # FLUX embeds its guidance
         trained = self.student if trains == "student" else self.teacher
         self.factors = sum(p.nbytes for p in trained.parameters() if p.requires_grad)
@@ -287,6 +288,19 @@ class Footprint:
         sizes = [sum(t.nbytes for t in tensors_of(block)) for block in blocks(self.teacher)]
         self.gathered = 2 * max(sizes, default=0) + self.network - sum(sizes)
         self.sample = sum(t.nbytes for t in per_sample) + STATES * 4 * math.prod(latent)
+
+    def held(self, statistics: int) -> int:
+        """What a budget for statistics and factors comes to: all of it, unless there is room for all layers at once. Then, in
+        float64 and float32: all H; H and G; H, G and the factors of a layer, which get half of the budget."""
+        (H, G), half = self.sums, statistics // 2
+        if max(H, G) > half:
+            return statistics
+        factors = max((n for n in (factor_bytes(*layer) for layer in self.layers) if n <= half), default=0)
+        return min(statistics, max(H, H // 2 + G, H // 2 + G // 2 + factors))
+
+    def budget(self, room: int) -> int:
+        """The largest one that comes to no more than `room`."""
+        return self.most if self.held(self.most) <= room else room
 
     def activations(self, what: str, batch: int) -> int:
         """The most that is alive beside weights and inputs: what = "teacher" (forward), "trained" or "checkpointed" (forward and
@@ -370,7 +384,7 @@ def plan(
         "update": stays | {"teacher and its LoRA": between, "copies of A, B": a_b * (2 if world > 1 else 1)},
     }
     if statistics:
-        moments["start"] = start_of(fp, micro_batch, checkpointing) | {"statistics and factors": statistics}
+        moments["start"] = start_of(fp, micro_batch, checkpointing) | {"statistics and factors": fp.held(statistics)}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     return Plan(sum(moments[worst].values()), worst, moments[worst], micro_batch, checkpointing, TEACHERS[teacher], statistics)
 
@@ -393,7 +407,7 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str =
                 best = larger if larger.peak <= limit else best
             if statistics is None:
                 rest = sum(start_of(fp, best.micro_batch, checkpointing).values())
-                best = plan(fp, batch, best.micro_batch, checkpointing, teacher, world, min(limit - rest, fp.most))
+                best = plan(fp, batch, best.micro_batch, checkpointing, teacher, world, fp.budget(limit - rest))
             return best
     less = "--shard-teacher on several GPUs" if fp.trains == "student" else "a ready --cm"
     raise UserError(

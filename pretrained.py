@@ -501,7 +501,7 @@ def planned(cfg):
     elif statistics is None:
         rest = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
         room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else memory.STATISTICS
-        statistics = max(min(room, fp.most), fp.least)
+        statistics = max(fp.budget(room), fp.least)
     if statistics and checkpoint.has_start(Path(cfg.out)):
         statistics = 0
     plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, world, statistics)

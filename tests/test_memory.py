@@ -232,18 +232,25 @@ def test_choose_gives_the_fastest_way_that_fits_and_says_what_is_missing(footpri
 
 def test_the_start_is_planned_with_what_statistics_may_hold(footprint):
     """Catches: statistics forgotten (24 GB on SDXL where 8 were planned), too few for the widest layer, an unused limit."""
-    alone, roomy = memory.plan(footprint, 48, 1, True), memory.plan(footprint, 48, 1, True, statistics=10**9)
-    assert alone.moment != "start" and roomy.moment == "start" and roomy.parts["statistics and factors"] == 10**9
+    some = 2 * max(footprint.sums) - 2  # not room for all layers at once
+    alone, roomy = memory.plan(footprint, 48, 1, True), memory.plan(footprint, 48, 1, True, statistics=some)
+    assert alone.moment != "start" and roomy.moment == "start" and roomy.parts["statistics and factors"] == some
     limit = 10**8
     chosen = memory.choose(limit, footprint, 48, statistics=None)
     rest = sum(memory.start_of(footprint, chosen.micro_batch, chosen.checkpointing).values())
     assert chosen.peak == limit and chosen.statistics == limit - rest < footprint.most
     assert memory.choose(10**10, footprint, 48, statistics=None).statistics == footprint.most  # all of them at once
+    all_H, all_G = footprint.sums
+    assert max(all_H, all_H // 2 + all_G) <= footprint.held(footprint.most) < footprint.most  # which halves for each would come to
+    room = footprint.held(footprint.most)
+    assert (footprint.budget(room), footprint.budget(room - 1)) == (footprint.most, room - 1)
+    assert footprint.most % (1 << 20) == 0  # a budget in MiB can say it: one layer that does not fit costs all passes again
     net = memory.meta_network("tiny-flux")
     sides = {
         max(w.weight.shape[0], w.weight[0].numel()) for n, w in models.float_layers(net).items() if models.precision(n) != "16bit"
     }
     assert footprint.least == 16 * max(sides) ** 2  # H or G of the widest
+    roomy = memory.plan(footprint, 48, 1, True, statistics=10**9)
     small, cpu, large, both = (memory.main_memory(footprint, roomy, n, on_cpu) for n in (10**6, 10**9) for on_cpu in (False, True))
     assert small == footprint.packed + 2 * footprint.factors < large and small + 10**9 < cpu < both
 
