@@ -3,7 +3,7 @@ three for a convolution, whatever its rank, smoothing and bias.
 
     1 prepare   programs of three roles, which need nothing of each other and run side by side:
                   low     low = x' A^T (parts, T, R), by tiles of 32 rows and, if these are few, by parts of K, which 3 adds up;
-                          R is the rank padded with zeros to a power of two
+                          R is the rank padded with zeros to a power of two, at least 32
                   unpack  W = m_w q_w, int8 (O, taps C)
                   rows    linear: X = m_x q_x, int8 (T, C), and s_x float32 (T);  convolution: bounds of each sample's parts
     2 pixels    convolution only: s_x from its sample's bounds, X int8 (N, H, W, C)
@@ -393,7 +393,7 @@ def _w4a4(
         return y
     T, M, taps, rank = N * H * W, N * Ho * Wo, kernel[0] * kernel[1], 0 if A_rK is None else len(A_rK)
     Cp = 2 * codes_OP.shape[1] // taps
-    C, R = -(-Cp // 64) * 64, max(16, _power(rank)) if rank else 0
+    C, R = -(-Cp // 64) * 64, max(32, _power(rank)) if rank else 0
     X, W8 = (x_NHWC.new_empty(n * C, dtype=torch.int8) for n in (T, O * taps))
     low_block, tiles = 128 if R <= 64 else 32, _blocks(M, LOW_ROWS)
     parts = _blocks(taps * _blocks(I, low_block), CHUNK) if tiles <= FEW else 1  # the same sums, by more programs

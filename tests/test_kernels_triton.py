@@ -1,10 +1,11 @@
 """kernels_triton.py against kernels.py, its oracle: codes, scales, unpacking and sums bit for bit, the epilogue within rounding.
-Where there is no GPU the kernels run in Triton's interpreter, which has no bfloat16 products and no Gluon. Docstrings name the
-mutation that a test catches."""
+Where there is no GPU the kernels, those of gptq_triton.py too, run in Triton's interpreter, which has no bfloat16 products and no
+Gluon. Docstrings name the mutation that a test catches."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -14,8 +15,8 @@ from test_kernels import UNIT, gen, grid_weight, operands
 import kernels
 import quant
 
-pytest.importorskip("triton")
-import kernels_triton
+triton = pytest.importorskip("triton")
+import kernels_triton  # noqa: E402
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -39,16 +40,17 @@ GEOMETRIES = [
 def device(request, monkeypatch):
     if INTERPRET:
         monkeypatch.setattr(kernels_triton, "PARTS", 4)  # it runs programs one after the other
-    elif not torch.cuda.is_available() and request.function is not test_all_of_these_in_the_interpreter:
+    elif not torch.cuda.is_available() and request.function not in (test_all_of_these_in_the_interpreter, test_hopper_compiles):
         pytest.skip("the interpreter has a process of its own")
 
 
 @pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="this is it, or a GPU is here")
 def test_all_of_these_in_the_interpreter():
     """Triton is told to interpret before it is imported, and for good: in another process."""
-    if numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter needs a NumPy before 2.4")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    if numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0" and triton.__version__ < "3.8":
+        pytest.skip("the interpreter of this Triton needs a NumPy before 2.4")
+    files = [__file__, Path(__file__).with_name("test_gptq_triton.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -232,6 +234,38 @@ def test_a_traced_function_takes_it_without_a_break_and_for_all_batches():
         for N in (2, 3):
             (x,) = on_device(torch.randn(N, 40, 5, 4, generator=gen(N)))
             assert torch.equal(fast(x), net(x))
+
+
+@pytest.mark.parametrize("R,taps,bk", [(0, 1, 128), (32, 1, 128), (64, 9, 64), (128, 9, 128)])
+@pytest.mark.parametrize("tile", kernels_triton.TILES)
+def test_hopper_compiles(tile, R, taps, bk):
+    """Without a GPU. Catches what this Triton's Gluon does not know any more, a product without int8 tensor cores, too large a
+    tile."""
+    if INTERPRET:
+        pytest.skip("the interpreter replaces the compiler")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    rows, columns, warps, stages = tile
+    bw, kernel = 32 if taps > 1 else rows, kernels_triton.product_hopper
+    known = dict(BM=rows, BN=columns, BK=bk, STAGES=stages, WARPS=warps, R=R, TAPS=taps, KW=3 if taps > 1 else 1, BW=bw)
+    known |= {} if R else {"low": None, "B": None}
+    four, two = (gl.NVMMASharedLayout(bk, 8, rank) for rank in (4, 2))
+    types = {"X": f"tensordesc<i8[1, {rows // bw}, {bw}, {bk}],{four!r}>", "W8": f"tensordesc<i8[{columns}, {bk}],{two!r}>"}
+    types |= dict(s="*fp32", scale="*fp32", bias="*bf16", low="*fp32", B="*bf16", Y="*bf16")
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("N", "rank")]
+    source = GluonASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in known.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in made.asm["ptx"] and "cp.async.bulk.tensor" in made.asm["ptx"]
+    assert made.metadata.shared <= 227 << 10
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
