@@ -540,7 +540,9 @@ def timed(what: str, builders: dict[str, Callable], nets: dict[str, nn.Module], 
     rows = []
     for name, times in interleave(calls, args.rounds, cuda).items():
         weights = nbytes(nets["ours" if name.startswith("ours") else "bf16"]) / 1e6  # a picture's rows have longer names
-        row = {"what": what, "impl": name, **times, "compile_s": compile_s[name], "peak_mb": peak_growth(calls[name], cuda)}
+        graph = cuda and "_compiled" in name  # its memory was taken when it was made
+        peak = None if graph else peak_growth(calls[name], cuda)
+        row = {"what": what, "impl": name, **times, "compile_s": compile_s[name], "peak_mb": peak}
         rows.append(row | {"weights_mb": weights})
     return rows
 

@@ -219,7 +219,7 @@ def _observe(group: _Group, x: Tensor, bin: int, bins: int, group_x: int) -> Non
         blocks, row_bytes = x_TI, 4 * K
     else:
         blocks, row_bytes = x, 4 * K * x.shape[2] * x.shape[3]  # at stride 1 and "same" padding, about the size of its rows
-    for block in blocks.split(max(1, BLOCK_BYTES[x.device.type] // row_bytes)):
+    for block in blocks.split(max(1, BLOCK_BYTES.get(x.device.type, BLOCK_BYTES["cpu"]) // row_bytes)):
         if group_x:
             group.stats.noise_I += _rounding_noise(block, group_x, group.window is not None)
         group.stats.update(block if group.window is None else unfold(block, *group.window))

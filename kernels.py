@@ -359,11 +359,19 @@ def _has_native() -> bool:
     return load_native()
 
 
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
+@functools.cache
+def load_triton() -> bool:
+    """Whether kernels_triton.py runs here. False, after one warning, on other GPUs and without Triton."""
     import kernels_triton
 
-    return kernels_triton.available()
+    if not (found := kernels_triton.available()):
+        warnings.warn("no Triton, or no NVIDIA GPU since Ampere: eager kernels run, --backend compile may be faster", stacklevel=2)
+    return found
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return load_triton()
 
 
 def native(fn: Callable) -> Callable:
@@ -372,9 +380,9 @@ def native(fn: Callable) -> Callable:
     twin = {w4a4_linear: native_linear, w4a4_conv2d: native_conv2d}.get(fn)
 
     def call(x: Tensor, *args) -> Tensor:
-        if not x.is_cuda:
+        if x.device.type == "cpu":
             return (twin if twin and _has_native() else fn)(x, *args)
-        if not _has_triton():
+        if not (x.is_cuda and _has_triton()):
             return fn(x, *args)
         if twin is None:
             return backend_compile(fn)(x, *args)

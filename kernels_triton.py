@@ -58,7 +58,7 @@ FLOAT32 = (64, 64, 4, 3)  # the branch by FMAs
 def available() -> bool:
     """Triton and a GPU with int8 tensor cores. (Its interpreter, for tests, takes tensors on the CPU.)"""
     if triton and torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
+        return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
     return bool(triton) and triton.knobs.runtime.interpret
 
 
@@ -161,7 +161,7 @@ def _low(x, inv_smooth, A, low, first, part, T, I, rank, parts, H, W, Ho, Wo, st
     acc = tl.zeros([ROWS, R], tl.float32)
     blocks = tl.cdiv(I, BLOCK)
     last = tl.where(parts > 1, tl.minimum(part * CHUNK + CHUNK, TAPS * blocks), TAPS * blocks)
-    for i in tl.range(part * CHUNK, last, num_stages=3):
+    for i in tl.range(part * CHUNK, last, num_stages=3 if R <= 256 else 1):  # A's blocks of several stages are too large then
         tap, c = i // blocks, i % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
         yt, zt = y + tap // KW, z + tap % KW
         ok = (t < T) & (yt >= 0) & (yt < H) & (zt >= 0) & (zt < W)

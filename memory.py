@@ -34,9 +34,9 @@ pixels inside the VAE), beside the 16-bit network only where that draws latents,
 
 Training a consistency LoRA (trains="cm") holds the 16-bit network, which is the teacher too, in place of student and teacher.
 
-Kernels are the eager ones, which run on CUDA; attention never holds the scores of all tokens (flash). Not in it: the CUDA context
-and the allocator's fragments (24GB is 24e9 bytes, a 24 GB card has 25.8e9), workspaces inside of an operation, and what fused
-kernels save. Activations are checked against resident memory on the CPU, nothing on a GPU yet.
+Kernels are planned as the eager ones, which hold more than those that run; attention never holds the scores of all tokens (flash).
+Not in it: the CUDA context and the allocator's fragments (24GB is 24e9 bytes, a 24 GB card has 25.8e9), and workspaces inside of an
+operation. Activations are checked against resident memory on the CPU, the start of SDXL on an H200 (README).
 """
 
 import argparse
@@ -350,7 +350,7 @@ def main_memory(fp: Footprint, plan: Plan, factors: int, on_cpu: bool) -> int:
     waiting = fp.packed + 2 * fp.factors
     if on_cpu:
         rest = sum(start_of(fp, plan.micro_batch, plan.checkpointing).values())
-        return waiting + rest + max(plan.statistics, plan.statistics // 4 + factors)
+        return waiting + rest + max(fp.held(plan.statistics), plan.statistics // 4 + factors)
     return waiting + (factors if factors > plan.statistics // 2 else 0)
 
 

@@ -41,6 +41,7 @@ from torch.distributed.fsdp import fully_shard
 import cache
 import checkpoint
 import data
+import hessian
 import integrity
 import memory
 import models
@@ -364,8 +365,9 @@ class RandomText:
 
 
 def home(cfg) -> str:
-    """Where random weights are drawn: one CPU thread takes two minutes for FLUX's."""
-    return "cpu" if cfg.offload or cfg.shard_teacher else cfg.device
+    """Where random weights are drawn in all stages of a run, `place` or not: one CPU thread takes two minutes for FLUX's,
+    and draws others."""
+    return cfg.device
 
 
 def open_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
@@ -501,6 +503,9 @@ def planned(cfg):
     elif statistics is None:
         rest = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
         room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else memory.STATISTICS
+        fewest = torch.tensor(-room, device=cfg.device)
+        hessian.exchange(fewest, op="max")  # processes that sliced differently would add up different matrices
+        room = -int(fewest)
         statistics = max(fp.budget(room), fp.least)
     if statistics and checkpoint.has_start(Path(cfg.out)):
         statistics = 0

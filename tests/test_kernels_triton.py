@@ -40,7 +40,7 @@ GEOMETRIES = [
 def device(request, monkeypatch):
     if INTERPRET:
         monkeypatch.setattr(kernels_triton, "PARTS", 4)  # it runs programs one after the other
-    elif not torch.cuda.is_available() and request.function not in (test_all_of_these_in_the_interpreter, test_hopper_compiles):
+    elif not torch.cuda.is_available() and request.function not in WITHOUT:
         pytest.skip("the interpreter has a process of its own")
 
 
@@ -202,11 +202,12 @@ def test_zero_rows_give_the_bias_and_no_rows_nothing():
     assert kernels_triton.w4a4_conv2d(pictures, packed(24, 40, 16, 9)[1]).shape == (0, 24, 3, 3)
 
 
-def test_other_functions_and_other_devices_get_eager():
-    """Catches a backend that takes what it has no kernel for."""
+def test_tensors_on_a_cpu_do_not_reach_it(monkeypatch):
+    """Catches a backend that asks for the machine's GPU and not for the tensor's."""
+    monkeypatch.setattr(kernels_triton, "_w4a4", None)
     pw, x = kernels.pack(grid_weight(24, 40, 16)), torch.randn(3, 40, generator=gen(0))
-    for fn in (kernels.w4a16_linear, kernels.w4a4_linear):
-        assert (kernels.native(fn)(x, pw) - fn(x, pw)).abs().max() < 1e-5
+    assert torch.equal(kernels.native(kernels.w4a16_linear)(x, pw), kernels.w4a16_linear(x, pw))
+    assert torch.equal(kernels.native(kernels.w4a4_linear)(x, pw), kernels.w4a4_linear(x, pw))
 
 
 def test_a_row_does_not_depend_on_its_batch(monkeypatch):
@@ -236,36 +237,51 @@ def test_a_traced_function_takes_it_without_a_break_and_for_all_batches():
             assert torch.equal(fast(x), net(x))
 
 
-@pytest.mark.parametrize("R,taps,bk", [(0, 1, 128), (32, 1, 128), (64, 9, 64), (128, 9, 128)])
-@pytest.mark.parametrize("tile", kernels_triton.TILES)
-def test_hopper_compiles(tile, R, taps, bk):
-    """Without a GPU. Catches what this Triton's Gluon does not know any more, a product without int8 tensor cores, too large a
-    tile."""
+def compiled(kernel, source_class, known, types, aligned, processor, warps):
+    """A kernel as it is launched with these constants and types of pointers; other arguments are int32."""
+    from triton.backends.compiler import GPUTarget
+
     if INTERPRET:
         pytest.skip("the interpreter replaces the compiler")
-    from triton.backends.compiler import GPUTarget
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in names}
+    constants = {(names.index(name),): value for name, value in known.items()}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in aligned}
+    source = source_class(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", processor, 32), options={"num_warps": warps})
+
+
+@pytest.mark.parametrize("R,taps,bk", [(0, 1, 128), (32, 1, 128), (64, 9, 64), (128, 9, 128)])
+@pytest.mark.parametrize("tile", kernels_triton.TILES)
+def test_the_product_compiles_for_hopper(tile, R, taps, bk):
+    """Without a GPU. Catches what this Triton's Gluon does not know any more, a product without int8 tensor cores, too large a
+    tile."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     rows, columns, warps, stages = tile
-    bw, kernel = 32 if taps > 1 else rows, kernels_triton.product_hopper
+    bw = 32 if taps > 1 else rows
     known = dict(BM=rows, BN=columns, BK=bk, STAGES=stages, WARPS=warps, R=R, TAPS=taps, KW=3 if taps > 1 else 1, BW=bw)
     known |= {} if R else {"low": None, "B": None}
     four, two = (gl.NVMMASharedLayout(bk, 8, rank) for rank in (4, 2))
     types = {"X": f"tensordesc<i8[1, {rows // bw}, {bw}, {bk}],{four!r}>", "W8": f"tensordesc<i8[{columns}, {bk}],{two!r}>"}
     types |= dict(s="*fp32", scale="*fp32", bias="*bf16", low="*fp32", B="*bf16", Y="*bf16")
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("N", "rank")]
-    source = GluonASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in known.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    made = compiled(kernels_triton.product_hopper, GluonASTSource, known, types, ("N", "rank"), 90, warps)
     assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in made.asm["ptx"] and "cp.async.bulk.tensor" in made.asm["ptx"]
     assert made.metadata.shared <= 227 << 10
+
+
+@pytest.mark.parametrize("R", [0, 32, 512, 1024])
+def test_the_first_launch_compiles_for_small_gpus_at_any_rank(R):
+    """Without a GPU. Catches a branch of a high rank, which QRA may give, that only large GPUs have the memory for."""
+    from triton.compiler import ASTSource
+
+    known = dict(KW=1, TAPS=1, HALF=32, GROUP=16, BLOCK=2048, ROWS=2, R=R, LOW_ROWS=kernels_triton.LOW_ROWS)
+    known |= dict(LOW_BLOCK=128 if R <= 64 else 32, CHUNK=kernels_triton.CHUNK, PARTS=0, HALVES=128, inv_smooth=None, partial=None)
+    known |= {} if R else {"A": None, "low": None}
+    types = dict(x="*bf16", codes="*u8", mult="*u8", A="*fp32", X="*i8", s="*fp32", W8="*i8", low="*fp32")
+    made = compiled(kernels_triton.prepare, ASTSource, known, types, ("I", "Cp", "C"), 89, 4)
+    assert made.metadata.shared <= 99 << 10
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -340,3 +356,11 @@ def test_layers_train_with_it():
     made.backend, x = "native", torch.randn(9, 64, device="cuda", requires_grad=True)
     made(x).square().sum().backward()
     assert x.grad.isfinite().all() and made.lora_A.grad.isfinite().all() and made.lora_B.grad.any()
+
+
+# of the tests above those that need neither a GPU nor the interpreter
+WITHOUT = (
+    test_all_of_these_in_the_interpreter,
+    test_the_product_compiles_for_hopper,
+    test_the_first_launch_compiles_for_small_gpus_at_any_rank,
+)

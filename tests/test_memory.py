@@ -252,7 +252,9 @@ def test_the_start_is_planned_with_what_statistics_may_hold(footprint):
     assert footprint.least == 16 * max(sides) ** 2  # H or G of the widest
     roomy = memory.plan(footprint, 48, 1, True, statistics=10**9)
     small, cpu, large, both = (memory.main_memory(footprint, roomy, n, on_cpu) for n in (10**6, 10**9) for on_cpu in (False, True))
-    assert small == footprint.packed + 2 * footprint.factors < large and small + 10**9 < cpu < both
+    assert small == footprint.packed + 2 * footprint.factors and large == small + 10**9
+    rest = small + sum(memory.start_of(footprint, 1, True).values())
+    assert (cpu, both) == (rest + max(footprint.held(10**9), 10**9 // 4 + 10**6), rest + 10**9 // 4 + 10**9)
 
 
 def test_amounts_of_memory_are_decimal_unless_they_say_otherwise():
