@@ -458,7 +458,7 @@ class Graphed:
     """A denoiser whose step is a CUDA graph, one for each shape: the kernels without the time that Python takes to launch them."""
 
     def __init__(self, denoiser: models.Denoiser):
-        self.denoiser, self.path, self.name, self.graphs = denoiser, denoiser.path, denoiser.name, {}
+        self.denoiser, self.path, self.graphs = denoiser, denoiser.path, {}
 
     def capture(self, inputs: dict[str, torch.Tensor], cond: dict) -> tuple:
         mine, stream, graph = {k: v.clone() for k, v in inputs.items()}, torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -468,7 +468,7 @@ class Graphed:
 
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # compilation, choice of tiles
+            for _ in range(3):  # the first one compiles
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):

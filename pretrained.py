@@ -122,8 +122,8 @@ def load_network(
     name: str, base: str = "", weights: str = "", components: str = "", resolution: int = 0, dtype=torch.bfloat16, device="cpu"
 ) -> models.Denoiser:
     """The denoiser in `dtype` on the CPU, without gradients, without text encoders. weights "random": only configs are read, of a
-    folder, or for base "" none at all; then they are drawn on `device` and stay there. resolution: of pictures, in pixels; 0: the
-    base's own."""
+    folder, or for base "" none at all; then they are drawn on `device` (a CPU takes two minutes for FLUX's, and draws others) and
+    stay there. resolution: of pictures, in pixels; 0: the base's own."""
     if weights == "random" and not base:
         torch.manual_seed(0)
         before = torch.get_default_dtype()
@@ -364,17 +364,11 @@ class RandomText:
 # What train.py asks for. cfg: its Config
 
 
-def home(cfg) -> str:
-    """Where random weights are drawn in all stages of a run, `place` or not: one CPU thread takes two minutes for FLUX's,
-    and draws others."""
-    return cfg.device
-
-
 def open_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
     """The teacher with its switchable consistency LoRA, on the CPU (random weights: where they are drawn)."""
     if cfg.model in models.TINY:
         return models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
-    network = load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.weights, cfg.components, cfg.resolution, dtype, home(cfg))
+    network = load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.weights, cfg.components, cfg.resolution, dtype, cfg.device)
     network.guidance = None if network.guidance is None else cfg.guidance
     return network
 
@@ -432,7 +426,7 @@ def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
     """The base in `dtype` with a float32 consistency LoRA to train: that of --cm, or a new one of --rank on every layer."""
     if cfg.model in models.TINY:
         return models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, dtype)
-    denoiser = load_network(cfg.model, cfg.teacher, cfg.weights, cfg.components, cfg.resolution, dtype, home(cfg))
+    denoiser = load_network(cfg.model, cfg.teacher, cfg.weights, cfg.components, cfg.resolution, dtype, cfg.device)
     if cfg.cm:
         add_cm(denoiser, cfg.cm)
     else:
