@@ -1,6 +1,6 @@
 """Mutation check: breaks central lines one at a time in a copy of the code and shows that a test fails for each.
 
-python tests/mutate.py          (minutes; not collected by pytest)
+python tests/mutate.py          (minutes; not collected by pytest; Triton 3.8 has to be there for those of kernels_triton)
 """
 
 import shutil
@@ -17,12 +17,14 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("tap order of im2col", "kernels.py", "windows.permute(0, 1, 2, 4, 5, 3)", "windows.permute(0, 1, 2, 5, 4, 3)", "kernels"),
     ("nibbles of kernels.cpp", "kernels.cpp", "k = nibbles<0>(p, table", "k = nibbles<4>(p, table", "kernels"),
     ("stale scratch memory", "kernels.cpp", "std::fill_n(row_B, LANES * R, Low(0.f));", "", "kernels"),
-    ("transposed GPTQ factor", "quant.py", "R = C.flip(0, 1)", "R = C.flip(0, 1).t()", "quant"),
+    ("transposed GPTQ factor", "quant.py", "H = H.flip(0, 1)  # R", "H = H.flip(0, 1).t()", "quant"),
+    ("one row overwrites its weight", "quant.py", "clone(memory_format=torch.contiguous_format)", "contiguous()", "quant"),
+    ("one step of subspace iteration", "hgs_lora.py", "for _ in range(4):", "for _ in range(1):", "hgs_lora"),
     ("clip range one step short", "quant.py", "MMAX, ZERO = -8, 7, 16, 8", "MMAX, ZERO = -8, 6, 16, 8", "quant"),
     ("transposed Cholesky factor", "hgs_lora.py", "cholesky(self.H_KK)", "cholesky(self.H_KK).mT", "hgs_lora"),
     ("gradients' factor transposed", "hgs_lora.py", "else no_influence).mT", "else no_influence)", "hgs_lora"),
     ("activation noise of the branch", "hgs_lora.py", "[Q_OK * noise_K.sqrt()]", "[E_OK * noise_K.sqrt()]", "hgs_lora"),
-    ("gradients averaged over rows", "hessian.py", "add_(g_TO.mT @ g_TO)", "add_(g_TO.mT @ g_TO / len(g_TO))", "hessian"),
+    ("gradients averaged over rows", "hessian.py", "total_OO.add_(moments(", "total_OO.add_(len(g) ** -0.5 * moments(", "hessian"),
     ("anchor is the moving LoRA", "hgs_lora.py", "if self.use_anchor", "if not self.use_anchor", "hgs_lora"),
     ("tap order of the Hessian", "hessian.py", "permute(0, 1, 2, 4, 5, 3)", "permute(0, 1, 2, 5, 4, 3)", "hessian"),
     ("budget counts O only", "qra.py", "ranks[name] * (O + K) for", "ranks[name] * O for", "qra"),
@@ -42,6 +44,9 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("one noise for all shards", "cache.py", "data.step_generator(0, k, stream=4)", "torch.Generator()", "cache"),
     ("first step of the pipeline", "pipeline.py", 'timestep_spacing="trailing"', 'timestep_spacing="leading"', "pipeline"),
     ("checksum skips the tail", "integrity.py", "while chunk := file.read(CHUNK):", "while chunk := b'':", "faults"),
+    ("order of a GPU's nibbles", "kernels_triton.py", "u >> high * 4", "u >> 4 - high * 4", "kernels_triton"),
+    ("a GPU's branch of the last part", "kernels_triton.py", "a += tl.load(low", "a = tl.load(low", "kernels_triton"),
+    ("a GPU's GPTQ feeds back the error", "gptq_triton.py", "w -= u[:, :, None]", "w += u[:, :, None]", "kernels_triton"),
     ("damaged state becomes the previous", "checkpoint.py", "self.good = path == self.path", "self.good = True", "faults"),
 ]  # fmt: skip
 
