@@ -484,9 +484,10 @@ def dry_run(cfg) -> None:
 
 def planned(cfg):
     """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of
-    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak.
-    UserError if nothing fits."""
+    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak, but for runs
+    that go on without a limit: most of a minute would tell them what they know. UserError if nothing fits."""
     build, shapes, micro = sizes(cfg)
+    goes_on = (Path(cfg.out) / "state.safetensors").exists() if cfg.bits == 16 else checkpoint.has_start(Path(cfg.out))
     fp, teacher, world = footprint(cfg, build, shapes), teacher_of(cfg), checkpoint.world()
     cfg, statistics = dataclasses.replace(cfg, micro=micro), statistics_bytes(cfg, fp)
     if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
@@ -494,23 +495,24 @@ def planned(cfg):
         choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}
         cfg, statistics, micro = dataclasses.replace(cfg, **choice), plan.statistics, plan.micro_batch
         teacher = teacher_of(cfg)
-    elif statistics is None:
+    elif statistics is None and not goes_on:
         rest = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
         room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else memory.STATISTICS
         fewest = torch.tensor(-room, device=cfg.device)
         hessian.exchange(fewest, op="max")  # processes that sliced differently would add up different matrices
         room = -int(fewest)
         statistics = max(fp.budget(room), fp.least)
-    if statistics and checkpoint.has_start(Path(cfg.out)):
-        statistics = 0
-    plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, world, statistics)
-    cfg = dataclasses.replace(cfg, hessian_mb=max(plan.statistics >> 20, -(-fp.least >> 20)))
+    statistics = 0 if goes_on else statistics
+    cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
     drawn = 2 * cfg.cached * (cfg.grid // 2 + 1) * math.prod(shapes[0])  # float16
     written = fp.files + (drawn if cfg.rollout and cfg.trajectory == "teacher" else 0)
     there = sum(file.stat().st_size for file in (*Path(cfg.out).glob("*.safetensors"), *Path(cfg.out).glob("trajectories/*")))
     need, free = written - there, shutil.disk_usage(cfg.out).free
     if free < need:
         raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
+    if goes_on and not cfg.memory_limit:
+        return cfg
+    plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, world, statistics)
     if checkpoint.rank() == 0:
         print(plan)
     if plan.statistics:

@@ -1,5 +1,6 @@
 """SDXL and FLUX end to end, miniatures in real formats: train, kill, resume, sample, export, reload; two processes; refusals."""
 
+import dataclasses
 import json
 import os
 import re
@@ -178,6 +179,8 @@ def test_a_resumed_run_makes_the_choices_of_its_beginning(real, tmp_path, monkey
     build, shapes, _ = pretrained.sizes(cfg)
     alone = memory.choose(15 * 10**7, pretrained.footprint(cfg, build, shapes), cfg.batch)
     assert seen[0] == seen[1] and seen[0][0] < alone.micro_batch  # training alone has room for more
+    monkeypatch.setattr(memory, "plan", None)  # takes long, and says nothing new where there is no limit
+    assert pretrained.planned(dataclasses.replace(cfg, memory_limit="")).micro == pretrained.sizes(cfg)[2]
 
 
 def test_dry_run_prints_what_the_flags_make(real, capsys):
