@@ -729,7 +729,7 @@ def gpu_jobs(out: Path, runs: Path) -> dict[str, str]:
     """Name -> command of each part of `bench.py gpu`, the shortest first. Rows go to `out`, run folders to `runs`."""
     rows = {"kernels": "kernels", "tiny": "model --model tiny", "costs": "costs", "train": "train"}
     rows |= {model: f"model --model {model} --rounds 5" for model in ("sdxl", "flux")}
-    jobs = {"tests": "-m pytest -q -m gpu"}
+    jobs = {"layers": "benchmarks/gpu_layers.py", "tests": "-m pytest -q -m gpu"}
     jobs |= {name: f"bench.py {job} --device cuda --json {out}/{name}.json" for name, job in rows.items()}
     for model in ("sdxl", "flux"):  # statistics, ranks, split, 20 updates, packing, reloading, 4 steps, all with random weights
         flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --data {runs}/prompts.txt"

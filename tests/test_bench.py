@@ -136,10 +136,10 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(subprocess, "run", run)
     lines = bench.main(["gpu", "--out", str(tmp_path), "--minutes", "7"])
-    assert len(lines) == len(seen) == 9 and seen[0] == "-m" and seen.count("train.py") == 2
-    assert lines[1] == "kernels      exit code 0: 1 rows" and lines[-1] == "train-flux   stopped after 7.0 minutes: last words"
+    assert len(lines) == len(seen) == 10 and seen[:2] == ["benchmarks/gpu_layers.py", "-m"] and seen.count("train.py") == 2
+    assert lines[2] == "kernels      exit code 0: 1 rows" and lines[-1] == "train-flux   stopped after 7.0 minutes: last words"
     assert bench.main(["gpu", "--out", str(tmp_path), "--parts", "costs"]) == ["costs        exit code 0: 1 rows"]
-    with pytest.raises(models.UserError, match=r"--parts knows tests, kernels, .*, not cost"):
+    with pytest.raises(models.UserError, match=r"--parts knows layers, tests, kernels, .*, not cost"):
         bench.main(["gpu", "--out", str(tmp_path), "--parts", "cost"])
 
 
