@@ -48,6 +48,7 @@ import kernels
 import kernels_triton
 import memory
 import models
+import pretrained
 import quant
 import tdpt
 from models import UserError
@@ -492,8 +493,8 @@ def step_inputs(denoiser: models.Denoiser, batch: int, device: str) -> tuple:
     x = torch.randn(batch, *denoiser.latent, device=device, dtype=torch.bfloat16)
     cond = {"tokens": torch.randn(batch, *tokens, device=device), "pooled": torch.randn(batch, *pooled, device=device)}
     if isinstance(denoiser, models.UNetDenoiser):
-        side = 8.0 * denoiser.latent[1] if denoiser.name in models.REAL else float(models.SIDE)
-        cond["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(batch, 1)
+        side = pretrained.FACTOR * denoiser.latent[1] if denoiser.name in models.REAL else models.SIDE
+        cond["time_ids"] = pretrained.square(side, batch).to(device)
     times = denoiser.path.grid(4, device)
     return x, times[0].expand(batch), times[1].expand(batch), cond
 
@@ -741,9 +742,8 @@ def bench_gpu(args: argparse.Namespace) -> list[str]:
     """What waits for a GPU, each part in a process of its own: one that fails or hangs leaves the others a clean device, what it
     printed is in NAME.txt. Last a line for each part."""
     with tempfile.TemporaryDirectory() as runs:  # gigabytes, of which nothing is kept
-        (Path(runs) / "prompts.txt").write_text(
-            "\n".join(f"{n} red houses by a river" for n in range(16))
-        )  # our list takes minutes
+        prompts = "\n".join(f"{n} red houses by a river" for n in range(16))  # our own list takes minutes
+        (Path(runs) / "prompts.txt").write_text(prompts)
         return run_parts(gpu_jobs(Path(args.out), Path(runs)), args)
 
 

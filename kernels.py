@@ -292,28 +292,28 @@ def compiled(fn: Callable) -> Callable:
     return call
 
 
-def native_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16) -> Tensor:
-    """w4a4_linear by kernels.cpp."""
+def _in_cpp(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, *geometry) -> Tensor:
+    bias, inv_smooth = (None if t is None else t.detach().float().contiguous() for t in (bias, inv_smooth))
+    A, B = (None if t is None else t.detach().to(x_NHWC.dtype).contiguous() for t in (A, B))
+    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, A, B, inv_smooth)
+    return torch.ops.cmquant.w4a4(x_NHWC.contiguous(), *operands, pw.group, group_x, per_sample, *geometry)
+
+
+def native_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16, run=_in_cpp) -> Tensor:
+    """w4a4_linear by hand: run is kernels.cpp's or kernels_triton's, for which its rows are pictures of one pixel."""
     pixels = x.reshape(math.prod(x.shape[:-1]), 1, 1, x.shape[-1])
-    y = _native(pixels, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, False, (1, 1), (1, 1), (0, 0))
+    y = run(pixels, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, False, (1, 1), (1, 1), (0, 0))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def native_conv2d(
     x_NCHW, pw, bias=None, lora_A_rK=None, lora_B_Or=None, inv_smooth_I=None, group_x=16,
-    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1),
+    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), run=_in_cpp,
 ) -> Tensor:  # fmt: skip
-    """w4a4_conv2d by kernels.cpp."""
+    """w4a4_conv2d by hand."""
     geometry = (kernel_size, stride, padding)
     x_NHWC = x_NCHW.permute(0, 2, 3, 1)
-    return _native(x_NHWC, pw, bias, lora_A_rK, lora_B_Or, inv_smooth_I, group_x, True, *geometry).permute(0, 3, 1, 2)
-
-
-def _native(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, *geometry) -> Tensor:
-    bias, inv_smooth = (None if t is None else t.detach().float().contiguous() for t in (bias, inv_smooth))
-    A, B = (None if t is None else t.detach().to(x_NHWC.dtype).contiguous() for t in (A, B))
-    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, A, B, inv_smooth)
-    return torch.ops.cmquant.w4a4(x_NHWC.contiguous(), *operands, pw.group, group_x, per_sample, *geometry)
+    return run(x_NHWC, pw, bias, lora_A_rK, lora_B_Or, inv_smooth_I, group_x, True, *geometry).permute(0, 3, 1, 2)
 
 
 @functools.cache
@@ -388,7 +388,7 @@ def native(fn: Callable) -> Callable:
             return backend_compile(fn)(x, *args)
         import kernels_triton
 
-        return getattr(kernels_triton, fn.__name__)(x, *args)
+        return twin(x, *args, run=kernels_triton.run)
 
     return call
 

@@ -30,7 +30,6 @@ Dimension key: kernels.py; R padded rank.
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -452,26 +451,10 @@ def _(x, codes, mult, scale, bias, A, B, inv_smooth, group, group_x, per_sample,
     return _empty(x, codes, kernel, stride, padding)
 
 
-def _run(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, kernel, stride, padding) -> Tensor:
-    """The operator where a graph is being traced; without the dispatcher, which takes longer than a launch, elsewhere."""
+def run(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, kernel, stride, padding) -> Tensor:
+    """For kernels.native_linear and native_conv2d. The operator where a graph is being traced; without the dispatcher, which takes
+    longer than a launch, elsewhere."""
     bias, A, B, inv_smooth = (None if t is None else t.detach().contiguous() for t in (bias, A, B, inv_smooth))
-    run = w4a4_op if torch.compiler.is_compiling() else _w4a4
+    op = w4a4_op if torch.compiler.is_compiling() else _w4a4
     operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, A, B, inv_smooth, pw.group, group_x, per_sample)
-    return run(x_NHWC.contiguous(), *operands, list(kernel), list(stride), list(padding))
-
-
-def w4a4_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16) -> Tensor:
-    """kernels.w4a4_linear."""
-    rows = x.reshape(math.prod(x.shape[:-1]), 1, 1, x.shape[-1])
-    y = _run(rows, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, False, (1, 1), (1, 1), (0, 0))
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def w4a4_conv2d(
-    x_NCHW, pw, bias=None, lora_A_rK=None, lora_B_Or=None, inv_smooth_I=None, group_x=16,
-    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1),
-) -> Tensor:  # fmt: skip
-    """kernels.w4a4_conv2d."""
-    geometry = (kernel_size, stride, padding)
-    x_NHWC = x_NCHW.permute(0, 2, 3, 1)
-    return _run(x_NHWC, pw, bias, lora_A_rK, lora_B_Or, inv_smooth_I, group_x, True, *geometry).permute(0, 3, 1, 2)
+    return op(x_NHWC.contiguous(), *operands, list(kernel), list(stride), list(padding))

@@ -69,14 +69,14 @@ def main() -> None:
     for M, K, N in LINEAR:
         w, x, dense = random_weight(N, K), random(M, K), random(N, K, scale=K**-0.5)
         rest = random(N), random(RANK, K, scale=K**-0.5), random(N, RANK, scale=0.1)
-        fns = (kernels_triton.w4a4_linear, kernels.w4a4_linear)
+        fns = (kernels.native(kernels.w4a4_linear), kernels.w4a4_linear)
         ours, eager = (lambda fn=fn: fn(x, w, *rest) for fn in fns)  # noqa: B023
         print(row(f"{M} x {K} x {N}", 2 * M * K * N, ours, eager, lambda: F.linear(x, dense, rest[0]), first), flush=True)  # noqa: B023
     for n, C, O, side in CONV:
         M, K = n * side**2, 9 * C
         x, dense = (t.contiguous(memory_format=torch.channels_last) for t in (random(n, C, side, side), random(O, C, 3, 3)))
         w, rest = random_weight(O, K, 9), (random(O), random(RANK, K, scale=K**-0.5), random(O, RANK, scale=0.1))
-        fns = (kernels_triton.w4a4_conv2d, kernels.w4a4_conv2d)
+        fns = (kernels.native(kernels.w4a4_conv2d), kernels.w4a4_conv2d)
         ours, eager = (lambda fn=fn: fn(x, w, *rest) for fn in fns)  # noqa: B023
         its = lambda: F.conv2d(x, dense, rest[0], padding=1)  # noqa: E731, B023
         print(row(f"3x3 conv {M} x {K} x {O}", 2 * M * K * O, ours, eager, its, first), flush=True)

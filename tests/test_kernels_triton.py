@@ -2,6 +2,7 @@
 Where there is no GPU the kernels, those of gptq_triton.py too, run in Triton's interpreter, which has no bfloat16 products and no
 Gluon. Docstrings name the mutation that a test catches."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import kernels_triton  # noqa: E402
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
+linear, conv2d = (functools.partial(fn, run=kernels_triton.run) for fn in (kernels.native_linear, kernels.native_conv2d))
 CASES = [  # rows, inputs, outputs, rank, group, group_x, dtype of x and of what else is a float
     (5, 100, 40, 4, 64, 16, torch.float16, torch.float32),
     (1, 64, 24, 0, 64, 8, torch.bfloat16, torch.bfloat16),
@@ -113,7 +115,7 @@ def test_codes_scales_and_weights_equal_eager_bit_for_bit(monkeypatch, size, I, 
         x1 = x.float() if inv_smooth is None else x.float() * inv_smooth
         X_TK, s_T = quant.activation_int8(x1, group_x)
         args = x.to(DEVICE), ours, None, None, None, *on_device(inv_smooth), group_x
-        _, seen = intermediates(monkeypatch, lambda args=args: kernels_triton.w4a4_linear(*args))
+        _, seen = intermediates(monkeypatch, lambda args=args: linear(*args))
         good = s_T.isfinite()
         C, width = seen["C"], min(X_TK.shape[1], seen["C"])
         X, W8 = seen["X"].view(-1, C).cpu(), seen["W8"].view(-1, C).cpu()
@@ -130,7 +132,7 @@ def test_unpacking_equals_eager_bit_for_bit(monkeypatch, group, taps):
     """Catches a half-group in the wrong nibble (an odd number of groups in a row), taps that are not padded."""
     pw, ours = packed(11, 40, group, taps)
     x, kernel = torch.ones(1, 40, 3, 3, device=DEVICE), (3, 3) if taps == 9 else (1, 1)
-    _, seen = intermediates(monkeypatch, lambda: kernels_triton.w4a4_conv2d(x, ours, kernel_size=kernel, padding=(0, 0)))
+    _, seen = intermediates(monkeypatch, lambda: conv2d(x, ours, kernel_size=kernel, padding=(0, 0)))
     W8 = seen["W8"].view(11, taps, -1).cpu()
     W_OK = kernels.weight_int8(pw).view(11, taps, -1)
     assert torch.equal(W8[..., : W_OK.shape[2]], W_OK)
@@ -143,7 +145,7 @@ def test_linear_equals_eager(T, I, O, rank, group, group_x, dtype, other):
     b, A, B, inv = layer(O, I, 1, rank, other)
     x = (torch.randn(T, I, generator=gen(3)) * 2).to(dtype)
     for bias, inv_smooth in ((b, inv), (None, None)):
-        y = kernels_triton.w4a4_linear(*on_device(x), ours, *on_device(bias, A, B, inv_smooth), group_x)
+        y = linear(*on_device(x), ours, *on_device(bias, A, B, inv_smooth), group_x)
         low = 0 if A is None else (x.float() * (1 if inv_smooth is None else inv)) @ A.float().t()
         assert_close(y, kernels.w4a4_linear(x, pw, bias, A, B, inv_smooth, group_x), branch_size(low, B), dtype)
 
@@ -158,7 +160,7 @@ def test_conv_equals_eager(geometry, I, rank, dtype):
     x = torch.randn(3, I, 5, 4, generator=gen(4)) * torch.tensor([1.0, 30.0, 0.1])[:, None, None, None]
     x = x.to(dtype)
     for v in (x, x.contiguous(memory_format=torch.channels_last)):
-        y = kernels_triton.w4a4_conv2d(*on_device(v), ours, *on_device(b, A, B, inv), 16, *geometry)
+        y = conv2d(*on_device(v), ours, *on_device(b, A, B, inv), 16, *geometry)
         eager = kernels.w4a4_conv2d(v, pw, b, A, B, inv, 16, *geometry)
         assert y.is_contiguous(memory_format=torch.channels_last)
         size = 0
@@ -177,7 +179,7 @@ def test_sums_are_exact_at_the_extremes():
     pw = kernels.pack(quant.GridWeight(codes, torch.full((8, I // 64), 16, dtype=torch.uint8), torch.ones(8), I, 1, 64))
     x = -torch.ones(3, I)
     ours = type(pw)(*on_device(*pw[:3]), *pw[3:])
-    assert torch.equal(kernels_triton.w4a4_linear(*on_device(x), ours).cpu(), kernels.w4a4_linear(x, pw))
+    assert torch.equal(linear(*on_device(x), ours).cpu(), kernels.w4a4_linear(x, pw))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
@@ -185,9 +187,9 @@ def test_bad_inputs_make_their_row_or_sample_nan_and_no_other(bad):
     """Catches a maximum that loses a NaN, inf that becomes a large number, poison that spreads."""
     x = torch.randn(4, 40, 3, 3, generator=gen(0))
     x[2, 7, 1, 1] = bad
-    y = kernels_triton.w4a4_linear(*on_device(x[..., 1, 1]), packed(8, 40, 16)[1])
+    y = linear(*on_device(x[..., 1, 1]), packed(8, 40, 16)[1])
     assert y.isnan().all(1).tolist() == [False, False, True, False] and y.isnan().sum() == 8
-    y = kernels_triton.w4a4_conv2d(*on_device(x), packed(8, 40, 16, 9)[1])
+    y = conv2d(*on_device(x), packed(8, 40, 16, 9)[1])
     assert y.isnan().flatten(1).all(1).tolist() == [False, False, True, False] and y.isnan().sum() == 72
 
 
@@ -195,11 +197,11 @@ def test_zero_rows_give_the_bias_and_no_rows_nothing():
     """Catches 0 / 0 of an empty row, an empty grid, a division by zero rows, leading dimensions that are lost."""
     _, ours = packed(24, 40, 16)
     (b,) = on_device(torch.randn(24, generator=gen(0)))
-    assert torch.equal(kernels_triton.w4a4_linear(torch.zeros(5, 40, device=DEVICE), ours, b), b.expand(5, 24))
+    assert torch.equal(linear(torch.zeros(5, 40, device=DEVICE), ours, b), b.expand(5, 24))
     for shape in ((0, 40), (2, 0, 40), (40,)):
-        assert kernels_triton.w4a4_linear(torch.zeros(shape, device=DEVICE), ours, b).shape == (*shape[:-1], 24)
+        assert linear(torch.zeros(shape, device=DEVICE), ours, b).shape == (*shape[:-1], 24)
     pictures = torch.zeros(0, 40, 3, 3, device=DEVICE)
-    assert kernels_triton.w4a4_conv2d(pictures, packed(24, 40, 16, 9)[1]).shape == (0, 24, 3, 3)
+    assert conv2d(pictures, packed(24, 40, 16, 9)[1]).shape == (0, 24, 3, 3)
 
 
 def test_tensors_on_a_cpu_do_not_reach_it(monkeypatch):
@@ -216,9 +218,9 @@ def test_a_row_does_not_depend_on_its_batch(monkeypatch):
     args = on_device(*layer(24, 1100, 1, 16, torch.float32))
     (x,) = on_device(torch.randn(90, 1100, generator=gen(7)).half())
     monkeypatch.setattr(kernels_triton, "FEW", 1)
-    whole = kernels_triton.w4a4_linear(x, ours, *args)
+    whole = linear(x, ours, *args)
     for rows in (slice(0, 1), slice(3, 70), slice(60, 90)):
-        assert torch.equal(kernels_triton.w4a4_linear(x[rows], ours, *args), whole[rows])
+        assert torch.equal(linear(x[rows], ours, *args), whole[rows])
 
 
 def test_a_traced_function_takes_it_without_a_break_and_for_all_batches():
@@ -227,8 +229,8 @@ def test_a_traced_function_takes_it_without_a_break_and_for_all_batches():
     args, rest = on_device(*layer(24, 40, 1, 4, torch.float32)), on_device(*layer(40, 40, 9, 4, torch.float32))
 
     def net(x):
-        y = kernels_triton.w4a4_conv2d(x.relu(), taps, *rest, 16, (3, 3), (2, 1), (1, 1))
-        return kernels_triton.w4a4_linear(y.permute(0, 2, 3, 1), ours, *args) + 1
+        y = conv2d(x.relu(), taps, *rest, 16, (3, 3), (2, 1), (1, 1))
+        return linear(y.permute(0, 2, 3, 1), ours, *args) + 1
 
     fast = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.inference_mode():
@@ -306,7 +308,7 @@ def test_both_tiles_give_the_same_bits_and_equal_eager(monkeypatch, T, I, O, ran
     results = []
     for tile in kernels_triton.TILES:
         monkeypatch.setattr(kernels_triton, "TILES", [tile] * 2)
-        results += [kernels_triton.w4a4_linear(x.cuda(), ours, *args) for _ in range(3)]
+        results += [linear(x.cuda(), ours, *args) for _ in range(3)]
     low = (x.float() * ops[3]) @ ops[1].t() if rank else 0
     assert_close(results[0], kernels.w4a4_linear(x, pw, *ops), branch_size(low, ops[2]), dtype)
     assert all(torch.equal(y, results[0]) for y in results)
@@ -321,7 +323,7 @@ def test_both_tiles_of_a_convolution_give_the_same_bits_and_equal_eager(monkeypa
     x, results = torch.randn(N, I, *side, generator=gen(6)).bfloat16(), []
     for tile in kernels_triton.TILES:
         monkeypatch.setattr(kernels_triton, "TILES", [tile] * 2)
-        results.append(kernels_triton.w4a4_conv2d(x.cuda(), ours, *args, 16, (3, 3), stride, (1, 1)))
+        results.append(conv2d(x.cuda(), ours, *args, 16, (3, 3), stride, (1, 1)))
     y, eager = results[0].cpu().float(), kernels.w4a4_conv2d(x, pw, *ops, 16, (3, 3), stride, (1, 1)).float()
     assert (y - eager).norm() < 4e-3 * eager.norm() and (y - eager).abs().max() < 0.05 * eager.abs().max()
     assert all(torch.equal(y, results[0]) for y in results)
