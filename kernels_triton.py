@@ -23,7 +23,7 @@ The order of quantization, for x >= 0 and x < 0 alike: b = max(x / 7.5, -x / 8.5
 integers are, with inf above all numbers and NaN above inf. Maxima are taken of these integers: none loses a NaN.
 
 Left out on purpose: unpacking inside of the product, a cache of unpacked weights, tiles chosen by trying (the two of TILES were
-within 5% of the best of ten on an H200, and every other one has to be compiled for each rank).
+within 5% of the best of ten on an H200, but for 320 outputs, and every other one has to be compiled for each rank).
 Dimension key: kernels.py; R padded rank.
 """
 

@@ -15,8 +15,8 @@ sizes of its tensors are added up; a checkpoint holds the same tensors, byte for
 
 Training.  Planned peak = what stays + the most that is alive besides, in the worst of four moments:
 
-    start      the 16-bit network, all that statistics and factors may hold (--hessian-mb; student.py), activations of calibration:
-               4 micro-batches forward, or one forward and backward; packed layers wait in main memory
+    start      the 16-bit network, what statistics and factors come to (--hessian-mb, Footprint.held; student.py), activations of
+               calibration: 4 micro-batches forward, or one forward and backward; packed layers wait in main memory
     train      student, A and B float32, their gradients, Adam's moments, the anchor A0 B0, inputs of the rank's batch
                + teacher (resident), teacher / world (sharded) or nothing (offloaded)
                + activations of the student, forward and backward of one micro-batch
