@@ -28,7 +28,6 @@ import json
 import platform
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -378,8 +377,7 @@ def bench_kernels(args: argparse.Namespace) -> list[dict]:
         if args.json:
             Path(args.json).write_text(json.dumps(rows, indent=1))  # so far
     print("\n".join(table(rows)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"\n{about(args)}; median of {args.rounds} rounds; peak memory {peak:.1f} GB")
+    print(f"\n{about(args)}; median of {args.rounds} rounds; peak memory {memory.peak('cpu') / 1e9:.1f} GB")
     if args.plot:
         plot(rows, Path(args.plot))
     return rows

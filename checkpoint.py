@@ -54,6 +54,8 @@ import tdpt
 from models import UserError
 
 FORMAT = 3
+# how much is held at a time, written, or drawn at the end: a run may go on with others
+MAY_CHANGE = {"micro", "memory_limit", "checkpointing", "offload", "hessian_mb", "save_every", "eval_n"}
 KINDS = {"w4a16": hgs_lora.W4A16Linear, "w4a4": hgs_lora.W4A4Linear, "w4a4conv": hgs_lora.W4A4Conv2d}
 CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # exit codes
 
@@ -199,7 +201,7 @@ def open_run(out: Path, config: dict, leader: bool) -> None:
             if leader:
                 print(f"{out}/config.json is missing or damaged: it is written again")
         else:
-            if changed := sorted(k for k in config if old.get(k, config[k]) != config[k]):  # older versions know fewer
+            if changed := sorted(k for k in config.keys() - MAY_CHANGE if old.get(k, config[k]) != config[k]):  # older ones: fewer
                 raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
     if old is None and leader:
         git = ["git", "rev-parse", "--short", "HEAD"]

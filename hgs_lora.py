@@ -237,6 +237,7 @@ def hgs(w_OK, white, rank, round_to_grid, iters, generator):
 
 # change this to try yours
 METHODS = dict(zero=zero, pissa=pissa, svdquant=pissa, principal=principal, loftq=loftq, qera=qera, hgs=hgs)
+READS_G = {"hgs"}  # those that use white.R_OO and white.noise_K: the others are given none of it at uniform ranks
 
 
 def decompose(
@@ -269,7 +270,7 @@ def decompose(
         raise ValueError(f"the Hessian must be {K} x {K} for this weight, got {tuple(white.H_KK.shape)}")
     if white.R_OO is not None and len(white.R_OO) != O:
         raise ValueError(f"the second moments of the gradients must be {O} x {O}, got {tuple(white.R_OO.shape)}")
-    factor = white.gptq_factor(group, taps) if rounding == "gptq" else None
+    factor = None if rounding == "rtn" else white.gptq_factor(group, taps)
 
     def round_to_grid(target_OK: Tensor, nearest: bool = False) -> quant.GridWeight:
         how = "rtn" if nearest else rounding

@@ -43,6 +43,7 @@ import argparse
 import functools
 import math
 import re
+import resource
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,7 +161,7 @@ def format_table(rows: list[Row], lora_bits: int = 8) -> str:
 # ------------------------------------------------------------------------------------------------ what is alive
 
 
-class Live(TorchDispatchMode):
+class AliveStorages(TorchDispatchMode):
     """Inside: bytes of the storages that operations made and that are still alive, after each operation (`curve`).
 
     existing: modules whose tensors and gradients are no news. Works on real tensors as on fake ones."""
@@ -221,7 +222,7 @@ def step(net: nn.Module, given: dict, gradients: bool) -> list[int]:
     parameters are there before."""
     for p in net.parameters() if gradients else ():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    with Live(net) as live, torch.set_grad_enabled(gradients):
+    with AliveStorages(net) as live, torch.set_grad_enabled(gradients):
         y = net(**given, return_dict=False)[0]
         if gradients:
             y.float().square().mean().backward()
@@ -360,6 +361,11 @@ def available() -> float:
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):
         return math.inf
+
+
+def peak(device: str) -> int:
+    """Bytes that this process held at most: of the GPU's memory, or (on a CPU) of main memory."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 TEACHERS = {"resident": "resident", "shard": "sharded", "offload": "offloaded"}

@@ -107,7 +107,7 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def tiny_flux() -> FluxTransformer2DModel:
-    """FLUX's architecture, 4.9 M parameters: 2 double and 4 single blocks, 3 heads of 64, RoPE, guidance embedding."""
+    """FLUX's architecture, 5.2 M parameters: 2 double and 4 single blocks, 3 heads of 64, RoPE, guidance embedding."""
     return FluxTransformer2DModel(
         patch_size=1, in_channels=4 * LATENT[0], num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=3,
         joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(16, 24, 24),
@@ -216,11 +216,13 @@ def noise_path(name: str, scheduler: dict, latent: tuple[int, int, int]):
     if name == "sdxl":
         if (schedule := scheduler.get("beta_schedule", "scaled_linear")) != "scaled_linear":
             raise ValueError(f"beta_schedule {schedule} is not supported, scaled_linear is")
+        if "sigma_data" in scheduler or scheduler.get("trained_betas") is not None:
+            raise ValueError("EDM's sigmas and trained_betas are not supported, scaled_linear betas are")
         betas = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
         kind, steps = scheduler.get("prediction_type", "epsilon"), scheduler.get("num_train_timesteps", 1000)
         return VPPath.from_betas(kind, bool(scheduler.get("rescale_betas_zero_snr", False)), betas, steps)
-    if not scheduler.get("use_dynamic_shifting", True):
-        return FlowPath(scheduler.get("shift", 3.0))
+    if scheduler and not scheduler.get("use_dynamic_shifting", False):
+        return FlowPath(scheduler.get("shift", 1.0))  # the class's own defaults
     low, high = (scheduler.get(f"{k}_image_seq_len", n) for k, n in (("base", 256), ("max", 4096)))
     mu, top = (scheduler.get(f"{k}_shift", shift) for k, shift in (("base", 0.5), ("max", 1.15)))
     return FlowPath(math.exp(mu + (top - mu) * (latent[1] * latent[2] / 4 - low) / (high - low)))  # linear in the number of tokens
@@ -337,6 +339,11 @@ class LoRA(nn.Module):
         delta = (self.lora_B.float() @ self.lora_A.float().flatten(1)).view(self.layer.weight.shape)
         self.layer.weight.copy_(self.layer.weight.float() + delta)
         return self.layer
+
+
+def is_plain_lora(layer: nn.Module, name: str) -> bool:
+    """Whether the adapter `name` of a layer that PEFT wrapped is scale * B A alone, without DoRA's magnitudes or a bias."""
+    return name not in layer.lora_variant and layer.lora_B[name].bias is None
 
 
 def add_lora(denoiser: Denoiser, rank: int, seed: int = 0) -> None:

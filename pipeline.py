@@ -341,6 +341,9 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
         raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
     for key, layer in twin.named_modules():
         if name in getattr(layer, "lora_A", {}):
+            if not models.is_plain_lora(layer, name):
+                remove()
+                raise UserError(f"{shown} is more than B A at {key} (DoRA, or a bias): choose a plain LoRA")
             target, A, B = net.get_submodule(key), layer.lora_A[name], layer.lora_B[name].weight.data
             handles.append(target.register_forward_hook(_branch_hook(A, scale * layer.scaling[name] * B, net)))
     if not handles and not texts:
@@ -364,13 +367,13 @@ def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
     """y + up(down(x)), a forward hook. down: PEFT's layer A, with the geometry of the layer; up: B times its scale."""
     A, B = (t.detach().to(net.device, net.dtype) for t in (down.weight, up))
 
-    def hook(layer, args, y):
+    def style(layer, args, y):
         x = args[0]
         if isinstance(down, nn.Conv2d):
             return y + F.conv2d(F.conv2d(x, A.to(x), None, down.stride, down.padding), B.to(x))
         return y + F.linear(F.linear(x, A.to(x)), B.to(x))
 
-    return hook
+    return style
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,6 +437,7 @@ def write_card(folder: str | Path) -> Path:
             raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --teacher {folder}`")
         config = json.loads((part / "config.json").read_text())
         network, packed = config["_class_name"], config["quantization_config"]
+        pixels = "height={}, width={}, ".format(*(8 * side for side in packed["latent"][1:]))  # not the base's
         table, base, guidance = packed["layers"], packed["base"], packed.get("guidance")
         files, imports = (
             sorted(part.glob("*.safetensors")),
@@ -444,7 +448,7 @@ def write_card(folder: str | Path) -> Path:
     else:
         about = read_run(folder)
         network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
-        guidance = about["network"].get("guidance")
+        guidance, pixels = about["network"].get("guidance"), ""
         files, imports, load = [folder / "model.safetensors"], "import pipeline\n", f'pipeline.load_pipeline("{folder.name}")'
         report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
     call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"
@@ -458,7 +462,7 @@ def write_card(folder: str | Path) -> Path:
         base=base, licence=licence, network=network, mb=size / 1e6, twin=twin / 1e6, ratio=size / twin, metrics=_metrics(report),
         groups=" and ".join(f"groups of {w} (weights), {x} (activations)" for w, x in groups),
         counts=", ".join(f"{n} layers {kind.upper()}" for kind, n in sorted(kinds.items())) + ", the first and last ones 16 bit",
-        use=f'{imports}\npipe = {load}\nimage = pipe("a large red house", num_inference_steps=4, {call}).images[0]',
+        use=f'{imports}\npipe = {load}\nimage = pipe("a large red house", num_inference_steps=4, {pixels}{call}).images[0]',
     )  # fmt: skip
     with checkpoint.atomic(folder / "README.md") as file:
         file.write_text(text)
@@ -498,7 +502,11 @@ def _metrics(report: dict) -> str:
 
 
 def save_pipeline(pipe, out: str | Path) -> None:
-    """save_pretrained and the card."""
+    """save_pretrained and the card. UserError while a style LoRA is on, which is not saved."""
+    net = getattr(pipe, "unet", None) or pipe.transformer
+    hooks = (hook for layer in net.modules() for hook in layer._forward_hooks.values())
+    if any(getattr(hook, "__name__", "") == "style" for hook in hooks):
+        raise UserError("styles are not saved with a pipeline: remove them (call what add_style_lora returned), then save")
     pipe.save_pretrained(out)
     write_card(out)
 

@@ -34,7 +34,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import errors as hub
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -51,7 +51,10 @@ from models import UserError
 
 BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "flux": "black-forest-labs/FLUX.1-dev"}
 PART = {"sdxl": "unet", "flux": "transformer"}  # subfolder of the denoiser
-CM_EXAMPLES = {"sdxl": "latent-consistency/lcm-lora-sdxl", "flux": "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors"}
+CM_EXAMPLES = {
+    "sdxl": "latent-consistency/lcm-lora-sdxl",
+    "flux": "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --phases 8",
+}
 FACTOR = 8  # pixels to a latent
 OF_LIBRARIES = (SafetensorError, SingleFileComponentError)
 
@@ -59,9 +62,11 @@ OF_LIBRARIES = (SafetensorError, SingleFileComponentError)
 def pipeline_class(name: str):
     from transformers.utils import logging  # these imports take seconds, and only SDXL and FLUX need them
 
+    before = logging.get_verbosity()
     logging.set_verbosity_error()  # of image processors that want torchvision, which no part of ours calls
     from diffusers import FluxPipeline, StableDiffusionXLPipeline
 
+    logging.set_verbosity(before)  # a text encoder whose file lacks weights must be heard of
     return {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}[name]
 
 
@@ -81,14 +86,14 @@ def explained(what: str, base: str):
             e = e.__cause__ or e.__context__
         text = " ".join(str(e) for e in chain)
         local = Path(base).exists()
-        if any(isinstance(e, hub.GatedRepoError) for e in chain) or "gated" in text:
+        if any(isinstance(e, hub.GatedRepoError) for e in chain) or "gated repo" in text:
             raise UserError(
                 f"{base} is gated: accept its licence at https://huggingface.co/{base} and run `hf auth login`, then again"
             ) from None
         if any(isinstance(e, SafetensorError) for e in chain) or ("safetensors" in text and "header" in text):
             again = f"copy {base} again" if local else f"run `hf download {base} --force-download`"
             raise UserError(f"{what} of {base} is truncated or damaged: {again}") from None
-        if local:
+        if local or not isinstance(error, OSError):
             first = str(error).strip().split("\n")[0][:200]
             raise UserError(f"{what} could not be read from {base} ({first}): give the folder that `hf download` made") from None
         if os.path.isabs(base) or base.startswith((".", "~")) or base.count("/") != 1:
@@ -111,9 +116,9 @@ def check_folder(name: str, base: str) -> None:
 
 def check_architecture(name: str, net: nn.Module | dict, base: str) -> None:
     """UserError if a network, or its config, is no SDXL UNet or FLUX transformer."""
-    config = net if isinstance(net, dict) else net.config
+    config = net if isinstance(net, dict) else dict(net.config) | {"_class_name": type(net).__name__}
     is_sdxl = config.get("addition_embed_type") == "text_time" and config.get("in_channels") == 4
-    is_flux = "joint_attention_dim" in config and "axes_dims_rope" in config and "cross_attention_dim" not in config
+    is_flux = config.get("_class_name") == "FluxTransformer2DModel" and config.get("in_channels", 64) == 64
     if not {"sdxl": is_sdxl, "flux": is_flux}[name]:
         raise UserError(f"{base} is no {name.upper()} model: choose another --teacher or --model")
 
@@ -142,6 +147,7 @@ def load_network(
                     raise UserError(f"{base} does not exist: give a hub id, a folder or a .safetensors file")
                 with tempfile.TemporaryDirectory() as folder:
                     config = components or official_config(name, Path(folder))
+                    predicts_v = check_file(name, base, components)
                     net = cls.from_single_file(base, config=config, subfolder=PART[name], torch_dtype=dtype)
             else:
                 check_folder(name, base)
@@ -153,7 +159,10 @@ def load_network(
                 else:
                     net = from_pretrained(cls, base, subfolder=PART[name], torch_dtype=dtype)
         check_architecture(name, net, base)
+        check_whole("the denoiser", net, base)
         scheduler = load_scheduler(base if not is_file(base) else components or BASES[name])
+        if is_file(base) and predicts_v and scheduler.get("prediction_type") != "v_prediction":
+            raise UserError(f"{base} predicts v: give --components whose scheduler says so")
     side = latent_side(net, resolution)
     channels = net.config.in_channels if name == "sdxl" else net.config.in_channels // 4
     try:
@@ -162,6 +171,26 @@ def load_network(
         raise UserError(f"the noise schedule of {base} cannot be used: {error}") from None
     denoiser.base = base
     return denoiser.eval().requires_grad_(False)
+
+
+def check_whole(what: str, net: nn.Module, base: str) -> None:
+    """UserError if tensors of a network were not in its files."""
+    if absent := [k for k, v in net.state_dict().items() if v.is_meta]:
+        raise UserError(f"{what} of {base} lacks {absent[0]} and {len(absent) - 1} more tensors: get the whole of it")
+
+
+def check_file(name: str, base: str, components: str) -> bool:
+    """Whether the marks in a single file say that it predicts v. UserError for weights with scales beside them, for EDM's noise
+    schedules, and for a FLUX without guidance whose config was not given."""
+    with safe_open(base, "pt") as file:
+        keys = set(file.keys())
+    if any(key.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) or ".absmax" in key for key in keys):
+        raise UserError(f"the weights in {base} are quantized with scales of their own: give the file in 16 bits (or plain fp8)")
+    if marks := keys & {"edm_mean", "edm_vpred.sigma_max"}:
+        raise UserError(f"{base} has a noise schedule of its own ({min(marks)}): choose another --teacher")
+    if name == "flux" and not components and not any("guidance" in key for key in keys):
+        raise UserError(f"{base} has no input for guidance: give --components black-forest-labs/FLUX.1-schnell, or its own base")
+    return "v_pred" in keys
 
 
 def latent_side(net: nn.Module, resolution: int) -> int:
@@ -198,29 +227,30 @@ def load_scheduler(base: str) -> dict:
 # The consistency LoRA
 
 
-def add_cm(denoiser: models.Denoiser, cm: str) -> None:
-    """Wraps the layers that the LoRA file, folder or hub id `cm` has factors for (scale and alpha inside B). UserError as above,
-    or if none of its layers is in the network."""
+def add_cm(denoiser: models.Denoiser, cm: str, strength: float = 1.0) -> None:
+    """Wraps the layers that the LoRA file, folder or hub id `cm` has factors for (`strength`, scale and alpha inside B). UserError
+    as above, if none of its layers is in the network, or if it is more than B A (DoRA, biases)."""
     from peft.tuners.lora import LoraLayer  # slow
 
     pipeline, part = pipeline_class(denoiser.name), PART[denoiser.name]
-    with explained("the consistency LoRA", cm):
-        options = {"unet_config": denoiser.net.config} if denoiser.name == "sdxl" else {"return_alphas": True}
-        options["use_safetensors"] = True
-        where = cm
-        if not Path(cm).exists() and cm.count("/") > 1 and not cm.startswith(("/", ".")):  # a file of a hub id
-            owner, repository, options["weight_name"] = cm.split("/", 2)
-            where = f"{owner}/{repository}"
-        state, alphas = pipeline.lora_state_dict(where, **options)
+    where, options = cm, {"use_safetensors": True, "return_lora_metadata": True}
+    options |= {"unet_config": denoiser.net.config} if denoiser.name == "sdxl" else {"return_alphas": True}
+    if not Path(cm).exists() and cm.count("/") > 1 and not cm.startswith(("/", ".")):  # a file of a hub id
+        owner, repository, options["weight_name"] = cm.split("/", 2)
+        where = f"{owner}/{repository}"
+    with explained("the consistency LoRA", where):
+        state, alphas, about = pipeline.lora_state_dict(where, **options)
         if not any(k.startswith(part) for k in state):
             raise UserError(f"{cm} has no LoRA for a {part}: choose another --cm")
-        getattr(pipeline, f"load_lora_into_{part}")(state, alphas, denoiser.net, adapter_name="cm")
+        getattr(pipeline, f"load_lora_into_{part}")(state, alphas, denoiser.net, adapter_name="cm", metadata=about)
     found = {k: v for k, v in denoiser.net.named_modules() if isinstance(v, LoraLayer)}
     if not found:
         raise UserError(f"{cm} fits no layer of {denoiser.base or denoiser.name}: choose another --cm or --teacher")
+    if other := next((k for k, v in found.items() if not models.is_plain_lora(v, "cm")), None):
+        raise UserError(f"{cm} is more than B A at {other} (DoRA, or a bias): choose a plain LoRA as --cm")
     for name, layer in found.items():
         A, B, scale = layer.lora_A["cm"].weight, layer.lora_B["cm"].weight, layer.scaling["cm"]
-        denoiser.net.set_submodule(name, models.LoRA.of(layer.get_base_layer(), A.float(), B.float() * scale))
+        denoiser.net.set_submodule(name, models.LoRA.of(layer.get_base_layer(), A.float(), B.float() * scale * strength))
     denoiser.net.peft_config, denoiser.net._hf_peft_config_loaded = {}, False
     denoiser.requires_grad_(False)
 
@@ -244,13 +274,11 @@ def save_cm(path: Path, denoiser: models.Denoiser) -> None:
     checkpoint.write(path, tensors, {})
 
 
-def load_cm(
-    name: str, base: str, cm: str, weights: str = "", components: str = "", resolution: int = 0, dtype=torch.bfloat16, device="cpu"
-) -> models.Denoiser:
+def load_cm(name: str, base: str, cm: str, strength: float = 1.0, weights: str = "", **options) -> models.Denoiser:
     """load_network with its consistency LoRA, switchable by models.as_teacher / as_cm."""
-    denoiser = load_network(name, base, weights, components, resolution, dtype, device)
+    denoiser = load_network(name, base, weights, **options)
     if cm:
-        add_cm(denoiser, cm)
+        add_cm(denoiser, cm, strength)
     elif weights == "random":
         random_cm(denoiser)
     else:
@@ -327,6 +355,7 @@ class VAE:
 
     def __init__(self, name: str, base: str, components: str = "", device="cpu"):
         vae = component(AutoencoderKL, "the VAE", name, base, components, subfolder="vae")
+        check_whole("the VAE", vae, base or BASES[name])
         self.vae, self.device = vae.float().to(device).eval().requires_grad_(False), device
         self.vae.enable_slicing()
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
@@ -368,7 +397,8 @@ def open_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
     """The teacher with its switchable consistency LoRA, on the CPU (random weights: where they are drawn)."""
     if cfg.model in models.TINY:
         return models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
-    network = load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.weights, cfg.components, cfg.resolution, dtype, cfg.device)
+    where = {"components": cfg.components, "resolution": cfg.resolution, "dtype": dtype, "device": cfg.device}
+    network = load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.cm_scale, cfg.weights, **where)
     network.guidance = None if network.guidance is None else cfg.guidance
     return network
 
@@ -415,7 +445,7 @@ def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
     key = {"model": cfg.model, "base": cfg.teacher or cfg.weights or BASES[cfg.model], "components": cfg.components}
     key["files of the base"] = fingerprint(cfg.teacher, cfg.components)
     if draws := alone and cfg.rollout < 1:
-        key |= {"consistency model": cfg.cm, "files of the consistency model": fingerprint(cfg.cm)}
+        key |= {"consistency model": cfg.cm, "its scale": cfg.cm_scale, "files of the consistency model": fingerprint(cfg.cm)}
     return cache.Cache.build(
         folder, source, pictures, text, key, resolution, draw=draw if draws else None, latent=network.latent,
         rank=checkpoint.rank(), world=checkpoint.world(),
@@ -428,7 +458,7 @@ def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
         return models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, dtype)
     denoiser = load_network(cfg.model, cfg.teacher, cfg.weights, cfg.components, cfg.resolution, dtype, cfg.device)
     if cfg.cm:
-        add_cm(denoiser, cfg.cm)
+        add_cm(denoiser, cfg.cm, cfg.cm_scale)
     else:
         models.add_lora(denoiser, cfg.rank, cfg.seed)
     denoiser.guidance = None if denoiser.guidance is None else cfg.guidance

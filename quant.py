@@ -208,10 +208,10 @@ def quantize_weight(
 ) -> GridWeight:
     """Weights (O, K) -> grid. One signature for all roundings.
 
-    H_KK: second moments of the layer's input (K, K), damped by the caller; gptq needs it, rtn weights its search by diag H
-    if it is given. factor: inverse_factor(H_KK, group, taps), to pay for it once when one H serves several calls.
-    search=False takes s and m from the activations' rule. gptq keeps, row by row, the better of itself and rtn in the
-    H-norm sum_o e_o H e_o^T, so it is never worse. Raises ValueError for a bad group, shape, NaN/inf or unusable H."""
+    H_KK: second moments of the layer's input (K, K), damped by the caller; rtn weights its search by diag H if it is
+    given, all others need it. factor: inverse_factor(H_KK, group, taps), to pay for it once when one H serves several calls.
+    search=False takes s and m from the activations' rule. All others keep, row by row, the better of themselves and
+    rtn in the H-norm sum_o e_o H e_o^T, so none is worse. Raises ValueError for a bad group, shape, NaN/inf or unusable H."""
     check_group(group)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
@@ -220,9 +220,9 @@ def quantize_weight(
     K = w_OK.shape[1]
     if H_KK is not None and H_KK.shape != (K, K):
         raise ValueError(f"the Hessian must be {K} x {K} for this weight, got {tuple(H_KK.shape)}")
-    if rounding == "gptq" and factor is None:
+    if rounding != "rtn" and factor is None:
         if H_KK is None:
-            raise ValueError("gptq rounding needs H_KK, the second moments of the layer's input")
+            raise ValueError(f"{rounding} rounding needs H_KK, the second moments of the layer's input")
         factor = inverse_factor(H_KK, group, taps)
 
     w_OGg = pad_taps(w_OK.detach().float(), group, taps).unflatten(1, (-1, group))

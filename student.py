@@ -44,7 +44,7 @@ def factor_bytes(O: int, K: int, rounding: str = "gptq") -> int:
 
 def wants_gradients(cfg) -> bool:
     """Whether ranks or splits use G."""
-    return cfg.hessian == "kron" and (cfg.init == "hgs" or cfg.ranks != "uniform")
+    return cfg.hessian == "kron" and (cfg.init in hgs_lora.READS_G or cfg.ranks != "uniform")
 
 
 def least_bytes(shapes, gradients: bool) -> int:

@@ -2,7 +2,7 @@
 
     python train.py                                        tiny, W4A4, runs/tiny: statistics, ranks, LoRA, distillation, checkpoint
     python train.py --recipe paper                         the paper's TDPT alone
-    python train.py --init zero --targets self,self --rollout 0     QLoRA-style start, self-consistency: the baseline
+    python train.py --init zero --ranks uniform --rounding rtn --rollout 0 --targets self,self --lr 2e-4     a baseline, QLoRA style
     python train.py --bits 16                              the full-precision consistency model, a LoRA on the teacher
     python train.py --stage teacher                        the teacher, from nothing
     python train.py --model sdxl --cm LORA                 the same for SDXL or FLUX, from public weights (pretrained.py)
@@ -10,14 +10,14 @@
 
 Rerunning a command resumes it: everything random in step k is a function of (seed, k), so a killed run ends with the same numbers.
 `torchrun --nproc-per-node 2 train.py ..` splits batch and calibration; statistics and LoRA gradients travel.
-
 A run folder holds what checkpoint.py lists; model.safetensors is the deployed checkpoint, samples/ has its pictures.
 """
 
 import argparse
 import dataclasses
+import inspect
 import os
-import resource
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ import data
 import evaluate
 import hgs_lora
 import kernels
+import memory
 import models
 import pipeline
 import pretrained
@@ -57,10 +58,10 @@ class Config:
     teacher: str = ""  # weights, or where --stage teacher starts; default assets/MODEL.safetensors; sdxl, flux: see pretrained.py
     components: str = ""  # if the teacher is one file: hub id or folder of its configs and tokenizers
     weights: str = ""  # random: the full-size network with random weights, to rehearse
-    cm: str = ""  # consistency LoRA of the teacher; default assets/MODEL-cm.safetensors; sdxl, flux: any that diffusers reads, or
-    # self: train one first; with --bits 16: where to start from
+    cm: str = ""  # consistency LoRA; tiny: default assets/MODEL-cm.safetensors; sdxl, flux: one that diffusers reads, self: make it
+    cm_scale: float = 1.0  # strength of --cm (sdxl, flux), as fuse_lora(lora_scale=..) in the LoRA's own example
     resolution: int = 0  # pixels of sdxl and flux; 0: the base's own (1024)
-    seed: int = 0
+    seed: int = 0  # of everything random
     steps: int = 40  # updates; 0 packs and measures the initialisation; on tiny more than 40 change little (README)
     batch: int = 32  # pictures in an update, over all ranks
     micro: int = 0  # pictures at a time on a rank; 0: all of its share
@@ -68,7 +69,7 @@ class Config:
     memory_limit: str = ""  # such as 24GB: choose micro, checkpointing and where the teacher is so that a GPU of that size will do
     offload: bool = False  # the teacher waits in main memory, its blocks come to the GPU as they are needed
     shard_teacher: bool = False  # torchrun: every rank keeps a part of the teacher (FSDP2)
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda where there is a GPU
     optimizer: str = "adamw"  # adamw; muon: for the matrices inside blocks, what is left by AdamW
     lr: float = 2e-5  # on A, B (LCM-LoRA: 1e-4); cosine to zero
     warmup: int = 10  # updates
@@ -137,16 +138,15 @@ CHOICES = {
 
 
 def parse(argv: list[str]) -> Config:
-    """Defaults < stage < recipe < command line. Unknown flags and abbreviations are refused with exit code 2."""
+    """Defaults < stage < model < recipe < command line. Unknown flags and abbreviations are refused with exit code 2."""
     parser = argparse.ArgumentParser(
         "train.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in dataclasses.fields(Config):
-        flag = "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-        else:
-            parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), default=argparse.SUPPRESS)
+        flag, about = "--" + f.name.replace("_", "-"), {"help": f"{comments[f.name]} [{f.default}]", "default": argparse.SUPPRESS}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": CHOICES.get(f.name)}
+        parser.add_argument(flag, **about, **kind)
     given = vars(parser.parse_args(argv))
     stage = "teacher" if given.get("stage") == "teacher" else "cm" if given.get("bits") == 16 else "student"
     folder = {"out": f"runs/{given.get('model', 'tiny')}" + {"teacher": "-teacher", "cm": "-cm", "student": ""}[stage]}
@@ -160,7 +160,6 @@ def check(cfg: Config) -> None:
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
     real, shard, phases = cfg.model in models.REAL, cfg.shard_teacher, cfg.phases.split(",")
-    shares = cfg.rollout, cfg.jitter, cfg.split
     known = {"fp", "self", "teacher", "anchor" if cfg.bits == 4 or cfg.rollout == 1 else "fp"}
     points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
     for wrong, message in (
@@ -168,7 +167,7 @@ def check(cfg: Config) -> None:
         (cfg.device == "cuda" and not (torch.cuda.is_available() or cfg.dry_run), "torch finds no CUDA device: give --device cpu"),
         (cfg.batch % world(), f"--batch {cfg.batch} does not divide among {world()} ranks"),
         (cfg.calibration < world(), f"--calibration {cfg.calibration} leaves some of {world()} ranks without a caption: give more"),
-        (not all(0 <= share <= 1 for share in shares), f"--rollout, --jitter and --split must be from 0 to 1, got {shares}"),
+        (not all(0 <= x <= 1 for x in (cfg.rollout, cfg.jitter, cfg.split)), "--rollout, --jitter and --split must be from 0 to 1"),
         (min(cfg.micro, cfg.gradient_captions) < 0, "--micro and --gradient-captions must be at least 0"),
         (cfg.grid > 1000 and "flux" not in cfg.model, f"--grid {cfg.grid} is more than a noise schedule's 1000: choose fewer"),
         (cfg.edges > cfg.grid, f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer"),
@@ -177,6 +176,9 @@ def check(cfg: Config) -> None:
         (set(cfg.targets.split(",")) - known or cfg.targets.count(",") != 1,
          f"--targets {cfg.targets} must be EARLY,LATE, each of anchor (4 bits only), fp, self, teacher"),
         (cfg.stage == "teacher" and real, "--stage teacher trains tiny and tiny-flux: sdxl and flux have public teachers"),
+        (not real and cfg.eval_n < 2, "--eval-n must be at least 2: a Frechet distance needs a covariance"),
+        (not real and any((cfg.weights, cfg.resolution, cfg.components, cfg.cache, cfg.memory_limit, cfg.cm_scale != 1)),
+         "--weights, --resolution, --components, --cache, --memory-limit and --cm-scale are for sdxl and flux: leave them out"),
         (cfg.export and (not real or cfg.deploy == "merged"), "--export lora needs sdxl or flux and --deploy branch"),
         (cfg.bits == 16 and (shard or cfg.offload), "--offload and --shard-teacher are for 4-bit students: leave them out"),
         (shard and cfg.trajectory == "teacher",
@@ -210,7 +212,7 @@ def rollout_start(cfg: Config, gen: torch.Generator, network: models.Denoiser, e
 def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], network: models.Denoiser, examples, anchor=None):
     """4. TDPT mixed with on-policy rollouts, on `params`. `network` is the teacher and the fp consistency model, by switch."""
     path, mine, cache = network.path, slice(rank(), None, world()), None
-    null = examples.null() if network.guidance is None else {}  # FLUX has its guidance as an input
+    null = {} if network.name == "flux" else examples.null()  # FLUX has its guidance as an input, [schnell] none
     null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
     guide = tdpt.guided(models.as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
     fp, grid, targets = models.as_cm(network), path.grid(cfg.grid, cfg.device), cfg.targets.split(",")
@@ -331,7 +333,7 @@ def main(argv: list[str]) -> None:
             first = "--bits 16 --rollout 1 --trajectory teacher --targets fp,fp --no-offload --no-shard-teacher".split()
             cached = ["--cache", f"{Path(cfg.cache)}-cm"] if cfg.cache else []
             main([*argv, *first, "--cm", "", "--export", "", "--out", str(out / "cm"), *cached])
-        cfg = dataclasses.replace(cfg, cm=str(path))
+        cfg = dataclasses.replace(cfg, cm=str(path), cm_scale=1.0)
     files = pretrained.fingerprint(cfg.teacher, cfg.cm, cfg.components)
     checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": "", "files of teacher and cm": files}, leader=rank() == 0)
     cfg = pretrained.planned(cfg) if cfg.model in models.REAL else cfg
@@ -341,9 +343,7 @@ def main(argv: list[str]) -> None:
         (train_cm if cfg.bits == 16 else train_student)(cfg, out)
     if world() > 1:
         dist.barrier()  # a rank that leaves early would break the others' last exchange
-    cuda = torch.cuda.max_memory_allocated() if cfg.device == "cuda" else 0
-    peak = cuda or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{time.time() - began:.0f} seconds, peak memory {peak / 1e9:.2f} GB")
+    print(f"{time.time() - began:.0f} seconds, peak memory {memory.peak(cfg.device) / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_amounts_of_memory_are_decimal_unless_they_say_otherwise():
 def test_live_follows_storages_not_tensors():
     """Catches: views and in-place results counted again, freed memory that stays, parameters that count."""
     layer = nn.Linear(256, 256)
-    with memory.Live(layer) as live, torch.no_grad():
+    with memory.AliveStorages(layer) as live, torch.no_grad():
         a = torch.zeros(1000)
         b = a.view(10, 100)[1:]
         a.add_(1)

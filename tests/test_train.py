@@ -3,6 +3,7 @@
 Quality is not judged here (README has it); that nothing is lost, and that what is drawn is what was trained, is.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -21,9 +22,12 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
+import hgs_lora
 import kernels
 import models
+import quant
 import sample
+import student
 import tdpt
 import teacher
 import train
@@ -399,6 +403,10 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--model flux --export lora --deploy merged", "needs sdxl or flux and --deploy branch"),
         ("--bits 16 --offload --targets fp,fp", "leave them out"),
         ("--shard-teacher", "start them with `torchrun"),
+        ("--eval-n 1", "--eval-n must be at least 2"),
+        ("--weights random", "are for sdxl and flux: leave them out"),
+        ("--memory-limit 24GB", "are for sdxl and flux: leave them out"),
+        ("--cm-scale 0.125", "are for sdxl and flux: leave them out"),
     ],
 )
 def test_bad_flags_are_one_sentence(weights, tmp_path, capsys, flags, says):
@@ -449,6 +457,35 @@ def test_a_run_folder_of_another_configuration_is_not_overwritten(weights, finis
     assert (finished / "state.safetensors").read_bytes() == before
 
 
+def test_a_run_goes_on_with_less_at_a_time(weights, finished, tmp_path, monkeypatch):
+    """Catches advice on full memory (--micro, --memory-limit) that a begun run then refuses, and with it its start and updates."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at(2, patch)
+        run(weights, tmp_path / "r")
+    start = (tmp_path / "r" / "start.safetensors").read_bytes()
+    run(weights, tmp_path / "r", "--micro 1 --checkpointing --hessian-mb 64 --save-every 3 --eval-n 8")
+    assert (tmp_path / "r" / "start.safetensors").read_bytes() == start
+    assert losses(tmp_path / "r")[:2] == losses(finished)[:2]
+    for (_, a), (_, b) in zip(losses(tmp_path / "r"), losses(finished), strict=True):
+        assert abs(a - b) < 2e-2 * abs(b)  # sums in another order
+
+
+def test_a_rounding_and_an_initialisation_of_ones_own_are_one_line_each(weights, tmp_path, monkeypatch):
+    """Catches names that are asked for where the table should be: a new rounding without H, a new start that is denied G."""
+    monkeypatch.setitem(quant.ROUNDINGS, "mine", quant.round_gptq)
+    monkeypatch.setitem(hgs_lora.METHODS, "mine", hgs_lora.hgs)
+    monkeypatch.setattr(hgs_lora, "READS_G", hgs_lora.READS_G | {"mine"})
+    monkeypatch.setitem(train.CHOICES, "rounding", tuple(quant.ROUNDINGS))
+    monkeypatch.setitem(train.CHOICES, "init", tuple(hgs_lora.METHODS))
+    network = models.load_cm("tiny", *weights.split()[3::2])
+    cond = data.Live(data.source(""), network).conditions(2, data.step_generator(0, 0), slice(None))
+    x_T, base, built = torch.randn(2, *network.latent, generator=data.step_generator(1, 0)), models.fuse(network), []
+    for names in ("--rounding gptq --init hgs", "--rounding mine --init mine"):
+        cfg = train.parse(f"{QUICK} {weights} --iters 2 {names}".split())
+        built.append(student.build(cfg, copy.deepcopy(base), cond, x_T)[0].state_dict())
+    assert all(torch.equal(built[0][key], built[1][key]) for key in built[0])
+
+
 def test_nan_in_the_data_stops_the_run_and_keeps_the_last_state(weights, finished, tmp_path, monkeypatch, capsys):
     """Catches NaN that reaches the checkpoint."""
     out = tmp_path / "nan"
@@ -487,6 +524,15 @@ def test_dry_run_prints_every_field_and_touches_nothing(tmp_path, capsys):
     train.main(["--dry-run", "--out", str(tmp_path / "r")])
     printed = capsys.readouterr().out
     assert all(f.name in printed for f in dataclasses.fields(train.Config)) and not (tmp_path / "r").exists()
+
+
+def test_help_explains_every_flag(capsys):
+    """Catches a field whose comment is not on its line, and so not in --help."""
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = re.sub(r"\s+", " ", capsys.readouterr().out.split("options:")[1])
+    for f in dataclasses.fields(train.Config):
+        assert re.search(rf"--{f.name.replace('_', '-')}\b.{{8,300}}? \[{re.escape(str(f.default))}\]", said), f.name
 
 
 # ------------------------------------------------------------------------------------------------ promises about the code
