@@ -28,6 +28,7 @@ import json
 import platform
 import random
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -360,6 +361,12 @@ def plot(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def keep(rows: list[dict], args: argparse.Namespace) -> None:
+    """--json so far: a part that is stopped leaves what it measured."""
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
 def bench_kernels(args: argparse.Namespace) -> list[dict]:
     cuda = args.device == "cuda"
     shapes = QUICK if args.quick else SDXL + (FLUX if cuda else FLUX_CPU)
@@ -373,9 +380,7 @@ def bench_kernels(args: argparse.Namespace) -> list[dict]:
             continue
         print(f"{model} {kind} {M} x {K} x {N}", file=sys.stderr)
         torch.compiler.reset()
-        rows += measure(Layer(kind, M, K, N, args.device, torch.bfloat16), chosen, args.rounds, cuda)
-        if args.json:
-            Path(args.json).write_text(json.dumps(rows, indent=1))  # so far
+        keep(rows := rows + measure(Layer(kind, M, K, N, args.device, torch.bfloat16), chosen, args.rounds, cuda), args)
     print("\n".join(table(rows)))
     print(f"\n{about(args)}; median of {args.rounds} rounds; peak memory {memory.peak('cpu') / 1e9:.1f} GB")
     if args.plot:
@@ -416,6 +421,8 @@ def networks(args: argparse.Namespace, part: str) -> tuple[nn.Module, nn.Module]
     if not part:
         dense, packed = (models.wrap(args.model, net) for net in (dense, packed))
     hgs_lora.set_backend(packed, "native")
+    for _, layer in hgs_lora.packed_layers(packed) if args.lora_bits == 8 else ():
+        layer.store_8bit()  # as checkpoints of SDXL and FLUX are: factors and scales are computed in every call
     return dense, packed
 
 
@@ -454,7 +461,8 @@ def compiled_denoiser(denoiser: models.Denoiser) -> models.Denoiser:
 
 
 class Graphed:
-    """A denoiser whose step is a CUDA graph, one for each shape: the kernels without the time that Python takes to launch them."""
+    """A denoiser whose step is a CUDA graph, one for each shape and dtype: the kernels without the time that Python takes to launch
+    them."""
 
     def __init__(self, denoiser: models.Denoiser):
         self.denoiser, self.path, self.graphs = denoiser, denoiser.path, {}
@@ -476,9 +484,10 @@ class Graphed:
 
     def __call__(self, x, t, s, cond) -> torch.Tensor:
         inputs = {"x": x, "t": t, "s": s, **cond}
-        if x.shape not in self.graphs:
-            self.graphs[x.shape] = self.capture(inputs, cond)
-        graph, mine, y = self.graphs[x.shape]
+        key = tuple((v.shape, v.dtype) for v in inputs.values())
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(inputs, cond)
+        graph, mine, y = self.graphs[key]
         for k, v in inputs.items():
             mine[k].copy_(v)
         graph.replay()
@@ -517,16 +526,17 @@ def bench_model(args: argparse.Namespace) -> list[dict]:
             fast = {name: torch.compile(net) if part else graphed(compiled_denoiser(net)) for name, net in nets.items()}
             nets |= {f"{name}_compiled": net for name, net in fast.items()}
         rows += timed(part or "one step", {k: lambda net=net: lambda: net(*x[0], **x[1]) for k, net in nets.items()}, nets, args)  # noqa: B023
+        keep(rows, args)
         if whole:
-            rows += throughput(nets, args)
+            keep(rows := rows + throughput(nets, args), args)
         if args.compile and large:
             for net in nets.values():
                 net.net.compile_repeated_blocks()
             nets |= {f"{name}_compiled": graphed(net) for name, net in nets.items()}
             calls = {k: lambda net=net: lambda: net(*x[0]) for k, net in nets.items() if k.endswith("compiled")}  # noqa: B023
-            rows += timed("one step", calls, nets, args)
+            keep(rows := rows + timed("one step", calls, nets, args), args)
         if whole:
-            rows += timed("a picture", generations(nets, args), nets, args)
+            keep(rows := rows + timed("a picture", generations(nets, args), nets, args), args)
     print("\n".join(model_table(rows)))
     print(f"\n{args.model}, rank {args.rank}; {about(args)}; median of {args.rounds} rounds")
     return rows
@@ -622,12 +632,13 @@ def bench_costs(args: argparse.Namespace) -> list[dict]:
             calls, _ = prepare({"bf16": lambda: lambda: dense(x), "ours": lambda: lambda: packed(x)}, cuda)  # noqa: B023
             for name, times in interleave(calls, args.rounds, cuda).items():
                 rows.append({"sweep": sweep, "shape": [M, K, N], "rank": r, "impl": name, **times})
+            keep(rows, args)
     lines = ["| | M x K x N, rank | bf16 ms | ours ms | times bf16 |", "|---|---|---|---|---|"]
-    for sweep, points in SWEEPS.items():
-        of = {name: [r["median_ms"] for r in rows if r["sweep"] == sweep and r["impl"] == name] for name in ("bf16", "ours")}
+    for sweep in SWEEPS:
+        points, of = measured(rows, sweep)
         for (M, K, N, r), dense, packed in zip(points, of["bf16"], of["ours"], strict=True):
             lines.append(f"| {sweep} | {M} x {K} x {N}, {r} | {dense:.2f} | {packed:.2f} | {dense / packed:.2f} |")
-        bf16, ours = (slope(sizes(sweep), of[name], log=sweep != "rank") for name in ("bf16", "ours"))
+        bf16, ours = (slope(sizes(sweep, points), of[name], log=sweep != "rank") for name in ("bf16", "ours"))
         lines.append(f"| {sweep} | {'ms a rank' if sweep == 'rank' else 'exponent'} | {bf16:.3f} | {ours:.3f} | |")
     print("\n".join(lines))
     print(f"\n{about(args)}; median of {args.rounds} rounds")
@@ -636,8 +647,15 @@ def bench_costs(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def sizes(sweep: str) -> list[int]:
-    return [point[{"tokens": 0, "width": 1, "rank": 3}[sweep]] for point in SWEEPS[sweep]]
+def measured(rows: list[dict], sweep: str) -> tuple[list[tuple], dict[str, list[float]]]:
+    """The points of a sweep that both sides have (memory may not have sufficed), and their times in ms."""
+    ms = {(r["impl"], *r["shape"], r["rank"]): r["median_ms"] for r in rows if r["sweep"] == sweep}
+    points = [point for point in SWEEPS[sweep] if ("bf16", *point) in ms and ("ours", *point) in ms]
+    return points, {name: [ms[name, *point] for point in points] for name in ("bf16", "ours")}
+
+
+def sizes(sweep: str, points: list[tuple]) -> list[int]:
+    return [point[{"tokens": 0, "width": 1, "rank": 3}[sweep]] for point in points]
 
 
 def slope(x: list[float], y: list[float], log: bool) -> float:
@@ -656,10 +674,10 @@ def plot_costs(rows: list[dict], file: Path) -> None:
     figure, axes = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 3.5))
     for axis, sweep in zip(axes, SWEEPS, strict=True):
         for name in ("bf16", "ours"):
-            ms = [r["median_ms"] for r in rows if r["sweep"] == sweep and r["impl"] == name]
-            value = slope(sizes(sweep), ms, log=sweep != "rank")
+            points, of = measured(rows, sweep)
+            value = slope(sizes(sweep, points), of[name], log=sweep != "rank")
             label = f"{name}, {value:.3f} ms a rank" if sweep == "rank" else f"{name}, exponent {value:.2f}"
-            axis.plot(sizes(sweep), ms, marker="o", label=label)
+            axis.plot(sizes(sweep, points), of[name], marker="o", label=label)
         if sweep != "rank":
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
@@ -727,9 +745,9 @@ def about(args: argparse.Namespace) -> str:
 def gpu_jobs(out: Path, runs: Path) -> dict[str, str]:
     """Name -> command of each part of `bench.py gpu`, the shortest first. Rows go to `out`, run folders to `runs`."""
     rows = {"kernels": "kernels", "tiny": "model --model tiny", "costs": "costs", "train": "train"}
-    rows |= {model: f"model --model {model} --rounds 5" for model in ("sdxl", "flux")}
+    rows |= {model: f"model --model {model} --rounds 5 --lora-bits 8" for model in ("sdxl", "flux")}
     jobs = {"layers": "benchmarks/gpu_layers.py", "tests": "-m pytest -q -m gpu"}
-    jobs |= {name: f"bench.py {job} --device cuda --json {out}/{name}.json" for name, job in rows.items()}
+    jobs |= {name: f"bench.py {job} --device cuda --json {shlex.quote(str(out))}/{name}.json" for name, job in rows.items()}
     for model in ("sdxl", "flux"):  # statistics, ranks, split, 20 updates, packing, reloading, 4 steps, all with random weights
         flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --data {runs}/prompts.txt"
         jobs[f"train-{model}"] = f"train.py {flags} --out {runs}/{model}"
@@ -742,7 +760,7 @@ def bench_gpu(args: argparse.Namespace) -> list[str]:
     with tempfile.TemporaryDirectory() as runs:  # gigabytes, of which nothing is kept
         prompts = "\n".join(f"{n} red houses by a river" for n in range(16))  # our own list takes minutes
         (Path(runs) / "prompts.txt").write_text(prompts)
-        return run_parts(gpu_jobs(Path(args.out), Path(runs)), args)
+        return run_parts(gpu_jobs(Path(args.out).resolve(), Path(runs)), args)
 
 
 def run_parts(jobs: dict[str, str], args: argparse.Namespace) -> list[str]:
@@ -755,10 +773,12 @@ def run_parts(jobs: dict[str, str], args: argparse.Namespace) -> list[str]:
         if args.parts and name not in args.parts.split(","):
             continue
         print(f"\n## python {job}\n", flush=True)
+        (out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
         with open(out / f"{name}.txt", "w") as file:
-            command = dict(args=[sys.executable, *job.split()], stdout=file, stderr=subprocess.STDOUT, cwd=Path(__file__).parent)
+            argv, where = [sys.executable, *shlex.split(job)], Path(__file__).parent
+            about = dict(stdout=file, stderr=subprocess.STDOUT, cwd=where)
             try:
-                end = f"exit code {subprocess.run(**command, timeout=60 * args.minutes).returncode}"
+                end = f"exit code {subprocess.run(argv, **about, timeout=60 * args.minutes).returncode}"
             except subprocess.TimeoutExpired:
                 end = f"stopped after {args.minutes} minutes"
         text = (out / f"{name}.txt").read_text().splitlines()
@@ -801,10 +821,11 @@ def main(argv: list[str]) -> list:
     cli.add_argument("--plot", default="", metavar="PNG")
     cli = clis["model"]
     cli.add_argument("--model", choices=tuple(CONDITION), default="tiny")
-    cli.add_argument("--weights", choices=("random",), default="random", help="random: the speed does not depend on them")
     cli.add_argument("--rank", type=int, default=16)
+    cli.add_argument("--lora-bits", type=int, choices=(8, 16), default=16, help="8: the form of SDXL's and FLUX's checkpoints")
     cli.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, as CUDA graphs")
     cli = clis["train"]
+    cli.set_defaults(lora_bits=16)
     cli.add_argument("--model", choices=tuple(CONDITION), default="tiny")
     cli.add_argument("--rank", type=int, default=16)
     cli.add_argument("--batch", type=int, default=32)

@@ -18,9 +18,9 @@ when the file is read. What train.py can make again it makes again, and says so:
 one it was trained from, and refuses any other), cached trajectories, config.json, and at its end the model. Instead of a
 damaged state it takes the previous one. Where that is damaged too, and in sample.py and evaluate.py, a UserError names the file.
 
-Signals. SIGTERM or Ctrl-C during training: the micro-batch is finished, the update too if that was its last one, on all ranks (a
-sharded teacher's finish every update), the state saved, the process ends with code 0 (SIGTERM) or 130 (Ctrl-C); elsewhere,
-and when it comes a second time, it ends at once. The same command goes on from there.
+Signals. SIGTERM or Ctrl-C during training: the current micro-batch ends, on all ranks. If it was the last of its update, the
+update is made, else it is given up (with --shard-teacher it is always finished). Then the state is saved and the process ends
+with code 0 (SIGTERM) or 130 (Ctrl-C). At any other time, or at the second signal, it ends at once. The same command goes on.
 """
 
 import contextlib

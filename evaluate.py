@@ -4,7 +4,8 @@
     python evaluate.py --train-reader assets/reader.safetensors          makes the classifier that ships
 
     Frechet    |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) in 128 features of a small classifier, torchmetrics' implementation,
-               against 4,096 rendered scenes of other seeds. No relation to Inception FID: compare rows of one table only.
+               against 4,096 rendered scenes of other seeds (train.py's last lines: 2,048). No relation to Inception FID: compare
+               rows of one table only.
     accuracy   share of pictures whose every attribute (shape, colour, size, pattern of every object, at its place, and the
                background) is read back by that classifier as the prompt has it.
     psnr       mean over pictures of 10 log10(4 / MSE) dB, values in [-1, 1], to the fp CM's picture from the same noise.
@@ -57,7 +58,7 @@ class Reader(nn.Module):
         return self.trunk(pictures)
 
     def heads(self, features):
-        """[shape, color, size, pattern logits (B, P, n)], background (B, 3), texture (B, 2)."""
+        """[shape, color, size, pattern logits (B, P, n)], background (B, 3), texture (B, 3)."""
         at_place = self.objects(features).view(len(features), len(data.PLACES), -1)
         return at_place.split(self.GROUPS, -1), self.background(features), self.texture(features)
 

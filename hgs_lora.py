@@ -465,7 +465,7 @@ class W4A4Linear(PackedLayer):
 
 
 class W4A16Linear(W4A4Linear):
-    """4-bit weight, activations as they are (AdaLN modulation). The straight-through gradient is the exact one here."""
+    """4-bit weight, activations as they are (models.precision). The straight-through gradient is the exact one here."""
 
     def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
         return self._kernel(kernels.w4a16_linear)(self._smoothed(x), self.packed, self.bias, A_rI, B_Or)

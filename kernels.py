@@ -42,6 +42,7 @@ import functools
 import hashlib
 import math
 import os
+import shlex
 import subprocess
 import tempfile
 import time
@@ -241,7 +242,8 @@ def im2col(X_NHWC: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int]
     X = X_NHWC.view(torch.int32)  # four codes at once; the view also stops Inductor from quantizing inside of the gather
     X = F.pad(X, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     windows = X.unfold(1, kernel_size[0], stride[0]).unfold(2, kernel_size[1], stride[1])  # N, H', W', C, kh, kw
-    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3).view(torch.int8)
+    windows = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+    return windows.contiguous().view(torch.int8)  # windows that lie in one row are a view: _int_mm misreads rows that overlap
 
 
 def w4a16_linear(
@@ -299,8 +301,14 @@ def _in_cpp(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, *geometry) 
     return torch.ops.cmquant.w4a4(x_NHWC.contiguous(), *operands, pw.group, group_x, per_sample, *geometry)
 
 
+def _check_channels(channels: int, pw: PackedWeight) -> None:
+    if channels != pw.channels:  # kernels by hand would read beyond the factors of the branch
+        raise ValueError(f"x has {channels} channels, its weight {pw.channels}")
+
+
 def native_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16, run=_in_cpp) -> Tensor:
     """w4a4_linear by hand: run is kernels.cpp's or kernels_triton's, for which its rows are pictures of one pixel."""
+    _check_channels(x.shape[-1], pw)
     pixels = x.reshape(math.prod(x.shape[:-1]), 1, 1, x.shape[-1])
     y = run(pixels, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, False, (1, 1), (1, 1), (0, 0))
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -311,6 +319,7 @@ def native_conv2d(
     kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), run=_in_cpp,
 ) -> Tensor:  # fmt: skip
     """w4a4_conv2d by hand."""
+    _check_channels(x_NCHW.shape[1], pw)
     geometry = (kernel_size, stride, padding)
     x_NHWC = x_NCHW.permute(0, 2, 3, 1)
     return run(x_NHWC, pw, bias, lora_A_rK, lora_B_Or, inv_smooth_I, group_x, True, *geometry).permute(0, 3, 1, 2)
@@ -328,7 +337,7 @@ def load_native() -> bool:
     compiler = os.environ.get("CXX", "c++")
     flags = ["-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fopenmp", "-std=c++20", "-fPIC", "-shared"]
     about = (source.read_bytes(), compiler, flags, torch.__version__, sorted(CPU.items()))
-    library = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cmquant")
+    library = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cmquant")
     library /= f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
@@ -336,7 +345,8 @@ def load_native() -> bool:
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # several processes may build at once
                 paths = [f"-I{path}" for path in cpp_extension.include_paths()]
                 paths += [f"-L{path}" for path in cpp_extension.library_paths()]
-                command = [compiler, *flags, *paths, str(source), "-o", f"{folder}/kernels.so", "-lc10", "-ltorch_cpu"]
+                paths += [str(source), "-o", f"{folder}/kernels.so", "-lc10", "-ltorch_cpu"]
+                command = [*shlex.split(compiler), *flags, *paths]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 os.replace(f"{folder}/kernels.so", library)
         torch.ops.load_library(library)

@@ -355,6 +355,11 @@ def main_memory(fp: Footprint, plan: Plan, factors: int, on_cpu: bool) -> int:
     return waiting + (factors if factors > plan.statistics // 2 else 0)
 
 
+def widest_factors(fp: Footprint, rounding: str) -> int:
+    """Bytes of the factors of the layer whose split holds most."""
+    return max(factor_bytes(*shape, rounding) for shape in fp.layers)
+
+
 def available() -> float:
     """Bytes of main memory that are free or can be freed (Linux); infinity where the system does not tell."""
     try:
@@ -428,9 +433,10 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str =
 def report(
     model: str, rank: int = 16, batch: int = 8, limit: str = "", world: int = 1, teacher: str = "resident", micro_batch: int = 1,
     checkpointing: bool = False, group_w: int = 64, build=None, shapes=None, fp: Footprint | None = None, statistics: int = 0,
-    lora_bits: int = 8, merged: bool = False, training: bool = True,
+    lora_bits: int = 8, merged: bool = False, training: bool = True, rounding: str = "gptq", on_cpu: bool = False,
 ) -> None:  # fmt: skip
-    """Print the table of layers, the planned peak of training and, last, `memory_ratio: 0.xxx`, of the merged network if `merged`.
+    """Print the table of layers, the planned peak of training, what it needs of main memory and disk, and, last, `memory_ratio:
+    0.xxx`, of the merged network if `merged`.
 
     limit: such as 24GB; "" plans what micro_batch, checkpointing and teacher say. build: () -> network on the meta device and
     shapes: (latent, tokens), where the network is not the one of models.NETWORKS; fp: its Footprint. training=False: no plan.
@@ -443,13 +449,21 @@ def report(
     if training:
         fp = fp or Footprint(build, *shapes, rank, group_w=group_w)
         statistics = 0 if fp.trains == "cm" else statistics or (None if limit else min(STATISTICS, fp.most))
-        fixed = None if limit else plan(fp, batch, micro_batch, checkpointing, teacher, world, statistics)
-        print(f"{fixed or choose(parse_bytes(limit), fp, batch, world, teacher, statistics)}\n")
+        if limit:
+            made = choose(parse_bytes(limit), fp, batch, world, teacher, statistics)
+        else:
+            made = plan(fp, batch, micro_batch, checkpointing, teacher, world, statistics)
+        print(made)
+        if made.statistics:
+            print(f"  main memory for the start       {main_memory(fp, made, widest_factors(fp, rounding), on_cpu) / 1e9:8.3f} GB")
+        print(f"  disk, without the cache         {fp.files / 1e9:8.3f} GB\n")
     print(f"memory_ratio: {ratio(without if merged else rows):.3f}")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("memory.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "memory.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", choices=tuple(SHAPES), default="tiny-flux")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)

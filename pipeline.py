@@ -182,13 +182,14 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> models.Denoiser:
     return denoiser
 
 
-def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype: torch.dtype | None = None, base: str = ""):
+def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False, dtype: torch.dtype | None = None, base: str = ""):
     """StableDiffusionXLPipeline or FluxPipeline with the packed denoiser and a scheduler for few steps.
 
     folder: a run folder of train.py, whose other components come from the base that it names (`base`: another copy of it, a
     hub id, folder or single file), or a pipeline folder of save_pretrained. dtype: of everything that is not packed; default
-    bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser; without it a run whose layers were
-    compiled takes kernels.cpp on a CPU. UserError with what to do."""
+    bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser (minutes, at the first call), in the mode
+    that is named, if one is: "reduce-overhead" makes CUDA graphs. Layers that a run compiled one by one are those of kernels.cpp on
+    a CPU. UserError with what to do."""
     folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
     dtype = dtype or (models.FAST if on_cpu else torch.bfloat16)
     if (folder / "model_index.json").is_file():
@@ -212,13 +213,10 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool = False, dtype
             pipe = read_base(cls, base, torch_dtype=dtype, scheduler=scheduler, **{part: denoiser.net})
     pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
     pipe.to(device)
-    stored = quantization_config(getattr(pipe, part)).backend
-    if compile and (on_cpu or stored == "eager"):
-        hgs_lora.set_backend(getattr(pipe, part), "compile")
-    elif stored == "compile" and on_cpu:
+    if on_cpu and quantization_config(getattr(pipe, part)).backend == "compile":
         hgs_lora.set_backend(getattr(pipe, part), "native")
     if compile:
-        getattr(pipe, part).compile()
+        getattr(pipe, part).compile(mode=compile if isinstance(compile, str) else None)
     return pipe
 
 

@@ -509,6 +509,7 @@ def dry_run(cfg) -> None:
     memory.report(
         cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), teacher_of(cfg), micro, cfg.checkpointing,
         cfg.group_w, build, shapes, fp, statistics_bytes(cfg, fp) or 0, cfg.lora_bits, cfg.deploy == "merged",
+        rounding=cfg.rounding, on_cpu=cfg.device == "cpu",
     )  # fmt: skip
 
 
@@ -546,7 +547,7 @@ def planned(cfg):
     if checkpoint.rank() == 0:
         print(plan)
     if plan.statistics:
-        factors = max(student.factor_bytes(*shape, cfg.rounding) for shape in fp.layers)
+        factors = memory.widest_factors(fp, cfg.rounding)
         need, there = memory.main_memory(fp, plan, factors, cfg.device == "cpu"), memory.available()
         if checkpoint.rank() == 0:
             print(f"  main memory for the start       {need / 1e9:8.3f} GB")

@@ -166,7 +166,6 @@ def main():
     print(f"{'ranks, budget of uniform 16':26s}" + "".join(f"{m:>11s}" for m in table))
     for name in shapes:
         print(f"{name:26s}" + "".join(f"{ranks[name]:11d}" for ranks in table.values()))
-    budget = parameters(table["uniform"], shapes)
     budget, spent = parameters(table["uniform"], shapes), {m: parameters(r, shapes) for m, r in table.items()}
     print(f"{'share of the budget':26s}" + "".join(f"{v / budget:11.1%}" for v in spent.values()))
     for m in ("spectrum", "qra"):

@@ -5,9 +5,13 @@
     3. W ~ Q + B A                                                                                     hgs_lora.py
 
 Scale [O]. All H of SDXL take 60 GB in float64, all G 55, so layers are worked on in slices, each with its own passes over the
-calibration captions. `--hessian-mb` bounds what statistics and factors hold at a time: half of it the float64 sums of H, which
-stay in float32 (a quarter) while the other half takes the sums of G, and then (G in float32, a quarter) the factors of one
-layer. A layer whose factors need more than that (factor_bytes) is split on the CPU. Ranks weigh all layers against each other, so
+calibration captions. `--hessian-mb` bounds what statistics and factors hold at a time:
+
+    passes for H    1/2 its float64 sums, which end as float32: 1/4
+    passes for G    1/4 H, 1/2 the float64 sums of G, which end as float32: 1/4
+    split           1/4 H, 1/4 G, 1/2 the factors of one layer
+
+A layer whose factors need more than that (factor_bytes) is split on the CPU. Ranks weigh all layers against each other, so
 the slices are gone through twice, for the spectra and for the splits; where one slice holds everything its statistics stay for
 the second time. The network itself is changed at the very end, since later slices are measured on it; until then the packed
 layers wait in main memory.

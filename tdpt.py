@@ -277,7 +277,7 @@ def tdpt_loss(
     targets (early, late), each of anchor, fp, self, teacher: (anchor, fp) is the paper's, (self, self) PCM / LCM-style,
     (fp, fp) plain distillation. always: see phased_target.  info: detached per-sample loss_B, early_B (bool), t_B.
     """
-    networks = {"anchor": anchor, "fp": fp, "self": student, "teacher": teacher_guided}  # change this to try yours
+    networks = {"anchor": anchor, "fp": fp, "self": student, "teacher": teacher_guided}  # change this (and `known` in train.check)
     if bad := [name for name in targets if networks.get(name) is None]:
         raise ValueError(f"no network for targets {bad}: there are {[k for k in networks if networks[k] is not None]}")
     t = grid[idx]

@@ -45,7 +45,7 @@ def test_rounds_run_everything_once_in_an_order_that_changes_and_can_be_had_agai
     assert rounds[:8] == rounds[8:] and len({tuple(order) for order in rounds}) > 3
 
 
-OPTIONS = argparse.Namespace(model="tiny", rank=4, device="cpu", rounds=1, compile=False)
+OPTIONS = argparse.Namespace(model="tiny", rank=4, device="cpu", rounds=1, compile=False, lora_bits=16)
 
 
 def test_the_networks_that_are_compared_have_the_same_architecture_and_the_packed_one_fewer_bytes():
@@ -85,6 +85,25 @@ def test_peak_growth_sees_a_buffer_that_is_gone_after_the_call():
     """Catches a measure of what stays rather than of the peak."""
     growth = bench.peak_growth(lambda: torch.ones(50_000_000).sum(), cuda=False)
     assert growth is None or 190 < growth < 260
+
+
+def test_the_deployed_form_is_what_lora_bits_8_measures():
+    """Catches a benchmark of layers whose factors nothing has to compute."""
+    _, packed = bench.networks(argparse.Namespace(**vars(OPTIONS) | {"lora_bits": 8}), "")
+    layers = [layer for _, layer in hgs_lora.packed_layers(packed)]
+    assert {layer.lora_A.dtype for layer in layers} == {torch.int8} and {layer.scale_O.dtype for layer in layers} == {torch.uint8}
+    with torch.inference_mode():
+        assert packed(*bench.step_inputs(packed, 1, "cpu")).isfinite().all()
+
+
+def test_a_point_that_one_side_lacks_is_left_out():
+    """Catches a sweep of half an hour that is lost because memory did not suffice for one of its points."""
+    points = bench.SWEEPS["rank"]
+    rows = [{"sweep": "rank", "shape": list(p[:3]), "rank": p[3], "impl": name, "median_ms": 1.0 + i + 10 * p[3]}
+            for p in points for i, name in enumerate(("bf16", "ours")) if (name, p) != ("ours", points[2])]  # fmt: skip
+    found, of = bench.measured(rows, "rank")
+    assert found == [*points[:2], *points[3:]] and of["ours"] == [2.0 + 10 * p[3] for p in found]
+    assert abs(bench.slope(bench.sizes("rank", found), of["bf16"], log=False) - 10) < 1e-9
 
 
 def test_slopes_are_those_of_powers_and_lines():
@@ -139,6 +158,8 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
     assert len(lines) == len(seen) == 10 and seen[:2] == ["benchmarks/gpu_layers.py", "-m"] and seen.count("train.py") == 2
     assert lines[2] == "kernels      exit code 0: 1 rows" and lines[-1] == "train-flux   stopped after 7.0 minutes: last words"
     assert bench.main(["gpu", "--out", str(tmp_path), "--parts", "costs"]) == ["costs        exit code 0: 1 rows"]
+    (tmp_path / "tests.json").write_text('[{"what": "x", "impl": "ours", "median_ms": 1.0}]')
+    assert bench.main(["gpu", "--out", str(tmp_path), "--parts", "tests"]) == ["tests        exit code 0: last words"]  # not those
     with pytest.raises(models.UserError, match=r"--parts knows layers, tests, kernels, .*, not cost"):
         bench.main(["gpu", "--out", str(tmp_path), "--parts", "cost"])
 

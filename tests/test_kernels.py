@@ -291,6 +291,32 @@ def test_conv_equals_the_convolution_of_its_dequantized_operands(
     assert ((y.permute(0, 2, 3, 1).double() - (main + b + branch)).abs() <= tol).all()
 
 
+ROWS = [((16, 1), (3, 3), (1, 1)), ((1, 32), (1, 3), (0, 1)), ((9, 3), (3, 3), (0, 0))]
+
+
+@backends
+@pytest.mark.parametrize("side, kernel_size, padding", ROWS)
+def test_windows_that_lie_in_one_row_are_read_as_they_lie(backend, side, kernel_size, padding):
+    """Catches windows that are a view with overlapping rows, which torch's int8 product misreads."""
+    I, O, taps = 64, 16, kernel_size[0] * kernel_size[1]
+    gw, x = grid_weight(O, I, 64, taps, 0), torch.randn(1, I, *side, generator=gen(0))
+    y = on(backend)[1](x, kernels.pack(gw), None, None, None, None, 16, kernel_size, (1, 1), padding)
+    x_hat = quant.dequantize_activation(*quant.quantize_activation_per_sample(x.permute(0, 2, 3, 1), 16), I).permute(0, 3, 1, 2)
+    expected = F.conv2d(x_hat.double(), quant.unflatten_conv(quant.dequantize(gw).double(), kernel_size), None, 1, padding)
+    assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("channels", (48, 60, 80, 4096))
+def test_kernels_by_hand_refuse_an_input_of_another_width(channels):
+    """Catches reads beyond the factors of the branch: garbage, NaN, or a segmentation fault."""
+    pw, (_, A, B, _) = kernels.pack(grid_weight(32, 64, 64, 9, 0)), operands(32, 64, 9, seed=0)
+    with pytest.raises(ValueError, match=f"x has {channels} channels, its weight 64"):
+        kernels.native_conv2d(torch.zeros(1, channels, 4, 4), pw, None, A, B)
+    pw, (_, A, B, _) = kernels.pack(grid_weight(32, 64, 64, 1, 0)), operands(32, 64, 1, seed=0)
+    with pytest.raises(ValueError, match=f"x has {channels} channels, its weight 64"):
+        kernels.native_linear(torch.zeros(3, channels), pw, None, A, B)
+
+
 @backends
 def test_conv_samples_do_not_depend_on_their_batch_or_memory_format(backend):
     """Catches a scale over the batch; the training batch and the deployed one must give the same picture."""

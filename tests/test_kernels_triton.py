@@ -172,12 +172,11 @@ def test_conv_equals_eager(geometry, I, rank, dtype):
 
 
 def test_sums_are_exact_at_the_extremes():
-    """Catches sums in float32 or 16 bits: 2,048 products of 2^14 less one."""
-    I = 2048
-    codes = torch.full((8, I), -8, dtype=torch.int8)
-    codes[0, 5] = 7
-    pw = kernels.pack(quant.GridWeight(codes, torch.full((8, I // 64), 16, dtype=torch.uint8), torch.ones(8), I, 1, 64))
-    x = -torch.ones(3, I)
+    """Catches sums in float32 or 16 bits: 4,096 products of 5,000 on average, of every last bit."""
+    I = 4096
+    codes = torch.randint(4, 8, (16, I), generator=gen(0)).to(torch.int8)
+    pw = kernels.pack(quant.GridWeight(codes, torch.full((16, I // 64), 15, dtype=torch.uint8), torch.ones(16), I, 1, 64))
+    x = torch.rand(3, I, generator=gen(1)) + 1
     ours = type(pw)(*on_device(*pw[:3]), *pw[3:])
     assert torch.equal(linear(*on_device(x), ours).cpu(), kernels.w4a4_linear(x, pw))
 

@@ -181,7 +181,8 @@ def test_a_pipeline_draws_pictures_in_bfloat16(runs):
 def test_compiled_pipelines_draw_the_same_and_feel_a_style(runs, monkeypatch):
     """Catches a denoiser that torch.compile cannot take, and a style LoRA that compiled code does not see, or keeps."""
     compile, reset, resets = torch.nn.Module.compile, torch.compiler.reset, []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile(net, backend="eager"))  # traced; Inductor takes minutes
+    traced = {"backend": "eager"}  # Inductor takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, mode: compile(net, **traced))
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(reset()))
     pipe, eager = load(runs["flux"], compile=True), load(runs["flux"])
     assert pipe.transformer._compiled_call_impl is not None
