@@ -113,7 +113,8 @@ def _times(E_OK: Tensor, L: Tensor) -> Tensor:
 def strongest(gram_nn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues of a Gram matrix, descending, and their eigenvectors (n, rank), float64: exact up to EXACT,
     beyond by subspace iteration (Halko et al. 2011) with 2 r + 16 vectors, four times V <- orth(G G V). What that leaves is less
-    than 0.1% above the exact remainder in the worst case, a flat spectrum."""
+    than 0.1% above the exact remainder for Gaussian matrices and falling spectra, 0.7% for the worst one that was found (64 equal
+    eigenvalues, 209 of 0.9 of them)."""
     n, width = len(gram_nn), 2 * rank + 16
     if n <= max(EXACT, 4 * width):
         energy, basis = torch.linalg.eigh(gram_nn)
@@ -216,7 +217,7 @@ def grid_cost(w_OK: Tensor, white: Whitener, gw: quant.GridWeight) -> Tensor:
     with the c at which that adds up to the error of gw, a plain rounding of W."""
     H_K = white.H_KK.diagonal()
     c = kept_error(w_OK, white.L_KK, gw) / float((w_OK.double().square() * H_K).sum().clamp_min(1e-300))
-    return c * H_K + (0 if white.noise_K is None else white.noise_K)
+    return max(c, 1e-12) * H_K + (0 if white.noise_K is None else white.noise_K)  # never 0: H is damped, N of a dead input is not
 
 
 def hgs(w_OK, white, rank, round_to_grid, iters, generator):

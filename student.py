@@ -126,6 +126,7 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
                 xmax_I = stats.xmax_I.to(home)
                 lam = quant.smoothing_factors(xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
                 w_OK, white = w_OK * lam.repeat(taps), hgs_lora.Whitener(hessian.smooth(stats.H_KK.to(home), lam))
+                # N below is scaled as if each channel had its own step, which is a group's: an approximation
             else:
                 white = white or hgs_lora.Whitener(stats.H_KK.to(home))
                 if readers[stats, home]:

@@ -82,7 +82,7 @@ class Config:
     rounding: str = "gptq"  # gptq or rtn
     # start
     init: str = "hgs"  # zero, pissa, principal, loftq, svdquant, qera, hgs
-    hessian: str = "kron"  # of hgs and the ranks; kron: inputs and gradients at the outputs, input: inputs alone (QERA, CLoQ)
+    hessian: str = "kron"  # of hgs and ranks; kron: inputs, gradients at outputs, rounding noise; input: inputs alone (QERA, CLoQ)
     iters: int = 8  # alternations of hgs and loftq
     ranks: str = "qra"  # uniform, variation, spectrum, qra, shuffled
     rank: int = 16  # average rank at equal parameters

@@ -84,6 +84,22 @@ def test_subspace_iteration_leaves_what_the_exact_eigenvectors_leave(decay, rank
     assert len(spectrum) == rank and torch.allclose(spectrum[:few], exact[:few].sqrt(), rtol=0.01)
 
 
+@pytest.mark.parametrize("O", (8, 48))
+@pytest.mark.parametrize("on_grid", (False, True))
+def test_a_layer_of_zeros_or_on_the_grid_with_a_dead_input_has_a_split(O, on_grid):
+    """Catches a cost of 0 that is divided by: a pruned or zero-initialised layer, an input that never fires and costs nothing."""
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 0
+    N_K = (x - quant.dequantize_activation(*quant.quantize_activation(x, 16), 24)).square().mean(0)
+    white = hgs_lora.Whitener(x.T @ x / len(x)).of_layer(torch.eye(O), N_K)
+    W = quant.dequantize(quant.quantize_weight(make_W(O, 24, "normal", 0), 16)) if on_grid else torch.zeros(O, 24)
+    gw, A, B = hgs_lora.decompose(W, white, 2, group=16)
+    assert torch.isfinite(A).all() and torch.isfinite(B).all()
+    assert hgs_lora.relative_error(W, white.L_KK, gw, A, B) < 1e-2
+    cost_K = hgs_lora.grid_cost(W, white, gw)
+    assert torch.isfinite(hgs_lora.whitened_spectrum(W, cost_K.sqrt(), white.R_OO, 8)).all()
+
+
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 24), H_KINDS, st.integers(0, 999))
 @example(O=3, K=9, r=2, kind="correlated", seed=0)
 @example(O=9, K=3, r=2, kind="correlated", seed=0)
