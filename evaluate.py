@@ -246,16 +246,16 @@ def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
 @torch.no_grad()
 def latent_report(out: Path, network: models.Denoiser, config: dict, examples, leader: bool) -> None:
     """closing_report for sdxl and flux, whose quality no classifier of ours can judge: how far the checkpoint on disk is from the
-    fp consistency model in latents, signal over error in dB, from the same noises and captions at 4 steps. Every process of a
-    torchrun calls it (the teacher may be sharded), the leader loads the checkpoint and prints."""
-    n, gen = config["eval_n"], data.step_generator(config["seed"], 0, stream=5)
+    fp consistency model in latents, signal over error in dB, from the same noises and captions, in the most steps of --phases.
+    Every process of a torchrun calls it (the teacher may be sharded), the leader loads the checkpoint and prints."""
+    n, gen, steps = config["eval_n"], data.step_generator(config["seed"], 0, stream=5), max(map(int, config["phases"].split(",")))
     cond, x_T = examples.conditions(n, gen, slice(None)), torch.randn(n, *network.latent, generator=gen)
 
     def draw(model, denoiser) -> torch.Tensor:
         parts = []
         for rows in torch.arange(n).split(config["micro"] or n):
             cond_r = {k: v[rows].to(config["device"]) for k, v in cond.items()}
-            parts.append(tdpt.sample(model, denoiser.path, x_T[rows].to(config["device"]), cond_r, 4).float().cpu())
+            parts.append(tdpt.sample(model, denoiser.path, x_T[rows].to(config["device"]), cond_r, steps).float().cpu())
         return torch.cat(parts)
 
     fp = draw(models.as_cm(network), network)
@@ -264,9 +264,9 @@ def latent_report(out: Path, network: models.Denoiser, config: dict, examples, l
     student, _ = checkpoint.load_checkpoint(out)
     drawn = draw(student.to(config["device"]), student)
     s, snr = printed_size(out, student), 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
-    print(f"4 steps, {n} captions: latents {snr:.2f} dB to the fp model")
+    print(f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model")
     with checkpoint.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": 4, "n": n, **s, "latent_snr_to_fp": snr}, indent=1))
+        file.write_text(json.dumps({"steps": steps, "n": n, **s, "latent_snr_to_fp": snr}, indent=1))
     print(f"memory_ratio: {s['mb'] / s['mb_bf16']:.3f}")
 
 

@@ -70,7 +70,8 @@ class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a 
 
 class CMQuantConfig(QuantizationConfigMixin):
     """layers: the table of layers of a checkpoint; base: the pipeline that was quantized; backend: of the kernels; latent: the
-    shape of the pictures' latents in training; guidance: what the network was given as its guidance, if it has that input."""
+    shape of the pictures' latents in training; guidance: what the network was given as its guidance, if it has that input; steps:
+    the largest number that it was trained for."""
 
     def __init__(
         self,
@@ -79,10 +80,11 @@ class CMQuantConfig(QuantizationConfigMixin):
         backend: str = "native",
         latent=(0, 128, 128),
         guidance=None,
+        steps=4,
         quant_method=Method.CMQUANT,
     ):
         self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers, base, backend
-        self.latent, self.guidance = list(latent), guidance
+        self.latent, self.guidance, self.steps = list(latent), guidance, steps
 
     to_diff_dict = QuantizationConfigMixin.to_dict  # what repr prints
 
@@ -171,13 +173,18 @@ def read_run(folder: Path) -> dict:
     return about
 
 
+def most_steps(config: dict) -> int:
+    """Of the numbers of steps that a run's student was trained for, the largest."""
+    return max(map(int, config["phases"].split(",")))
+
+
 def load_denoiser(folder: Path, dtype: torch.dtype) -> models.Denoiser:
     """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError if the run is none, or damaged."""
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
     denoiser.to(dtype)
-    backend = about["config"].get("backend", "native")
-    config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance)
+    backend, steps = about["config"].get("backend", "native"), most_steps(about["config"])
+    config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
     mark_quantized(denoiser.net, config)
     return denoiser
 
@@ -406,7 +413,7 @@ tags:
 A few-step consistency model with 4-bit weights and 4-bit activations, made with CMQuant from {base}.
 
 - **Method.** Distilled while it was quantized (TDPT: targets by stage of the trajectory); the LoRA beside the packed
-  weights starts from a Hessian-guided split of each weight (HGS-LoRA) with ranks by layer (QRA). Pictures in 1, 2 or 4 steps.
+  weights starts from a Hessian-guided split of each weight (HGS-LoRA) with ranks by layer (QRA). Pictures in 1 to {steps} steps.
 - **Base and licence.** {base}. Its licence holds for these weights too: {licence}.
 - **Number format.** Two-level INT4: weight = scale[row] * multiplier[row, group] * code, codes -8..7, multipliers 1..16, {groups};
   activations the same way, at run time. {counts}. Computed as one int8 product with int32 sums.
@@ -436,7 +443,7 @@ def write_card(folder: str | Path) -> Path:
         config = json.loads((part / "config.json").read_text())
         network, packed = config["_class_name"], config["quantization_config"]
         pixels = "height={}, width={}, ".format(*(8 * side for side in packed["latent"][1:]))  # not the base's
-        table, base, guidance = packed["layers"], packed["base"], packed.get("guidance")
+        table, base, guidance, steps = packed["layers"], packed["base"], packed.get("guidance"), packed.get("steps", 4)
         files, imports = (
             sorted(part.glob("*.safetensors")),
             "from diffusers import DiffusionPipeline\n\nimport pipeline  # registers cmquant\n",
@@ -446,7 +453,7 @@ def write_card(folder: str | Path) -> Path:
     else:
         about = read_run(folder)
         network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
-        guidance, pixels = about["network"].get("guidance"), ""
+        guidance, pixels, steps = about["network"].get("guidance"), "", most_steps(about["config"])
         files, imports, load = [folder / "model.safetensors"], "import pipeline\n", f'pipeline.load_pipeline("{folder.name}")'
         report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
     call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"
@@ -457,10 +464,11 @@ def write_card(folder: str | Path) -> Path:
     text = CARD.format(
         front=yaml + (f"\nbase_model: {base}\nbase_model_relation: quantized" if is_hub_id(base) else ""),
         title=f"{Path(base).name}, W4A4 in few steps",
-        base=base, licence=licence, network=network, mb=size / 1e6, twin=twin / 1e6, ratio=size / twin, metrics=_metrics(report),
+        base=base, licence=licence, network=network, steps=steps,
+        mb=size / 1e6, twin=twin / 1e6, ratio=size / twin, metrics=_metrics(report),
         groups=" and ".join(f"groups of {w} (weights), {x} (activations)" for w, x in groups),
         counts=", ".join(f"{n} layers {kind.upper()}" for kind, n in sorted(kinds.items())) + ", the first and last ones 16 bit",
-        use=f'{imports}\npipe = {load}\nimage = pipe("a large red house", num_inference_steps=4, {pixels}{call}).images[0]',
+        use=f'{imports}\npipe = {load}\nimage = pipe("a large red house", num_inference_steps={steps}, {pixels}{call}).images[0]',
     )  # fmt: skip
     with checkpoint.atomic(folder / "README.md") as file:
         file.write_text(text)

@@ -412,10 +412,10 @@ def examples_of(cfg, out: Path, network: models.Denoiser):
 
 def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
     """The cache of --data: text encoders and VAE are loaded if something is missing in it, and leave memory with this call.
-    Captions without pictures get latents that the consistency model inside `network` draws in 4 steps, if TDPT asks for any;
-    only then `network`, which is given on the CPU, goes to the device."""
+    Captions without pictures get latents that the consistency model inside `network` draws, in the most steps of --phases, if TDPT
+    asks for any; only then `network`, which is given on the CPU, goes to the device."""
     source, resolution, parts = data.captioned(cfg.data), FACTOR * network.latent[1], {}
-    random = cfg.weights == "random" and not cfg.teacher
+    random, steps = cfg.weights == "random" and not cfg.teacher, max(map(int, cfg.phases.split(",")))
     dtype = network.dtype if cfg.device == "cuda" else torch.float32
 
     def text(captions):
@@ -436,7 +436,7 @@ def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
         x_T, parts = torch.randn(len(cond["tokens"]), *latent, generator=gen), []
         for rows in torch.arange(len(x_T)).split(cfg.micro or len(x_T)):
             cond_r = {k: v[rows].to(cfg.device) for k, v in cond.items()}
-            parts.append(tdpt.sample(models.as_cm(network), network.path, x_T[rows].to(cfg.device), cond_r, 4))
+            parts.append(tdpt.sample(models.as_cm(network), network.path, x_T[rows].to(cfg.device), cond_r, steps))
         return torch.cat(parts)
 
     if (first := next(iter(source.rows()), None)) is None:
@@ -445,7 +445,8 @@ def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
     key = {"model": cfg.model, "base": cfg.teacher or cfg.weights or BASES[cfg.model], "components": cfg.components}
     key["files of the base"] = fingerprint(cfg.teacher, cfg.components)
     if draws := alone and cfg.rollout < 1:
-        key |= {"consistency model": cfg.cm, "its scale": cfg.cm_scale, "files of the consistency model": fingerprint(cfg.cm)}
+        key |= {"consistency model": cfg.cm, "its scale": cfg.cm_scale, "its steps": steps}
+        key |= {"files of the consistency model": fingerprint(cfg.cm)}
     return cache.Cache.build(
         folder, source, pictures, text, key, resolution, draw=draw if draws else None, latent=network.latent,
         rank=checkpoint.rank(), world=checkpoint.world(),

@@ -392,6 +392,8 @@ def test_a_style_lora_adds_its_branch_to_each_layer_and_can_be_taken_away(runs, 
         else:
             added = F.conv2d(x, torch.einsum("or,rihw->oihw", B[:, :, 0, 0], A), None, layer.stride, layer.padding)
         assert (y - layer.forward(x) - 0.5 * added).norm() < 1e-4 * added.norm(), key
+    with pytest.raises(UserError, match="styles are not saved with a pipeline: remove them"):
+        pipeline.save_pipeline(pipe, tmp_path / "saved")
     remove_second = pipeline.add_style_lora(pipe, style(name, texts=True), scale=-0.25)
     assert not torch.equal(latents(pipe), styled)
     layer, A, B = text_layer(pipe), *(state[f"text_encoder.text_model.{TEXT_KEY}.lora_{ab}.weight"] for ab in "AB")
@@ -440,9 +442,8 @@ def test_the_cards_snippet_draws_a_picture(runs, tmp_path, monkeypatch, name):
     monkeypatch.setattr(kernels, "_has_native", lambda: False)
     for card in (pipeline.write_card("run"), Path("saved/README.md")):
         code = re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
-        if name == "flux":
-            code = code.replace("guidance_scale", "height=64, width=64, guidance_scale")  # FLUX's own default is 1024
-        exec(code, {})
+        exec(code, said := {})
+        assert said["image"].size == (64, 64)  # that of the run, not the base's own
         Path("picture.png").unlink()
 
 
