@@ -27,6 +27,7 @@ Key: B batch, C, h, w latent shape, H, W pixels.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -135,6 +136,7 @@ def _shard(k: int, rows, sizes, encode_pictures, encode_captions, draw, latent) 
                 skipped.append(f"{key}: {error}")
                 continue
             bucket = f"{ids[4]}x{ids[5]}"
+        caption = caption.encode(errors="replace").decode()  # halves of surrogate pairs, which tokenizers refuse
         groups.setdefault(bucket, []).append((key, caption, pixels, ids))
     parts, gen = {}, data.step_generator(0, k, stream=4)
     for bucket, group in sorted(groups.items()):
@@ -214,6 +216,10 @@ class Cache:
             key |= {"data": items.spec, "fingerprint of the data": items.fingerprint}
         key = json.loads(json.dumps(key))
         manifest = folder / "manifest.json"
+        if rank == 0:
+            for left in folder.glob("*.tmp"):  # by killed runs; younger ones may be another run's that fills the same cache
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink(missing_ok=True)
         if rank == 0 and _manifest(folder) is None:
             if folder.is_dir() and any(file.suffix != ".tmp" for file in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and no cache: choose another --cache, or delete the folder")
@@ -224,7 +230,8 @@ class Cache:
             checkpoint.write_json(manifest, {"key": key, "shards": None})
         if world > 1:
             wait()
-        about = _manifest(folder)
+        if (about := _manifest(folder)) is None:
+            raise UserError(f"process {rank} does not see {folder.absolute()}: give --cache on a disk that all machines share")
         asked = {k for k in key if k in about["key"] or not k.startswith("files of ")}  # which older versions did not write
         if changed := sorted(k for k in asked | about["key"].keys() if key.get(k) != about["key"].get(k)):
             raise UserError(f"{folder} was made with another {', '.join(changed)}: delete the folder or choose another --cache")

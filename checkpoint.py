@@ -30,6 +30,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,8 +56,9 @@ from models import UserError
 
 FORMAT = 3
 # how much is held at a time, written, or drawn at the end: a run may go on with others
-MAY_CHANGE = {"micro", "memory_limit", "checkpointing", "offload", "hessian_mb", "save_every", "eval_n"}
+MAY_CHANGE = {"micro", "memory_limit", "checkpointing", "offload", "shard_teacher", "hessian_mb", "save_every", "eval_n", "export"}
 KINDS = {"w4a16": hgs_lora.W4A16Linear, "w4a4": hgs_lora.W4A4Linear, "w4a4conv": hgs_lora.W4A4Conv2d}
+LEFT = re.compile(r".*\.\d+\.tmp|\.tmp\w{6}|probe\.tmp")  # by a killed run; the second are safetensors' own
 CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # exit codes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,9 +112,9 @@ def stoppable(main):
 @contextlib.contextmanager
 def atomic(path: Path):
     """Inside, write the file that is handed out; afterwards it is synced and becomes `path`. UserError if the disk is full."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")  # two runs may make the same cache at a time
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
@@ -180,35 +182,49 @@ def usable(path: Path, run: str, otherwise: str) -> bool:
         return False
 
 
+def refuse_another(out: Path, config: dict) -> None:
+    """UserError if the run in `out` cannot go on as `config`; Damaged as read_config."""
+    old = read_config(out)["config"]
+    asked = {k for k in config if k not in MAY_CHANGE and old.get(k, config[k]) != config[k]}  # older versions know fewer
+    moved = {k for k in ("teacher", "cm", "components") if config.get(k) and Path(config[k]).exists()}  # "files of .." has these
+    if changed := sorted(asked - moved):
+        raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
+
+
 def open_run(out: Path, config: dict, leader: bool) -> None:
     """Make sure that `out` can be written before anything costly, and that it is no other configuration's. UserError if not."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if leader:
-            for left in (*out.rglob("*.tmp"), *out.rglob(".tmp*")):  # by a killed run; the second are safetensors' own
-                left.unlink()
+            folders = [out / name for name in ("", "trajectories", "cache", "samples")] if (out / "config.json").exists() else []
+            for file in (file for folder in folders for file in folder.glob("*") if LEFT.fullmatch(file.name) and file.is_file()):
+                file.unlink()
             with open(out / "probe.tmp", "wb") as probe:
                 probe.write(bytes(64 << 20))  # room for a state
             (out / "probe.tmp").unlink()
     except OSError as error:
-        (out / "probe.tmp").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (out / "probe.tmp").unlink()
         raise UserError(f"cannot write to the run folder {out} ({error.strerror}): choose another --out or free 64 MB") from None
-    old = None
+    known = False
     if any((out / f"{name}.safetensors").exists() for name in ("start", "state", "state-previous", "model")):
         try:
-            old = read_config(out)["config"]
+            refuse_another(out, config)
+            known = True
         except Damaged:  # all of it can be had again; if it was another configuration's, the other files know
             if leader:
                 print(f"{out}/config.json is missing or damaged: it is written again")
-        else:
-            if changed := sorted(k for k in config.keys() - MAY_CHANGE if old.get(k, config[k]) != config[k]):  # older ones: fewer
-                raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
-    if old is None and leader:
+    if not known and leader:
         git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        commit = ""
+        with contextlib.suppress(OSError):  # no git on this machine
+            commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
         write_config(out, {"format": FORMAT, "config": config, "torch": torch.__version__, "commit": commit})
     if dist.is_initialized():
         dist.barrier()  # from here on every rank finds a good config.json
+        if not (out / "config.json").is_file():
+            where = f"process {rank()} does not see {out.absolute()}"
+            raise UserError(f"{where}: give --out (and --cache) on a disk that all machines share")
 
 
 class Damaged(UserError):
@@ -237,6 +253,8 @@ def read_config(folder: Path) -> dict:
         if not integrity.check(folder / "config.json"):
             raise ValueError
         return about | {"config": dict(about["config"])}
+    except NotADirectoryError:
+        raise UserError(f"{folder} is a file: give the folder that train.py wrote") from None
     except FileNotFoundError:
         raise Damaged(f"{folder} holds no checkpoint: train one with `python train.py --out {folder}`") from None
     except UserError:  # is a ValueError too
@@ -266,7 +284,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
 class State:
@@ -322,7 +340,8 @@ class State:
         norm = torch.nn.utils.clip_grad_norm_(params, self.cfg.clip).item()
         if not math.isfinite(loss + norm):
             kept = f"{self.path} keeps an earlier step" if self.path.exists() else "nothing was saved yet"
-            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: look at the data or lower --lr ({kept})")
+            what = f"step {step}: loss {loss}, gradient norm {norm}"
+            raise UserError(f"{what}: look at the data, or lower --lr and change --out ({kept})")
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * warm * decay
             optimizer.step()
@@ -411,7 +430,7 @@ class Trajectories:
     SHARD = 128  # captions
 
     def __init__(self, folder: Path, teacher, network: models.Denoiser, examples, n: int, times, seed: int, micro: int, device):
-        self.times, states, conds, run = times, [], [], run_of(folder.parent)
+        self.times, states, conds, runs, run = times, [], [], [], run_of(folder.parent)
 
         def shard(k: int) -> Path:
             return folder / f"{k:06d}.safetensors"
@@ -419,7 +438,9 @@ class Trajectories:
         for i, k in enumerate(tqdm(range(0, n, self.SHARD), desc="teacher trajectories")):
             gen, size = data.step_generator(seed, k, stream=3), min(self.SHARD, n - k)
             conds.append(examples.conditions(size, gen, slice(None)))
-            if i % world() == rank() and not usable(shard(k), run, "it is drawn again"):
+            captions = b"".join(conds[-1][name].detach().cpu().contiguous().view(torch.uint8).numpy() for name in sorted(conds[-1]))
+            runs.append(f"{run} {hashlib.sha256(captions).hexdigest()[:16]}")  # other data are other trajectories
+            if i % world() == rank() and not usable(shard(k), runs[i], "it is drawn again"):
                 x_T, parts = torch.randn(size, *network.latent, generator=gen), []
                 for rows in torch.arange(size).split(micro or size):
                     cond = {name: v[rows].to(device) for name, v in conds[-1].items()}
@@ -428,10 +449,10 @@ class Trajectories:
                 drawn = torch.cat(parts, 1)
                 if not drawn.isfinite().all():
                     raise UserError(f"the teacher's trajectories {k} to {k + size} are no numbers: look at --teacher or --guidance")
-                write(shard(k), {"states": drawn}, {}, run)
+                write(shard(k), {"states": drawn}, {}, runs[i])
         if dist.is_initialized():
             dist.barrier()
-        for k in range(0, n, self.SHARD):
+        for k, run in zip(range(0, n, self.SHARD), runs, strict=True):
             states.append(read(shard(k), "run the same command again, it will be drawn again", run)[0]["states"])
         self.states, self.cond = torch.cat(states, 1), {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
@@ -517,6 +538,8 @@ def load_checkpoint(folder: str | Path) -> tuple[models.Denoiser, dict]:
     unfinished, truncated or foreign checkpoint."""
     folder = Path(folder)
     about = read_config(folder)
+    if about["config"].get("bits") == 16 or about["config"].get("stage") == "teacher":
+        raise UserError(f"{folder} holds 16-bit weights, no packed student: give them to train.py by --cm or --teacher")
     hint = "the run is unfinished or damaged, run its train.py command again"
     tensors, _ = read(folder / "model.safetensors", hint, run_of(folder))
     if "layers" not in about:

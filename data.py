@@ -176,11 +176,15 @@ class Scenes:
 # The user's own pictures
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises
+UNREADABLE = (  # what PIL raises; the last three for EXIF that is none
+    OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError, TypeError, AttributeError, LookupError,
+)  # fmt: skip
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Upright, in RGB; reads the pixels."""
+    """Upright, in RGB; reads the pixels. ValueError for 16 and 32 bits a pixel, which convert would clip at 255."""
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {picture.mode} is no picture of 8 bits: convert it")
     return ImageOps.exif_transpose(picture).convert("RGB")
 
 
@@ -193,7 +197,7 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
 def report(skipped: list[str]) -> None:
     """Names the first pictures that could not be read, and counts them."""
     for line in skipped[:5]:
-        print(f"skipped unreadable picture {line}")
+        print(f"skipped unreadable picture {line}".encode(errors="replace").decode())  # names that are no UTF-8
     if len(skipped) > 5:
         print(f"skipped {len(skipped)} unreadable pictures in all")
 
@@ -204,7 +208,7 @@ def captioned_files(folder: Path) -> list[tuple[Path, str]]:
     Side files are looked at where no metadata.jsonl names a picture."""
     pairs = []
     for table in sorted(folder.rglob("metadata.jsonl")):
-        for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(table.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -214,7 +218,7 @@ def captioned_files(folder: Path) -> list[tuple[Path, str]]:
                 raise UserError(f'{table} line {number}: every line must be {{"file_name": .., "text": ..}}') from None
     for file in sorted(folder.rglob("*")) if not pairs else ():
         if file.suffix.lower() in PICTURES and file.with_suffix(".txt").is_file():
-            pairs.append((file, file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()))
+            pairs.append((file, file.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").strip()))
     pairs = [(file, text) for file, text in pairs if isinstance(text, str) and text.strip()]
     if not pairs:
         raise UserError(f"{folder} has no captions: add metadata.jsonl (file_name, text) or NAME.txt beside each picture")
@@ -235,8 +239,7 @@ class Folder:
         pictures, self.texts = [], []
         for file, text in captioned_files(folder):
             try:
-                with Image.open(file) as picture:
-                    pictures.append(self._square(picture))
+                pictures.append(self._square(open_picture(file)))
             except UNREADABLE as error:
                 self.skipped.append(f"{file.name}: {error}")
             else:
@@ -248,7 +251,6 @@ class Folder:
 
     @staticmethod
     def _square(picture: Image.Image) -> torch.Tensor:
-        picture = picture.convert("RGB")
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -358,7 +360,7 @@ def _broken(why: str):
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not blank. UserError: no such file, not text, no line."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): give a UTF-8 file with a prompt in every line") from None
     if not lines:

@@ -302,6 +302,8 @@ def main(argv: list[str]) -> None:
     if args.train_reader:
         train_reader(Path(args.train_reader))
         return
+    if args.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {args.seed}")
     if args.n < 256:
         raise UserError(f"--n {args.n} is too few for the covariance of {Reader.num_features} features: use 256 or more")
     if (model := checkpoint.read_config(Path(args.checkpoint))["config"]["model"]) in models.REAL:

@@ -549,6 +549,16 @@ def anchor(model: nn.Module):
             layer.use_anchor = flag
 
 
+def as_anchor(student: nn.Module) -> Callable:
+    """A function of the student's arguments: what its anchor answers."""
+
+    def call(*args):
+        with anchor(student):
+            return student(*args)
+
+    return call
+
+
 def anchor_state(model: nn.Module) -> dict[str, Tensor]:
     """{"name.anchor_A": .., "name.anchor_B": ..}: what resuming needs beside state_dict()."""
     keys = [(name, layer, key) for name, layer in packed_layers(model) for key in ("anchor_A", "anchor_B")]

@@ -407,7 +407,9 @@ def run_script(name: str, main) -> None:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
         advice = "nothing that was saved is lost, ask for less at a time (train.py: --memory-limit, --micro)"
         print(f"{name}: memory is full ({str(error).split('. ')[0]}): {advice}", file=sys.stderr)
         sys.exit(2)

@@ -513,8 +513,18 @@ def save_pipeline(pipe, out: str | Path) -> None:
     hooks = (hook for layer in net.modules() for hook in layer._forward_hooks.values())
     if any(getattr(hook, "__name__", "") == "style" for hook in hooks):
         raise UserError("styles are not saved with a pipeline: remove them (call what add_style_lora returned), then save")
-    pipe.save_pretrained(out)
+    try:
+        pipe.save_pretrained(out)
+        write_card(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror or error}): choose another --out, or free some space") from None
+
+
+def finish(out: Path, export: str) -> None:
+    """What a run of SDXL or FLUX leaves beside its weights: the card, and what --export asks for."""
     write_card(out)
+    if export == "lora":
+        export_lora(out, out / "lora.safetensors")
 
 
 def main(argv: list[str]) -> None:

@@ -265,13 +265,14 @@ def random_cm(denoiser: models.Denoiser, rank: int = 4) -> None:
 
 
 def save_cm(path: Path, denoiser: models.Denoiser) -> None:
-    """The network's LoRA in diffusers' format, as any pipeline's load_lora_weights reads it."""
+    """The network's LoRA in diffusers' format, as any pipeline's load_lora_weights reads it; prints where."""
     tensors = {}
     for name, layer in models.loras(denoiser).items():
         B = layer.lora_B.detach()
         tensors[f"{PART[denoiser.name]}.{name}.lora_A.weight"] = layer.lora_A.detach().half()
         tensors[f"{PART[denoiser.name]}.{name}.lora_B.weight"] = (B if layer.lora_A.dim() == 2 else B[:, :, None, None]).half()
     checkpoint.write(path, tensors, {})
+    print(f"weights: {path}")
 
 
 def load_cm(name: str, base: str, cm: str, strength: float = 1.0, weights: str = "", **options) -> models.Denoiser:
@@ -481,6 +482,8 @@ def skeleton(name: str, base: str = "") -> nn.Module:
 def sizes(cfg) -> tuple:
     """For memory.py: (build, (latent, tokens)), pictures of --resolution, and the micro-batch without --memory-limit."""
     latent, tokens = memory.SHAPES[cfg.model]
+    if cfg.resolution:
+        cache.buckets(cfg.resolution)  # UserError
     base = cfg.components if is_file(cfg.teacher) else cfg.teacher
     side = latent_side(skeleton(cfg.model, base), cfg.resolution)
     return lambda: skeleton(cfg.model, base), ((latent[0], side, side), tokens), cfg.micro or cfg.batch // checkpoint.world()
@@ -548,8 +551,9 @@ def planned(cfg):
     if checkpoint.rank() == 0:
         print(plan)
     if plan.statistics:
-        factors = memory.widest_factors(fp, cfg.rounding)
-        need, there = memory.main_memory(fp, plan, factors, cfg.device == "cpu"), memory.available()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
+        need = processes * memory.main_memory(fp, plan, memory.widest_factors(fp, cfg.rounding), cfg.device == "cpu")
+        there = memory.available()
         if checkpoint.rank() == 0:
             print(f"  main memory for the start       {need / 1e9:8.3f} GB")
         if need > there:

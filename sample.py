@@ -9,7 +9,6 @@ Picture i of a call starts from the noise of seed + i, whatever the number of pr
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw
 import checkpoint
 import data
 import hgs_lora
+import memory
 import models
 import pipeline
 import tdpt
@@ -124,7 +124,7 @@ def real_base(pipe, base: str, components: str = ""):
     packed = dict(hgs_lora.packed_layers(net))
     values = sum(layer.out * layer.taps * layer.channels for layer in packed.values())
     values += sum(t.numel() for key, t in net.state_dict().items() if key.rpartition(".")[0] not in packed)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = memory.available()
     if net.device.type == "cuda":
         free = torch.cuda.mem_get_info(net.device)[0]
     if values * net.dtype.itemsize > 0.8 * free:
@@ -172,6 +172,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--compare", action="store_true", help="teacher, fp consistency model and the checkpoint in rows")
     parser.add_argument("--base", default="", help="sdxl, flux: another copy of the base pipeline (hub id, folder or single file)")
     args = parser.parse_args(argv)
+    if Path(args.out).suffix.lower() not in Image.registered_extensions() or not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"cannot write {args.out}: give --out a .png name in a folder that exists")  # before anything is drawn
     folder = Path(args.checkpoint)
     real = (folder / "model_index.json").is_file() or isinstance(checkpoint.read_config(folder).get("network"), dict)
     prompts = args.prompt or list(REAL_PROMPTS if real else PROMPTS)

@@ -168,7 +168,8 @@ def check(cfg: Config) -> None:
         (cfg.batch % world(), f"--batch {cfg.batch} does not divide among {world()} ranks"),
         (cfg.calibration < world(), f"--calibration {cfg.calibration} leaves some of {world()} ranks without a caption: give more"),
         (not all(0 <= x <= 1 for x in (cfg.rollout, cfg.jitter, cfg.split)), "--rollout, --jitter and --split must be from 0 to 1"),
-        (min(cfg.micro, cfg.gradient_captions) < 0, "--micro and --gradient-captions must be at least 0"),
+        (not cfg.lr >= 0 or min(cfg.seed, cfg.steps, cfg.iters, cfg.micro, cfg.gradient_captions) < 0,
+         "--lr, --seed, --steps, --iters, --micro and --gradient-captions must be at least 0"),
         (cfg.grid > 1000 and "flux" not in cfg.model, f"--grid {cfg.grid} is more than a noise schedule's 1000: choose fewer"),
         (cfg.edges > cfg.grid, f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer"),
         (not all(k.isdigit() and 1 <= int(k) <= points for k in phases),
@@ -179,6 +180,8 @@ def check(cfg: Config) -> None:
         (not real and cfg.eval_n < 2, "--eval-n must be at least 2: a Frechet distance needs a covariance"),
         (not real and any((cfg.weights, cfg.resolution, cfg.components, cfg.cache, cfg.memory_limit, cfg.cm_scale != 1)),
          "--weights, --resolution, --components, --cache, --memory-limit and --cm-scale are for sdxl and flux: leave them out"),
+        (cfg.cm == "self" and not cfg.steps,
+         "--cm self trains for --steps updates too: train it with --bits 16, then give its .safetensors by --cm"),
         (cfg.export and (not real or cfg.deploy == "merged"), "--export lora needs sdxl or flux and --deploy branch"),
         (cfg.bits == 16 and (shard or cfg.offload), "--offload and --shard-teacher are for 4-bit students: leave them out"),
         (shard and cfg.trajectory == "teacher",
@@ -284,20 +287,13 @@ def train_student(cfg: Config, out: Path) -> None:
     network = pretrained.open_cm(cfg, cfg.torch_dtype).to(cfg.torch_dtype)  # its LoRA too
     examples = pretrained.examples_of(cfg, out, network)
     pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
-
-    def anchor(*args):
-        with hgs_lora.anchor(packed):
-            return packed(*args)
-
-    distil(cfg, out, packed, params, network, examples, anchor)
+    distil(cfg, out, packed, params, network, examples, hgs_lora.as_anchor(packed))
     if rank() == 0:  # 5. pack, reload, draw, measure
         checkpoint.save_checkpoint(out, packed, table, cfg.deploy == "merged", cfg.lora_bits)
     if cfg.model in models.REAL:
         evaluate.latent_report(out, network, dataclasses.asdict(cfg), examples, leader=rank() == 0)
         if rank() == 0:
-            pipeline.write_card(out)
-        if rank() == 0 and cfg.export == "lora":
-            pipeline.export_lora(out, out / "lora.safetensors")
+            pipeline.finish(out, cfg.export)
     elif rank() == 0:
         evaluate.closing_report(out, network.to("cpu", models.FAST), dataclasses.asdict(cfg))
 
@@ -315,7 +311,6 @@ def train_cm(cfg: Config, out: Path) -> None:
         teacher.ship(cfg, path, {k.removeprefix("net."): p for k, p in params.items()}, network, cm=True)
     elif rank() == 0:
         pretrained.save_cm(path, network)
-        print(f"weights: {path}")
 
 
 @checkpoint.stoppable
@@ -329,10 +324,14 @@ def main(argv: list[str]) -> None:
     began, out = time.time(), Path(cfg.out)
     if cfg.cm == "self":  # the consistency model first, in a folder of its own
         path = out / "cm" / f"{cfg.model}-cm.safetensors"
-        if not path.exists():
-            first = "--bits 16 --rollout 1 --trajectory teacher --targets fp,fp --no-offload --no-shard-teacher".split()
-            cached = ["--cache", f"{Path(cfg.cache)}-cm"] if cfg.cache else []
-            main([*argv, *first, "--cm", "", "--export", "", "--out", str(out / "cm"), *cached])
+        first = "--bits 16 --rollout 1 --trajectory teacher --targets fp,fp --no-offload --no-shard-teacher".split()
+        cached = ["--cache", f"{Path(cfg.cache)}-cm"] if cfg.cache else []
+        first = [*argv, *first, "--cm", "", "--export", "", "--out", str(out / "cm"), *cached]
+        if path.exists():
+            files = pretrained.fingerprint(cfg.teacher, cfg.components)
+            checkpoint.refuse_another(out / "cm", dataclasses.asdict(parse(first)) | {"out": "", "files of teacher and cm": files})
+        else:
+            main(first)
         cfg = dataclasses.replace(cfg, cm=str(path), cm_scale=1.0)
     files = pretrained.fingerprint(cfg.teacher, cfg.cm, cfg.components)
     checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": "", "files of teacher and cm": files}, leader=rank() == 0)

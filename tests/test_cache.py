@@ -218,6 +218,45 @@ def test_unreadable_pictures_are_named_in_the_manifest_and_left_out(tmp_path, ca
     assert torch.equal(cond["tokens"].unique(dim=0), expected.unique(dim=0))
 
 
+def test_a_caption_that_no_tokenizer_takes_and_exif_that_is_none_end_no_build(tmp_path, capsys):
+    """Catches a night's encoding that ends at one row, and at the same one each time."""
+
+    def strict(captions):
+        for caption in captions:
+            caption.encode()  # as tokenizers do
+        return encode_captions(captions)
+
+    def broken():
+        raise AttributeError("'IFDRational' object has no attribute 'encode'")
+
+    whole = Image.new("RGB", (128, 128))
+    rows = [("a", "a cat \ud83d", whole), ("caf\udce9", "a dog", broken), ("c", "a tree", whole)]
+    made = build(tmp_path / "c", rows, encode_captions=strict)
+    assert [line.split(":")[0] for line in made.skipped] == [
+        "caf\udce9"
+    ] and "skipped unreadable picture caf?" in capsys.readouterr().out
+    expected = encode_captions(["a cat ?", "a tree"])["tokens"].bfloat16()
+    assert torch.equal(made.conditions(40, data.step_generator(0, 0))["tokens"].unique(dim=0), expected.unique(dim=0))
+
+
+def test_two_runs_fill_one_cache(source, finished, tmp_path, monkeypatch):
+    """Catches temporary files of one name, where the one that is renamed first takes the other's away."""
+    write, inner = checkpoint.save_file, []
+
+    def slow(tensors, file, metadata):
+        write(tensors, file, metadata)
+        if not inner:  # another run makes the same shard meanwhile
+            inner.append(1)
+            monkeypatch.setattr(os, "getpid", lambda: 1)
+            build(tmp_path / "c", source)
+            monkeypatch.undo()
+            monkeypatch.setattr(checkpoint, "save_file", slow)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    build(tmp_path / "c", source)
+    assert files(tmp_path / "c") == finished[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Nothing lost
 

@@ -111,6 +111,34 @@ def test_unreadable_pictures_are_named_counted_and_skipped(tmp_path, capsys):
     assert len(pictures) == 50 and "broken" not in captions
 
 
+def test_captions_are_what_editors_mean_by_them(tmp_path):
+    """Catches a byte order mark that becomes a part of the caption or damns the table, and a caption with a Unicode line end."""
+    table = write_folder(tmp_path / "a")
+    rows = [{"file_name": f"{i}.png", "text": f"picture\u2028{i}"} for i in range(3)]
+    (table / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
+    assert data.Folder(str(table)).texts == ["picture\u20280", "picture\u20281", "picture\u20282"]
+    beside = write_folder(tmp_path / "b", captions=False)
+    (beside / "0.txt").write_text("a cat\r\n", encoding="utf-8-sig")
+    assert data.Folder(str(beside)).texts == ["a cat"]
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8-sig")
+    assert data.read_prompts(tmp_path / "prompts.txt") == ["a cat"]
+
+
+def test_a_small_folder_stands_upright_too_and_16_bit_pictures_are_named(tmp_path, capsys):
+    """Catches EXIF's rotation ignored for tiny, and 16-bit gray that is clipped to white."""
+    folder = write_folder(tmp_path / "a", captions=False)
+    exif, half = Image.Exif(), Image.new("RGB", (64, 64))
+    exif[0x0112] = 3  # upside down
+    half.paste((255, 255, 255), (0, 0, 64, 32))
+    half.save(folder / "x.jpg", exif=exif)
+    Image.new("I;16", (64, 64), 9000).save(folder / "y.png")
+    for name in ("x", "y"):
+        (folder / f"{name}.txt").write_text(name)
+    found = data.Folder(str(folder))
+    assert found.texts == ["x"] and "y.png: mode I;16 is no picture of 8 bits" in capsys.readouterr().out
+    assert found.pictures[0, :, :12].mean() < -0.9 and found.pictures[0, :, -12:].mean() > 0.9
+
+
 @pytest.mark.parametrize("case", ["no folder", "no captions", "bad line", "all broken"])
 def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, case):
     """Catches training on nothing."""

@@ -350,6 +350,47 @@ def test_damaged_shards_of_the_cache_are_drawn_again_and_no_others(tmp_path, mon
     assert not (tmp_path / "cache" / "000006.safetensors").exists()
 
 
+def test_trajectories_of_other_captions_are_drawn_again(tmp_path, monkeypatch, capsys):
+    """Catches --data that changed under cached trajectories: their states would be trained with other captions."""
+    drawn = []
+
+    def teacher(x, t, s, cond):
+        drawn.append(len(x))
+        return x * 0
+
+    opened(tmp_path)
+    draw(tmp_path, teacher, monkeypatch)
+    conditions = data.Live.conditions
+
+    def other(self, n, gen, mine):
+        return {k: v + (n == 1) for k, v in conditions(self, n, gen, mine).items()}  # in the last shard
+
+    monkeypatch.setattr(data.Live, "conditions", other)
+    drawn.clear()
+    draw(tmp_path, teacher, monkeypatch)
+    assert set(drawn) == {1} and "000004.safetensors was swapped" in capsys.readouterr().out
+
+
+def test_a_run_touches_no_file_that_is_not_its_own(tmp_path):
+    """Catches --out . that deletes a user's .tmp files, and --out FILE that is a traceback."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / ".tmp_notes").mkdir()
+    for name in ("results.tmp", "thesis/results.tmp", "thesis/.tmp_draft"):
+        (tmp_path / name).write_text("mine")
+    opened(tmp_path)
+    opened(tmp_path)  # now it is a run folder
+    assert all((tmp_path / name).exists() for name in (".tmp_notes", "results.tmp", "thesis/results.tmp", "thesis/.tmp_draft"))
+    with pytest.raises(models.UserError, match="cannot write to the run folder"):
+        opened(tmp_path / "thesis" / "results.tmp")
+
+
+def test_a_machine_without_git_trains(tmp_path, monkeypatch):
+    """Catches a commit that config.json cannot do without: slim containers, a zip of the code."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    opened(tmp_path / "r")
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["commit"] == ""
+
+
 def test_a_damaged_configuration_is_written_again_and_a_wrong_one_is_found_out(tmp_path, capsys):
     """Catches a run that mixes two configurations because config.json, which would have told, is gone."""
     cfg = opened(tmp_path)
@@ -370,7 +411,7 @@ def test_what_killed_writers_leave_is_removed(tmp_path):
     """Catches a disk that fills up with the halves of killed runs: safetensors has temporary names of its own."""
     opened(tmp_path)
     (tmp_path / "cache").mkdir()
-    for name in ("state.tmp", ".tmpAb3dE9", "cache/000000.tmp", "cache/.tmpXXXXXX"):
+    for name in ("state.123.tmp", ".tmpAb3dE9", "cache/000000.77.tmp", "cache/.tmpXXXXXX", "probe.tmp"):
         (tmp_path / name).write_bytes(b"half")
     opened(tmp_path)
     assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["config.json"]

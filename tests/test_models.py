@@ -129,14 +129,32 @@ def test_no_two_captions_of_different_scenes_encode_alike():
     assert all(re.fullmatch(r"[a-z ,]+", caption) for caption in captions)
 
 
-def test_full_memory_is_one_sentence(capsys, monkeypatch):
-    """Catches a traceback of CUDA, and an exit code that a scheduler takes for success."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_full_memory_is_one_sentence(capsys, monkeypatch, error):
+    """Catches a traceback of CUDA or of the CPU's allocator, and an exit code that a scheduler takes for success."""
 
     def main(argv):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8 GiB")
+        raise error
 
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(SystemExit) as stop:
         models.run_script("train.py", main)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and len(said.splitlines()) == 1 and "--memory-limit" in said
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    """Catches a defect of ours that is called full memory."""
+
+    def main(argv):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        models.run_script("train.py", main)

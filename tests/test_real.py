@@ -128,6 +128,10 @@ def test_a_consistency_model_of_ones_own_comes_first(real, tmp_path, capsys):
     assert (tmp_path / "r" / "cm" / "flux-cm.safetensors").exists() and (tmp_path / "r" / "model.safetensors").exists()
     of_the_cm, of_the_student = capsys.readouterr().out.split("planned peak")[1:]
     assert "teacher resident" in of_the_cm and "teacher offloaded" in of_the_student
+    argv = [*QUICK.split(), *flags, *extra]
+    refuse([*argv, "--out", str(tmp_path / "r"), "--seed", "5"], capsys, "r/cm holds a run with another seed")
+    shutil.move(tmp_path / "r", tmp_path / "moved")  # and with it the file that --cm self means
+    train.main([*argv, "--out", str(tmp_path / "moved")])
 
 
 def test_checkpointing_changes_no_loss_of_the_consistency_model(real, finished, tmp_path, monkeypatch):
@@ -166,7 +170,8 @@ def test_without_resolution_the_plan_is_for_pictures_of_the_base_s_own_size(real
 def test_too_little_main_memory_is_one_sentence(real, tmp_path, capsys, monkeypatch):
     """Catches a start that the system kills in its middle."""
     monkeypatch.setattr(memory, "available", lambda: 10**8)
-    refuse([*QUICK.split(), *real["sdxl"].split(), "--out", str(tmp_path / "r")], capsys, "GB of main memory and 0.1 GB are there")
+    argv = [*QUICK.split(), *real["sdxl"].split(), "--out", str(tmp_path / "r")]
+    refuse(argv, capsys, "GB of main memory and 0.1 GB are there")
 
 
 def test_a_resumed_run_makes_the_choices_of_its_beginning(real, tmp_path, monkeypatch):
@@ -305,6 +310,8 @@ def test_two_processes_have_the_losses_of_one(real, finished, tmp_path, name, ex
         (("--data", "nowhere"), "check the path"),
         (("--teacher", "BROKEN"), "truncated or damaged"),
         (("--targets", "anchor"), "must be EARLY,LATE"),
+        (("--resolution", "100"), "multiple of 64"),
+        (("--resolution", "-64"), "multiple of 64"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(real, tmp_path, capsys, monkeypatch, change, says):

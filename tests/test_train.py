@@ -403,6 +403,10 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--model flux --export lora --deploy merged", "needs sdxl or flux and --deploy branch"),
         ("--bits 16 --offload --targets fp,fp", "leave them out"),
         ("--shard-teacher", "start them with `torchrun"),
+        ("--lr -1", "--lr, --seed, .* must be at least 0"),
+        ("--lr nan", "--lr, --seed, .* must be at least 0"),
+        ("--seed -1", "--lr, --seed, .* must be at least 0"),
+        ("--cm self --steps 0", "--cm self trains for --steps updates too"),
         ("--eval-n 1", "--eval-n must be at least 2"),
         ("--weights random", "are for sdxl and flux: leave them out"),
         ("--memory-limit 24GB", "are for sdxl and flux: leave them out"),
@@ -457,6 +461,18 @@ def test_a_run_folder_of_another_configuration_is_not_overwritten(weights, finis
     assert (finished / "state.safetensors").read_bytes() == before
 
 
+def test_what_holds_no_student_is_said_as_it_is(weights, tmp_path, capsys):
+    """Catches "unfinished" said of a finished 16-bit run, tracebacks for a file, and pictures drawn for a name that cannot be."""
+    run(weights, tmp_path / "cm", "--bits 16 --targets fp,fp --steps 1 --rollout 0")
+    (tmp_path / "cm" / "model.safetensors").write_bytes(b"")
+    for script in (sample, evaluate):
+        refuse(["--checkpoint", f"{tmp_path}/cm"], capsys, "holds 16-bit weights, no packed student", script)
+        refuse(["--checkpoint", f"{tmp_path}/cm/model.safetensors"], capsys, "is a file: give the folder", script)
+    refuse(["--checkpoint", f"{tmp_path}/cm", "--seed", "-1"], capsys, "--seed must be at least 0", evaluate)
+    for out in ("nowhere/grid.png", "grid", "grid.gold"):
+        refuse(["--checkpoint", f"{tmp_path}/cm", "--out", f"{tmp_path}/{out}"], capsys, "cannot write .*give --out a .png", sample)
+
+
 def test_a_run_goes_on_with_less_at_a_time(weights, finished, tmp_path, monkeypatch):
     """Catches advice on full memory (--micro, --memory-limit) that a begun run then refuses, and with it its start and updates."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -499,7 +515,7 @@ def test_nan_in_the_data_stops_the_run_and_keeps_the_last_state(weights, finishe
     for name in ("state.safetensors", "state-previous.safetensors", "model.safetensors", "metrics.jsonl"):
         (out / name).unlink()
     monkeypatch.setattr(data.Scenes, "batch", broken)
-    refuse(f"{QUICK} {weights} --out {out}".split(), capsys, r"loss nan.*look at the data or lower --lr")
+    refuse(f"{QUICK} {weights} --out {out}".split(), capsys, r"loss nan.*look at the data, or lower --lr and change --out")
     assert not (out / "model.safetensors").exists()
 
 
