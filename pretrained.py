@@ -443,10 +443,11 @@ def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
     if (first := next(iter(source.rows()), None)) is None:
         raise UserError(f"--data {cfg.data} has no captions: look at what it names")
     alone = first[2] is None
-    key = {"model": cfg.model, "base": cfg.teacher or cfg.weights or BASES[cfg.model], "components": cfg.components}
+    base, components, cm = (Path(name).name if Path(name).exists() else name for name in (cfg.teacher, cfg.components, cfg.cm))
+    key = {"model": cfg.model, "base": base or cfg.weights or BASES[cfg.model], "components": components}  # local ones may move
     key["files of the base"] = fingerprint(cfg.teacher, cfg.components)
     if draws := alone and cfg.rollout < 1:
-        key |= {"consistency model": cfg.cm, "its scale": cfg.cm_scale, "its steps": steps}
+        key |= {"consistency model": cm, "its scale": cfg.cm_scale, "its steps": steps}
         key |= {"files of the consistency model": fingerprint(cfg.cm)}
     return cache.Cache.build(
         folder, source, pictures, text, key, resolution, draw=draw if draws else None, latent=network.latent,
