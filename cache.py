@@ -27,7 +27,6 @@ Key: B batch, C, h, w latent shape, H, W pixels.
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -216,10 +215,6 @@ class Cache:
             key |= {"data": items.spec, "fingerprint of the data": items.fingerprint}
         key = json.loads(json.dumps(key))
         manifest = folder / "manifest.json"
-        if rank == 0:
-            for left in folder.glob("*.tmp"):  # by killed runs; younger ones may be another run's that fills the same cache
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink(missing_ok=True)
         if rank == 0 and _manifest(folder) is None:
             if folder.is_dir() and any(file.suffix != ".tmp" for file in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and no cache: choose another --cache, or delete the folder")
@@ -228,6 +223,8 @@ class Cache:
             except OSError as error:
                 raise UserError(f"cannot make the cache folder {folder} ({error.strerror}): choose another --cache") from None
             checkpoint.write_json(manifest, {"key": key, "shards": None})
+        elif rank == 0:
+            checkpoint.remove_left(folder, 3600)  # younger ones may be another run's that fills the same cache
         if world > 1:
             wait()
         if (about := _manifest(folder)) is None:

@@ -36,6 +36,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +183,13 @@ def usable(path: Path, run: str, otherwise: str) -> bool:
         return False
 
 
+def remove_left(folder: Path, seconds: float = 0) -> None:
+    """Deletes what killed runs left half-written in a folder of ours, if it is older than that."""
+    for file in folder.glob("*"):
+        if LEFT.fullmatch(file.name) and file.is_file() and time.time() - file.stat().st_mtime >= seconds:
+            file.unlink(missing_ok=True)
+
+
 def refuse_another(out: Path, config: dict) -> None:
     """UserError if the run in `out` cannot go on as `config`; Damaged as read_config."""
     old = read_config(out)["config"]
@@ -196,9 +204,8 @@ def open_run(out: Path, config: dict, leader: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if leader:
-            folders = [out / name for name in ("", "trajectories", "cache", "samples")] if (out / "config.json").exists() else []
-            for file in (file for folder in folders for file in folder.glob("*") if LEFT.fullmatch(file.name) and file.is_file()):
-                file.unlink()
+            for name in ("", "trajectories", "cache", "samples") if (out / "config.json").exists() else ():
+                remove_left(out / name)
             with open(out / "probe.tmp", "wb") as probe:
                 probe.write(bytes(64 << 20))  # room for a state
             (out / "probe.tmp").unlink()

@@ -173,17 +173,12 @@ def read_run(folder: Path) -> dict:
     return about
 
 
-def most_steps(config: dict) -> int:
-    """Of the numbers of steps that a run's student was trained for, the largest."""
-    return max(map(int, config["phases"].split(",")))
-
-
 def load_denoiser(folder: Path, dtype: torch.dtype) -> models.Denoiser:
     """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError if the run is none, or damaged."""
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
     denoiser.to(dtype)
-    backend, steps = about["config"].get("backend", "native"), most_steps(about["config"])
+    backend, steps = about["config"].get("backend", "native"), tdpt.most_steps(about["config"]["phases"])
     config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
     mark_quantized(denoiser.net, config)
     return denoiser
@@ -453,7 +448,7 @@ def write_card(folder: str | Path) -> Path:
     else:
         about = read_run(folder)
         network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
-        guidance, pixels, steps = about["network"].get("guidance"), "", most_steps(about["config"])
+        guidance, pixels, steps = about["network"].get("guidance"), "", tdpt.most_steps(about["config"]["phases"])
         files, imports, load = [folder / "model.safetensors"], "import pipeline\n", f'pipeline.load_pipeline("{folder.name}")'
         report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
     call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"

@@ -416,7 +416,7 @@ def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
     Captions without pictures get latents that the consistency model inside `network` draws, in the most steps of --phases, if TDPT
     asks for any; only then `network`, which is given on the CPU, goes to the device."""
     source, resolution, parts = data.captioned(cfg.data), FACTOR * network.latent[1], {}
-    random, steps = cfg.weights == "random" and not cfg.teacher, max(map(int, cfg.phases.split(",")))
+    random, steps = cfg.weights == "random" and not cfg.teacher, tdpt.most_steps(cfg.phases)
     dtype = network.dtype if cfg.device == "cuda" else torch.float32
 
     def text(captions):

@@ -212,6 +212,11 @@ def guided(teacher, w, null_cond):
     return model
 
 
+def most_steps(phases: str) -> int:
+    """Of the numbers of jumps in --phases, the largest: what pictures are drawn with unless a call says else."""
+    return max(map(int, phases.split(",")))
+
+
 def phase_edges(times, K):
     """K + 1 of the n + 1 descending times, both ends included, as even in index as integers allow: index k n / K.
 

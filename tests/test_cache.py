@@ -239,6 +239,18 @@ def test_a_caption_that_no_tokenizer_takes_and_exif_that_is_none_end_no_build(tm
     assert torch.equal(made.conditions(40, data.step_generator(0, 0))["tokens"].unique(dim=0), expected.unique(dim=0))
 
 
+def test_a_cache_removes_its_own_halves_and_no_others(source, tmp_path):
+    """Catches --cache . that deletes a user's .tmp files, halves that stay for ever, and those of a run that is at work."""
+    (folder := tmp_path / "c").mkdir()
+    for name in ("mine.tmp", "000001.7.tmp", "000002.8.tmp"):
+        (folder / name).write_text("half")
+        os.utime(folder / name, (1, 1))
+    (folder / "000003.9.tmp").write_text("at work")
+    for _ in range(2):  # the first makes it a cache
+        build(folder, source)
+    assert {file.name for file in folder.glob("*.tmp")} == {"mine.tmp", "000003.9.tmp"}
+
+
 def test_two_runs_fill_one_cache(source, finished, tmp_path, monkeypatch):
     """Catches temporary files of one name, where the one that is renamed first takes the other's away."""
     write, inner = checkpoint.save_file, []
