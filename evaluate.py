@@ -26,12 +26,13 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-import checkpoint
-import data
-import models
 import sample
 import tdpt
-from models import UserError
+from data import scenes, sources
+from models import checkpoint, family
+from models.denoiser import FAST, Denoiser, as_cm, load_tiny_cm
+from run import files
+from run.common import UserError, run_script, step_generator
 
 REFERENCE_SEED = 777_000  # of the rendered scenes that Frechet distances are measured to
 
@@ -39,7 +40,7 @@ REFERENCE_SEED = 777_000  # of the rendered scenes that Frechet distances are me
 class Reader(nn.Module):
     """Classifier of scenes. forward: pictures (B, 3, 32, 32) in [-1, 1] -> features (B, 128); heads: features -> logits."""
 
-    GROUPS = (len(data.SHAPES) + 1, len(data.COLORS), len(data.SIZES), len(data.PATTERNS))  # shape 0: nothing there
+    GROUPS = (len(scenes.SHAPES) + 1, len(scenes.COLORS), len(scenes.SIZES), len(scenes.PATTERNS))  # shape 0: nothing there
     num_features = 128  # torchmetrics reads this
 
     def __init__(self):
@@ -50,23 +51,23 @@ class Reader(nn.Module):
 
         convs = (conv(3, 32, 1), conv(32, 64, 2), conv(64, 64, 1), conv(64, 128, 2), conv(128, 128, 1), conv(128, 32, 1))
         self.trunk = nn.Sequential(*convs, nn.Flatten(), nn.Linear(32 * 64, self.num_features), nn.SiLU())
-        self.objects = nn.Linear(self.num_features, len(data.PLACES) * sum(self.GROUPS))
-        self.background = nn.Linear(self.num_features, len(data.BACKGROUNDS))
-        self.texture = nn.Linear(self.num_features, len(data.TEXTURES))
+        self.objects = nn.Linear(self.num_features, len(scenes.PLACES) * sum(self.GROUPS))
+        self.background = nn.Linear(self.num_features, len(scenes.BACKGROUNDS))
+        self.texture = nn.Linear(self.num_features, len(scenes.TEXTURES))
 
     def forward(self, pictures):
         return self.trunk(pictures)
 
     def heads(self, features):
         """[shape, color, size, pattern logits (B, P, n)], background (B, 3), texture (B, 3)."""
-        at_place = self.objects(features).view(len(features), len(data.PLACES), -1)
+        at_place = self.objects(features).view(len(features), len(scenes.PLACES), -1)
         return at_place.split(self.GROUPS, -1), self.background(features), self.texture(features)
 
 
 def truth(scene: dict[str, torch.Tensor]) -> torch.Tensor:
     """Attributes by place (B, P, 4) int64: shape + 1 (0 nothing), color, size, pattern; -1 where nothing has no attribute."""
     n = len(scene["count"])
-    at = torch.full((n, len(data.PLACES), 4), -1)
+    at = torch.full((n, len(scenes.PLACES), 4), -1)
     at[:, :, 0] = 0
     for slot in range(2):
         b = (slot < scene["count"]).nonzero().squeeze(1)
@@ -99,25 +100,25 @@ def train_reader(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e
     reader = Reader()
     optimizer = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=0.01)
     for step in tqdm(range(steps)):
-        gen = data.step_generator(7, step)
-        scene = data.random_scenes(batch, gen)
-        pictures = data.render(scene, gen)
+        gen = step_generator(7, step)
+        scene = scenes.random_scenes(batch, gen)
+        pictures = scenes.render(scene, gen)
         pictures += 0.03 * torch.randn(pictures.shape, generator=gen) * torch.rand(batch, 1, 1, 1, generator=gen)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.autocast("cpu", torch.bfloat16, enabled=models.FAST == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=FAST == torch.bfloat16):
             loss = reader_loss(reader, pictures, scene)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     accuracy, _ = real_pictures(reader.eval())
     info = {"command": f"python evaluate.py --train-reader {path.name}", "seed": 0, "accuracy_on_real": accuracy}
-    checkpoint.write(path, {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}, info)
+    files.write_tensors(path, {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}, info)
     print(f"prompt accuracy on real pictures {accuracy:.4f}")
 
 
-def load_reader(path: Path = models.ASSETS / "reader.safetensors") -> Reader:
-    tensors, _ = models.read_tensors(path, f"make it with `python evaluate.py --train-reader {path}`")
+def load_reader(path: Path = files.ASSETS / "reader.safetensors") -> Reader:
+    tensors, _ = files.read_tensors(path, f"make it with `python evaluate.py --train-reader {path}`")
     reader = Reader()
     reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     return reader.eval().requires_grad_(False)
@@ -132,9 +133,9 @@ def real_pictures(reader: Reader, n: int = 4096) -> tuple[float, torch.Tensor]:
     """(prompt accuracy, features) of n rendered scenes."""
     parts, right = [], []
     for k in range(0, n, 256):
-        gen = data.step_generator(REFERENCE_SEED, k)
-        scene = data.random_scenes(min(256, n - k), gen)
-        parts.append(features_of(reader, data.render(scene, gen)))
+        gen = step_generator(REFERENCE_SEED, k)
+        scene = scenes.random_scenes(min(256, n - k), gen)
+        parts.append(features_of(reader, scenes.render(scene, gen)))
         right.append(all_right(reader, parts[-1], scene))
     return torch.cat(right).float().mean().item(), torch.cat(parts)
 
@@ -166,15 +167,15 @@ class Judge:
 
     def __init__(self, n: int, seed: int, reference: int = 4096):
         self.reader, self.seed = load_reader(), seed
-        self.scene = data.random_scenes(n, data.step_generator(seed, 0))
-        self.captions = [data.caption_of(self.scene, i) for i in range(n)]
+        self.scene = scenes.random_scenes(n, step_generator(seed, 0))
+        self.captions = [scenes.caption_of(self.scene, i) for i in range(n)]
         _, self.real = real_pictures(self.reader, reference)
 
     def rendered(self) -> dict[str, float]:
         """Scores of the renderer itself on the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet."""
-        return self.score(data.render(self.scene, data.step_generator(self.seed, 1)))
+        return self.score(scenes.render(self.scene, step_generator(self.seed, 1)))
 
-    def draw(self, name: str, model, denoiser: models.Denoiser, steps: int) -> torch.Tensor:
+    def draw(self, name: str, model, denoiser: Denoiser, steps: int) -> torch.Tensor:
         parts, size = [], 64
         for i in tqdm(range(0, len(self.captions), size), desc=f"{name}, {steps} steps", leave=False):
             parts.append(sample.draw(model, denoiser, self.captions[i : i + size], steps, 1_000_000 * self.seed + i))
@@ -195,28 +196,28 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def network_report(network: models.Denoiser, config: dict, cm: bool) -> dict[str, dict[str, float]]:
+def network_report(network: Denoiser, config: dict, cm: bool) -> dict[str, dict[str, float]]:
     """Scores of 16-bit weights at the end of their training, printed: the guided teacher and, if `cm`, the consistency model."""
     if config["data"]:
         return {}  # the classifier knows nothing of the user's pictures
     judge = Judge(config["eval_n"], 4321)
     teacher = ("teacher, guided", sample.guided_teacher(network, config["guidance"]))
-    runs = [(*teacher, 25), (*teacher, 4)] + [("fp", models.as_cm(network), steps) for steps in (4, 2, 1) if cm]
+    runs = [(*teacher, 25), (*teacher, 4)] + [("fp", as_cm(network), steps) for steps in (4, 2, 1) if cm]
     rows = {"real": judge.rendered()}
     rows |= {f"{name}, {steps} steps": judge.score(judge.draw(name, model, network, steps)) for name, model, steps in runs}
     print(f"{config['eval_n']} pictures\n{table(rows)}")
     return rows
 
 
-def printed_size(out: Path, student: models.Denoiser) -> dict[str, float]:
-    s = checkpoint.size(student)
+def printed_size(out: Path, student: Denoiser) -> dict[str, float]:
+    s = checkpoint.packed_size(student)
     ratio = s["mb"] / s["mb_bf16"]
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
     print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
     return s
 
 
-def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
+def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
     student, _ = checkpoint.load_checkpoint(out)
     prompts = list(sample.PROMPTS)
@@ -225,30 +226,30 @@ def closing_report(out: Path, network: models.Denoiser, config: dict) -> None:
         "compare.png": sample.compare(student, network, prompts, 4, config["seed"], config["guidance"]),
     }
     for name, image in drawn.items():
-        with checkpoint.atomic(out / "samples" / name) as file:
+        with files.atomic(out / "samples" / name) as file:
             image.save(file, "PNG")
     s = printed_size(out, student)
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
-        captions = data.source(config["data"]).captions(config["eval_n"], data.step_generator(4321, 0))
-        drawn = [sample.draw(m, d, captions, 4, 4321) for m, d in ((models.as_cm(network), network), (student, student))]
+        captions = sources.source(config["data"]).captions(config["eval_n"], step_generator(4321, 0))
+        drawn = [sample.draw(m, d, captions, 4, 4321) for m, d in ((as_cm(network), network), (student, student))]
         rows = {"w4a4": {"psnr_to_fp": psnr(*drawn)}}
         print(f"4 steps, {len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model")
     else:
         judge = Judge(config["eval_n"], 4321, reference=2048)
-        fp = judge.draw("fp", models.as_cm(network), network, 4)
+        fp = judge.draw("fp", as_cm(network), network, 4)
         rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
         print(f"4 steps, {config['eval_n']} pictures\n{table(rows)}")
-    with checkpoint.atomic(out / "report.json") as file:
+    with files.atomic(out / "report.json") as file:
         file.write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
     print(f"pictures: {out / 'samples'}")
 
 
 @torch.no_grad()
-def latent_report(out: Path, network: models.Denoiser, config: dict, examples, leader: bool) -> None:
+def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: bool) -> None:
     """closing_report for sdxl and flux, whose quality no classifier of ours can judge: how far the checkpoint on disk is from the
     fp consistency model in latents, signal over error in dB, from the same noises and captions, in the most steps of --phases.
     Every process of a torchrun calls it (the teacher may be sharded), the leader loads the checkpoint and prints."""
-    n, gen, steps = config["eval_n"], data.step_generator(config["seed"], 0, stream=5), tdpt.most_steps(config["phases"])
+    n, gen, steps = config["eval_n"], step_generator(config["seed"], 0, stream=5), tdpt.most_steps(config["phases"])
     cond, x_T = examples.conditions(n, gen, slice(None)), torch.randn(n, *network.latent, generator=gen)
 
     def draw(model, denoiser) -> torch.Tensor:
@@ -258,30 +259,30 @@ def latent_report(out: Path, network: models.Denoiser, config: dict, examples, l
             parts.append(tdpt.sample(model, denoiser.path, x_T[rows].to(config["device"]), cond_r, steps).float().cpu())
         return torch.cat(parts)
 
-    fp = draw(models.as_cm(network), network)
+    fp = draw(as_cm(network), network)
     if not leader:
         return
     student, _ = checkpoint.load_checkpoint(out)
     drawn = draw(student.to(config["device"]), student)
     s, snr = printed_size(out, student), 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
     print(f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model")
-    with checkpoint.atomic(out / "report.json") as file:
+    with files.atomic(out / "report.json") as file:
         file.write_text(json.dumps({"steps": steps, "n": n, **s, "latent_snr_to_fp": snr}, indent=1))
     print(f"memory_ratio: {s['mb'] / s['mb_bf16']:.3f}")
 
 
-def fp_pictures(file: str, judge: Judge, network: models.Denoiser, steps: int, config: dict) -> torch.Tensor:
+def fp_pictures(file: str, judge: Judge, network: Denoiser, steps: int, config: dict) -> torch.Tensor:
     """The fp consistency model's pictures, from `file` ("": none) if an earlier call left them there."""
     about = {k: config[k] for k in ("model", "teacher", "cm")} | {"n": len(judge.captions), "seed": judge.seed, "steps": steps}
     about["sum of weights"] = sum(p.double().sum().item() for p in network.parameters())
     if file and Path(file).exists():
-        tensors, info = checkpoint.read(Path(file), "delete it, it will be drawn again")
+        tensors, info = files.read_verified(Path(file), "delete it, it will be drawn again")
         if info != about:
             raise UserError(f"{file} holds pictures of {info}, not of {about}: name another --fp-pictures")
         return tensors["pictures"]
-    pictures = judge.draw("fp", models.as_cm(network), network, steps)
+    pictures = judge.draw("fp", as_cm(network), network, steps)
     if file:
-        checkpoint.write(Path(file), {"pictures": pictures}, about)
+        files.write_tensors(Path(file), {"pictures": pictures}, about)
     return pictures
 
 
@@ -306,13 +307,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--seed must be at least 0, got {args.seed}")
     if args.n < 256:
         raise UserError(f"--n {args.n} is too few for the covariance of {Reader.num_features} features: use 256 or more")
-    if (model := checkpoint.read_config(Path(args.checkpoint))["config"]["model"]) in models.REAL:
+    if (model := files.read_config(Path(args.checkpoint))["config"]["model"]) in family.REAL:
         raise UserError(
             f"the classifier knows nothing of {model}'s pictures: see {args.checkpoint}/report.json, draw with sample.py"
         )
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
-    network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(models.FAST)
+    network = load_tiny_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
     judge = Judge(args.n, args.seed)
     rows = {"real": judge.rendered()}
     teacher = sample.guided_teacher(network, config["guidance"])
@@ -326,9 +327,9 @@ def main(argv: list[str]) -> None:
     print(f"{args.n} pictures, seed {args.seed}")
     print(table(rows))
     if args.json:
-        with checkpoint.atomic(Path(args.json)) as file:
+        with files.atomic(Path(args.json)) as file:
             file.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
-    models.run_script("evaluate.py", main)
+    run_script("evaluate.py", main)

@@ -443,3 +443,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def least_bytes(shapes, gradients: bool) -> int:
+    """Of --hessian-mb, for layers of `shapes` (O, K): half of it takes the float64 sums, H or G, of the widest one."""
+    return 16 * max(max(O, K) if gradients else K for O, K in shapes) ** 2

@@ -58,20 +58,15 @@ Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is 
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import hessian
-import kernels
 import quant
 
 EXACT = 512  # rows of Gram matrices whose eigenvectors are all computed
-
-# ------------------------------------------------------------------------------------------------ reference math
 
 
 class Whitener:
@@ -158,7 +153,7 @@ def whitened_spectrum(E_OK: Tensor, L_KK: Tensor, R_OO: Tensor | None = None, ra
     return energy.clamp_min(0).sqrt()
 
 
-def kept_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_Or=None, R_OO=None, noise_K=None) -> float:
+def split_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_Or=None, R_OO=None, noise_K=None) -> float:
     """||R (W - Q - BA) L||_F^2 + ||R Q N^1/2||_F^2: without R and N the mean squared error of the layer's output."""
     Q_OK = quant.dequantize(gw).double()
     E_OK = w_OK.double() - Q_OK
@@ -171,11 +166,7 @@ def kept_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_Or
 def relative_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_Or=None) -> float:
     """kept_error / ||W L||_F^2, for tables: without A, B the error before the correction, with them the error after."""
     energy = float((w_OK.double() @ L_KK).square().sum())
-    return kept_error(w_OK, L_KK, gw, A_rK, B_Or) / energy if energy > 0 else 0.0
-
-
-# ------------------------------------------------------------------------------------------------ initialisations
-# All: (w_OK float64, white, rank, round_to_grid(target_OK, nearest=False), iters, generator) -> (GridWeight, A_rK, B_Or)
+    return split_error(w_OK, L_KK, gw, A_rK, B_Or) / energy if energy > 0 else 0.0
 
 
 def _random_rows(rows: int, K: int, like: Tensor, generator) -> Tensor:
@@ -216,7 +207,7 @@ def grid_cost(w_OK: Tensor, white: Whitener, gw: quant.GridWeight) -> Tensor:
     """(K,) what a squared weight of each input costs while it is on the grid: N_k for the rounding of x, c H_kk for its own,
     with the c at which that adds up to the error of gw, a plain rounding of W."""
     H_K = white.H_KK.diagonal()
-    c = kept_error(w_OK, white.L_KK, gw) / float((w_OK.double().square() * H_K).sum().clamp_min(1e-300))
+    c = split_error(w_OK, white.L_KK, gw) / float((w_OK.double().square() * H_K).sum().clamp_min(1e-300))
     return max(c, 1e-12) * H_K + (0 if white.noise_K is None else white.noise_K)  # never 0: H is damped, N of a dead input is not
 
 
@@ -224,13 +215,13 @@ def hgs(w_OK, white, rank, round_to_grid, iters, generator):
     L_KK, R_OO, noise_K = white.L_KK, white.R_OO, white.noise_K
     gw = round_to_grid(w_OK)
     best = gw, *whitened_svd(w_OK - quant.dequantize(gw), L_KK, rank, R_OO)
-    least = kept_error(w_OK, L_KK, *best, R_OO, noise_K)
+    least = split_error(w_OK, L_KK, *best, R_OO, noise_K)
     start = L_KK if noise_K is None else grid_cost(w_OK, white, gw).sqrt()
     A_rK, B_Or = whitened_svd(w_OK, start, rank, R_OO)
     for i in range(iters):
         gw = round_to_grid(w_OK - B_Or @ A_rK, nearest=i < iters - 2)
         A_rK, B_Or = whitened_svd(w_OK - quant.dequantize(gw), L_KK, rank, R_OO)
-        error = kept_error(w_OK, L_KK, gw, A_rK, B_Or, R_OO, noise_K)
+        error = split_error(w_OK, L_KK, gw, A_rK, B_Or, R_OO, noise_K)
         if error < least:
             best, least = (gw, A_rK, B_Or), error
     return best
@@ -283,314 +274,6 @@ def decompose(
     return gw, A_rK.float(), B_Or.float()
 
 
-def quantize_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(qA_rK int8, qB_Or int8, scale_2r float32): a_r and b_r of the module docstring, 0 for a factor of zeros.
-
-    ValueError for inf or NaN."""
-    A_rK, B_Or = A_rK.detach().float(), B_Or.detach().float()
-    if not (torch.isfinite(A_rK).all() and torch.isfinite(B_Or).all()):
-        raise ValueError("LoRA factors contain inf or NaN")
-    scale_2r = torch.stack([torch.linalg.vector_norm(A_rK, torch.inf, 1), torch.linalg.vector_norm(B_Or, torch.inf, 0)]) / 127
-    a_r, b_r = torch.where(scale_2r > 0, scale_2r, 1.0)
-    return (A_rK / a_r[:, None]).round_().to(torch.int8), (B_Or / b_r).round_().to(torch.int8), scale_2r
-
-
-def mix_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product, float32, whose components are equally strong (module docstring). Of any shapes, rank 0 too."""
-    A, B, r = A_rK.detach().double(), B_Or.detach().double(), len(A_rK)
-    (Q_K, R_A), (Q_O, R_B) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
-    U, S, Vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    mix_rr = torch.linalg.qr(torch.randn(r, r, generator=torch.Generator().manual_seed(r), dtype=torch.float64))[0].to(A)
-    mix_rr = mix_rr[: len(S)]  # fewer components than ranks: the others are zero
-    return (mix_rr.mT @ (S.sqrt()[:, None] * (Vt @ Q_K.mT))).float(), (Q_O @ U * S.sqrt() @ mix_rr).float()
-
-
-def dequantize_lora(qA_rK: Tensor, qB_Or: Tensor, scale_2r: Tensor) -> tuple[Tensor, Tensor]:
-    """(A_rK, B_Or), float32."""
-    return qA_rK * scale_2r[0][:, None], qB_Or * scale_2r[1]
-
-
-# ------------------------------------------------------------------------------------------------ layers
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: layer.run, the deployed kernel. Backward: the equations of the module docstring, by layer.grads."""
-
-    @staticmethod
-    def forward(ctx, x, A_rK, B_Or, layer):
-        ctx.layer = layer  # its packed buffers are frozen: the layer itself is the saved weight
-        ctx.save_for_backward(x, A_rK, B_Or)
-        return layer.run(x, A_rK, B_Or)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return *ctx.layer.grads(g, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None
-
-
-class PackedLayer(nn.Module):
-    """What the three layers share. Everything but A and B is a buffer, so state_dict() is what safetensors saves:
-    codes_OP, mult_P uint8; scale_O, inv_smooth (if smoothed) float32; bias (if any); Parameters lora_A, lora_B float32
-    (if rank > 0). anchor_A, anchor_B are not part of it, a deployed checkpoint has no use for them: see anchor_state.
-    In the deployed form (store_8bit, or lora_bits=8) scale_O is the byte of kernels.pack_scales, the same number exactly;
-    lora_A and lora_B are int8 buffers, lora_scale (2, rank) float32 is beside them, and only x has a gradient.
-
-    The layer follows the dtype of its input. .to(dtype), .half() .. move it but cast nothing: bfloat16 scales would
-    change the weights, and bfloat16 A, B would not take small updates."""
-
-    def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
-        """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
-        lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
-        super().__init__()
-        if lora_bits not in (8, 16):
-            raise ValueError(f"LoRA factors are kept in 8 or 16 bits, not {lora_bits}")
-        quant.check_group(group)
-        quant.check_group(group_x)
-        O, I = layer.weight.shape[:2]
-        taps = layer.weight[0, 0].numel()
-        K, Kp = taps * I, taps * -(-I // group) * group
-        if not 0 <= rank <= min(O, K):
-            raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
-        self.channels, self.out, self.taps, self.rank, self.group, self.group_x = I, O, taps, rank, group, group_x
-        self.use_anchor, self.backend = False, "eager"
-        device = layer.weight.device
-        self.register_buffer("codes_OP", torch.empty(O, Kp // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("mult_P", torch.empty(-(-O * Kp // group // 2), dtype=torch.uint8, device=device))
-        deployed = lora_bits == 8
-        self.register_buffer("scale_O", torch.empty(O, dtype=torch.uint8 if deployed else torch.float32, device=device))
-        self.register_buffer("inv_smooth", torch.empty(I, device=device) if smooth else None)
-        self.register_buffer("bias", None if layer.bias is None else torch.empty_like(layer.bias, requires_grad=False))
-        for name, shape in (("lora_A", (rank, K)), ("lora_B", (O, rank))):
-            if rank and deployed:
-                self.register_buffer(name, torch.empty(shape, dtype=torch.int8, device=device))
-            else:
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device)) if rank else None)
-        self.register_buffer("lora_scale", torch.empty(2, rank, device=device) if rank and deployed else None)
-        self.register_buffer("anchor_A", None, persistent=False)
-        self.register_buffer("anchor_B", None, persistent=False)
-
-    @classmethod
-    def from_float(cls, layer, gw: quant.GridWeight, A_rK=None, B_Or=None, smooth_I=None, group_x: int = 16):
-        """The packed twin of `layer`: grid weight and factors from `decompose` (of W * smooth_I if it is smoothed)."""
-        new = cls(layer, 0 if A_rK is None else len(A_rK), gw.group, group_x, smooth_I is not None)
-        if (gw.channels, gw.taps, len(gw.scale_O)) != (new.channels, new.taps, new.out):
-            raise ValueError(f"a grid weight with {gw.channels} channels and {gw.taps} taps is not one of {layer}")
-        pw = kernels.pack(gw)
-        with torch.no_grad():
-            for name in ("codes_OP", "mult_P", "scale_O"):
-                getattr(new, name).copy_(getattr(pw, name))
-            if smooth_I is not None:
-                new.inv_smooth.copy_(1.0 / smooth_I)
-            if layer.bias is not None:
-                new.bias.copy_(layer.bias)
-            if new.rank:
-                new.lora_A.copy_(A_rK)
-                new.lora_B.copy_(B_Or)
-        new.set_anchor()
-        return new.train(layer.training)
-
-    def set_anchor(self) -> None:
-        """The current A, B become A0, B0."""
-        if self.rank:
-            self.anchor_A, self.anchor_B = (factor.detach().clone() for factor in self.factors())
-
-    def factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """(A, B), the Parameters themselves, or their float32 values in the deployed form; None where there is no branch."""
-        if self.lora_scale is None:
-            return self.lora_A, self.lora_B
-        return dequantize_lora(self.lora_A, self.lora_B, self.lora_scale)
-
-    def store_8bit(self) -> None:
-        """In place, and once: the deployed form, without an anchor."""
-        if self.scale_O.dtype == torch.uint8:
-            return
-        self.scale_O = kernels.pack_scales(self.scale_O)
-        if self.rank:
-            *factors, self.lora_scale = quantize_lora(*mix_lora(self.lora_A, self.lora_B))
-            del self.lora_A, self.lora_B  # a Parameter cannot be int8
-            for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
-                self.register_buffer(name, factor)
-            self.anchor_A = self.anchor_B = None
-
-    @property
-    def packed(self) -> kernels.PackedWeight:
-        scale_O = kernels.unpack_scales(self.scale_O) if self.scale_O.dtype == torch.uint8 else self.scale_O
-        return kernels.PackedWeight(self.codes_OP, self.mult_P, scale_O, self.channels, self.taps, self.group)
-
-    def forward(self, x: Tensor) -> Tensor:
-        A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else self.factors()
-        with torch.autocast(x.device.type, enabled=False):  # autocast would make the training forward another function
-            if torch.is_grad_enabled() and (x.requires_grad or (A is not None and A.requires_grad)):
-                return _StraightThrough.apply(x, A, B, self)
-            return self.run(x, A, B)
-
-    def _kernel(self, kernel: Callable) -> Callable:
-        return kernels.BACKENDS[self.backend](kernel)
-
-    def merged_weight(self, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
-        """W^ + B A (O, K) in float32, W^ alone where there is no branch."""
-        w_OK = kernels.dequantize(self.packed)
-        return w_OK if A_rK is None else torch.addmm(w_OK, B_Or.float(), A_rK.float())
-
-    def _smoothed(self, x: Tensor) -> Tensor:
-        """x' in x's dtype, the product in float32; channels are the last axis."""
-        return x if self.inv_smooth is None else (x.float() * self.inv_smooth).to(x.dtype)
-
-    def _apply(self, fn, recurse=True):
-        def move_only(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(move_only, recurse)
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, group_x={self.group_x}"
-
-
-class W4A4Linear(PackedLayer):
-    def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
-        kernel = self._kernel(kernels.w4a4_linear)
-        return kernel(x, self.packed, self.bias, A_rI, B_Or, self.inv_smooth, self.group_x)
-
-    def grads(self, g, x, A_rI, B_Or, needs):
-        """(dx, dA, dB), None where not needed. Products in x's dtype, as those of a float layer's backward."""
-        g_TO, x1_TI = g.reshape(-1, self.out), self._smoothed(x.reshape(-1, self.channels))
-        dx = dA = dB = None
-        if A_rI is not None and (needs[1] or needs[2]):
-            A, B = A_rI.to(x.dtype), B_Or.to(x.dtype)
-            dA = ((g_TO @ B).mT @ x1_TI).to(A_rI.dtype) if needs[1] else None
-            dB = (g_TO.mT @ (x1_TI @ A.mT)).to(B_Or.dtype) if needs[2] else None
-        if needs[0]:
-            dx = self._smoothed(g_TO @ self.merged_weight(A_rI, B_Or).to(g.dtype)).reshape(x.shape)
-        return dx, dA, dB
-
-
-class W4A16Linear(W4A4Linear):
-    """4-bit weight, activations as they are (models.precision). The straight-through gradient is the exact one here."""
-
-    def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
-        return self._kernel(kernels.w4a16_linear)(self._smoothed(x), self.packed, self.bias, A_rI, B_Or)
-
-
-class W4A4Conv2d(PackedLayer):
-    def __init__(self, layer: nn.Conv2d, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
-        plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
-        if not plain or isinstance(layer.padding, str):
-            raise ValueError("W4A4Conv2d needs an ungrouped, undilated convolution with explicit zero padding")
-        super().__init__(layer, rank, group, group_x, smooth, lora_bits)
-        self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
-
-    def run(self, x: Tensor, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
-        kernel, geometry = self._kernel(kernels.w4a4_conv2d), (self.kernel_size, self.stride, self.padding)
-        y = kernel(x, self.packed, self.bias, A_rK, B_Or, self.inv_smooth, self.group_x, *geometry)
-        # as nn.Conv2d: the layout of x. On a CPU a small channels-last GroupNorm takes 10 times as long
-        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-
-    def grads(self, g, x, A_rK, B_Or, needs):
-        """(dx, dA, dB), None where not needed, in x's dtype. The branch is conv(A), then a 1x1 convolution B."""
-        strides = dict(stride=self.stride, padding=self.padding)
-        x1 = self._smoothed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        dx = dA = dB = None
-        if A_rK is not None and (needs[1] or needs[2]):
-            A_rIhw, B = quant.unflatten_conv(A_rK.to(x.dtype), self.kernel_size), B_Or.to(x.dtype)
-            if needs[1]:
-                low = F.conv2d(g, B.mT[:, :, None, None])
-                dA = quant.flatten_conv(nn.grad.conv2d_weight(x1, A_rIhw.shape, low, **strides)).to(A_rK.dtype)
-            if needs[2]:
-                low = F.conv2d(x1, A_rIhw, **strides)
-                dB = (g.transpose(0, 1).flatten(1) @ low.transpose(0, 1).flatten(1).mT).to(B_Or.dtype)
-        if needs[0]:
-            w_OIhw = quant.unflatten_conv(self.merged_weight(A_rK, B_Or), self.kernel_size).to(g.dtype)
-            dx = nn.grad.conv2d_input(x.shape, w_OIhw, g, **strides)
-            dx = self._smoothed(dx.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return dx, dA, dB
-
-
-# ------------------------------------------------------------------------------------------------ models of such layers
-
-
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
-
-
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where the module `name` ("mid.attn.to_q") is. ValueError if there is no such module."""
-    if name not in dict(model.named_modules()):
-        raise ValueError(f"layer {name!r} is not in the model")
-    model.set_submodule(name, layer)
-
-
-def set_backend(model: nn.Module, backend: str) -> None:
-    """Run every layer through one of kernels.BACKENDS."""
-    for _, layer in packed_layers(model):
-        layer.backend = backend
-
-
-def store_8bit(model: nn.Module) -> None:
-    """The deployed form of every layer, in place: scales of a byte, LoRA int8."""
-    for _, layer in packed_layers(model):
-        layer.store_8bit()
-
-
-@contextmanager
-def anchor(model: nn.Module):
-    """Inside, every layer uses its initial A0, B0: the frozen low-bit copy of the consistency model [R]."""
-    layers = list(packed_layers(model))
-    for name, layer in layers:
-        if layer.rank and layer.anchor_A is None:
-            raise ValueError(f"layer {name!r} has no anchor (a deployed checkpoint carries none)")
-    before = [layer.use_anchor for _, layer in layers]
-    try:
-        for _, layer in layers:
-            layer.use_anchor = True
-        yield model
-    finally:
-        for (_, layer), flag in zip(layers, before, strict=True):
-            layer.use_anchor = flag
-
-
-def as_anchor(student: nn.Module) -> Callable:
-    """A function of the student's arguments: what its anchor answers."""
-
-    def call(*args):
-        with anchor(student):
-            return student(*args)
-
-    return call
-
-
-def anchor_state(model: nn.Module) -> dict[str, Tensor]:
-    """{"name.anchor_A": .., "name.anchor_B": ..}: what resuming needs beside state_dict()."""
-    keys = [(name, layer, key) for name, layer in packed_layers(model) for key in ("anchor_A", "anchor_B")]
-    return {f"{name}.{key}": getattr(layer, key) for name, layer, key in keys if getattr(layer, key) is not None}
-
-
-def load_anchor_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Inverse of anchor_state. ValueError naming the first layer that is missing in `state` or has another shape."""
-    for name, layer in packed_layers(model):
-        for key, like in (("anchor_A", layer.lora_A), ("anchor_B", layer.lora_B)):
-            if like is not None:
-                tensor = state.get(f"{name}.{key}")
-                if tensor is None or tensor.shape != like.shape:
-                    raise ValueError(f"the anchor state does not fit layer {name!r}")
-                setattr(layer, key, tensor.detach().to(like.device, torch.float32, copy=True))
-
-
-def merge(layer: PackedLayer, rounding: str = "rtn", H_KK: Tensor | None = None) -> PackedLayer:
-    """Strict W4A4: a new layer with Q(Q + BA) and no branch. H_KK: damped second moments of x', for gptq rounding."""
-    w_OK = layer.merged_weight(*layer.factors()).detach()
-    gw = quant.quantize_weight(w_OK, layer.group, layer.taps, H_KK, rounding)
-    merged = copy.deepcopy(layer)
-    merged.rank, merged.lora_A, merged.lora_B, merged.lora_scale, merged.anchor_A, merged.anchor_B = 0, *[None] * 5
-    pw = kernels.pack(gw)
-    scale_O = kernels.pack_scales(pw.scale_O) if layer.scale_O.dtype == torch.uint8 else pw.scale_O
-    merged.load_state_dict(dict(codes_OP=pw.codes_OP, mult_P=pw.mult_P, scale_O=scale_O), strict=False)
-    return merged
-
-
-# ------------------------------------------------------------------------------------------------ demo
-
-
 def main() -> None:
     gen = torch.Generator().manual_seed(0)
 
@@ -628,3 +311,14 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def factor_bytes(O: int, K: int, rounding: str = "gptq") -> int:
+    """What the split of a layer holds at most, all of it float64: H, L and what GPTQ's factor is made of (K, K), G, R and a copy
+    (O, O), W and its products (O, K)."""
+    return 8 * ((3 if rounding == "rtn" else 6) * K**2 + 3 * O**2 + 5 * O * K)
+
+
+def wants_gradients(cfg) -> bool:
+    """Whether ranks or splits use G."""
+    return cfg.hessian == "kron" and (cfg.init in READS_G or cfg.ranks != "uniform")

@@ -333,7 +333,7 @@ def load_native() -> bool:
 
     if not all(CPU.get(unit) for unit in ("avx2", "fma3", "f16c")):
         return False
-    source = Path(__file__).with_name("kernels.cpp")
+    source = Path(__file__).parent / "backends" / "cpu.cpp"
     compiler = os.environ.get("CXX", "c++")
     flags = ["-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fopenmp", "-std=c++20", "-fPIC", "-shared"]
     about = (source.read_bytes(), compiler, flags, torch.__version__, sorted(CPU.items()))
@@ -372,9 +372,10 @@ def _has_native() -> bool:
 @functools.cache
 def load_triton() -> bool:
     """Whether kernels_triton.py runs here. False, after one warning, on other GPUs and without Triton."""
-    import kernels_triton
 
-    if not (found := kernels_triton.available()):
+    from backends import gpu
+
+    if not (found := gpu.available()):
         warnings.warn("no Triton, or no NVIDIA GPU since Ampere: eager kernels run, --backend compile may be faster", stacklevel=2)
     return found
 
@@ -396,9 +397,10 @@ def native(fn: Callable) -> Callable:
             return fn(x, *args)
         if twin is None:
             return backend_compile(fn)(x, *args)
-        import kernels_triton
 
-        return twin(x, *args, run=kernels_triton.run)
+        from backends import gpu
+
+        return twin(x, *args, run=gpu.run)
 
     return call
 

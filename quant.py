@@ -153,10 +153,10 @@ def round_gptq(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK:
     """GPTQ with the row scale fixed and each group's multiplier chosen again when its first column is reached."""
     if w_OGg.is_cuda and search:  # one launch per block of columns instead of some 7 per column
         with contextlib.suppress(ModuleNotFoundError):  # this file does without
-            import gptq_triton  # which imports this one
+            from backends import gptq_gpu  # which imports this one
 
-            if gptq_triton.available():
-                return gptq_triton.round_gptq(w_OGg, scale_O, m_OG, search, U_KK)
+            if gptq_gpu.available():
+                return gptq_gpu.round_gptq(w_OGg, scale_O, m_OG, search, U_KK)
     O, G, g = w_OGg.shape
     w_KO = w_OGg.flatten(1).t().clone(memory_format=torch.contiguous_format)  # a column of W is a contiguous row here
     q_KO, m_OG = torch.empty_like(w_KO), m_OG.clone()

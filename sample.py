@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import checkpoint
-import data
-import hgs_lora
-import memory
-import models
-import pipeline
 import tdpt
-from models import UserError
-from pipeline import load_pipeline
+from data import scenes
+from layers import packed_layers
+from models import checkpoint, pipeline, tiny
+from models.denoiser import FAST, Denoiser, as_cm, as_teacher, load_tiny_cm
+from run import files
+from run.common import UserError, free_memory, run_script
 
 PROMPTS = (
     "a large red ring on the left, gray background",
@@ -54,19 +52,19 @@ def start_noise(n: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw(model, denoiser: models.Denoiser, captions: list[str], steps: int, seed: int = 0, batch: int = 64) -> torch.Tensor:
+def draw(model, denoiser: Denoiser, captions: list[str], steps: int, seed: int = 0, batch: int = 64) -> torch.Tensor:
     """Pictures (n, 3, 32, 32) in [-1, 1] by `steps` jumps of `model`, a function of (x, t, s, cond) on denoiser's path."""
     pictures = []
     for i in range(0, len(captions), batch):
         part = captions[i : i + batch]
         x_T = start_noise(len(part), denoiser.latent, seed + i)
-        pictures.append(models.to_pictures(tdpt.sample(model, denoiser.path, x_T, denoiser.encode(part), steps)))
+        pictures.append(tiny.to_pictures(tdpt.sample(model, denoiser.path, x_T, denoiser.encode(part), steps)))
     return torch.cat(pictures)
 
 
-def guided_teacher(network: models.Denoiser, guidance: float):
+def guided_teacher(network: Denoiser, guidance: float):
     """The teacher inside `network` under classifier-free guidance."""
-    return tdpt.guided(models.as_teacher(network), guidance, network.encode([data.UNCONDITIONAL]))
+    return tdpt.guided(as_teacher(network), guidance, network.encode([scenes.UNCONDITIONAL]))
 
 
 def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
@@ -83,12 +81,12 @@ def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
     return sheet
 
 
-def compare(student: models.Denoiser, network: models.Denoiser, prompts, steps: int, seed: int, guidance: float) -> Image.Image:
+def compare(student: Denoiser, network: Denoiser, prompts, steps: int, seed: int, guidance: float) -> Image.Image:
     """The rows that --compare draws, from the same noise."""
     prompts = list(prompts)
     rows = {
         "teacher\n25 steps": draw(guided_teacher(network, guidance), network, prompts, 25, seed),
-        f"16-bit CM\n{steps} steps": draw(models.as_cm(network), network, prompts, steps, seed),
+        f"16-bit CM\n{steps} steps": draw(as_cm(network), network, prompts, steps, seed),
         f"W4A4 CM\n{steps} steps": draw(student, student, prompts, steps, seed),
     }
     return grid(rows)
@@ -120,11 +118,11 @@ def draw_real(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: flo
 
 def real_base(pipe, base: str, components: str = ""):
     """The 16-bit pipeline that `pipe` was quantized from, its scheduler too, or None where memory lacks room for its denoiser."""
-    cls, part = pipeline.family(net := getattr(pipe, "unet", None) or pipe.transformer)
-    packed = dict(hgs_lora.packed_layers(net))
+    cls, part = pipeline.pipeline_of(net := getattr(pipe, "unet", None) or pipe.transformer)
+    packed = dict(packed_layers(net))
     values = sum(layer.out * layer.taps * layer.channels for layer in packed.values())
     values += sum(t.numel() for key, t in net.state_dict().items() if key.rpartition(".")[0] not in packed)
-    free = memory.available()
+    free = free_memory()
     if net.device.type == "cuda":
         free = torch.cuda.mem_get_info(net.device)[0]
     if values * net.dtype.itemsize > 0.8 * free:
@@ -137,7 +135,7 @@ def real_base(pipe, base: str, components: str = ""):
 
 def main_real(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(args.checkpoint, device, base=args.base)
+    pipe = pipeline.load_pipeline(args.checkpoint, device, base=args.base)
     rows = {}
     if args.compare:
         net = getattr(pipe, "unet", None) or pipe.transformer
@@ -156,7 +154,7 @@ def main_tiny(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     config = about["config"]
     if not args.compare:
         return grid({"": draw(student, student, prompts, args.steps, args.seed)})
-    network = models.load_cm(config["model"], config["teacher"], config["cm"]).to(models.FAST)
+    network = load_tiny_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
     return compare(student, network, prompts, args.steps, args.seed, config["guidance"])
 
 
@@ -175,7 +173,7 @@ def main(argv: list[str]) -> None:
     if Path(args.out).suffix.lower() not in Image.registered_extensions() or not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"cannot write {args.out}: give --out a .png name in a folder that exists")  # before anything is drawn
     folder = Path(args.checkpoint)
-    real = (folder / "model_index.json").is_file() or isinstance(checkpoint.read_config(folder).get("network"), dict)
+    real = (folder / "model_index.json").is_file() or isinstance(files.read_config(folder).get("network"), dict)
     prompts = args.prompt or list(REAL_PROMPTS if real else PROMPTS)
     image = (main_real if real else main_tiny)(args, prompts)
     try:
@@ -186,4 +184,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    models.run_script("sample.py", main)
+    run_script("sample.py", main)

@@ -29,35 +29,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import data
 import hessian
 import hgs_lora
-import models
 import qra
 import quant
 import tdpt
-from models import UserError
-
-
-def factor_bytes(O: int, K: int, rounding: str = "gptq") -> int:
-    """What the split of a layer holds at most, all of it float64: H, L and what GPTQ's factor is made of (K, K), G, R and a copy
-    (O, O), W and its products (O, K)."""
-    return 8 * ((3 if rounding == "rtn" else 6) * K**2 + 3 * O**2 + 5 * O * K)
-
-
-def wants_gradients(cfg) -> bool:
-    """Whether ranks or splits use G."""
-    return cfg.hessian == "kron" and (cfg.init in hgs_lora.READS_G or cfg.ranks != "uniform")
-
-
-def least_bytes(shapes, gradients: bool) -> int:
-    """Of --hessian-mb, for layers of `shapes` (O, K): half of it takes the float64 sums, H or G, of the widest one."""
-    return 16 * max(max(O, K) if gradients else K for O, K in shapes) ** 2
+from layers import PackedLayer, packed_class, replace_layer
+from models import family
+from models.denoiser import Denoiser, float_layers
+from run.common import UserError, process_count, process_index, step_generator
 
 
 @contextlib.contextmanager
-def explained():
+def unusable_statistics():
     """What statistics and factors say of inf, nan and layers that nothing reaches -> UserError."""
     try:
         yield
@@ -67,22 +51,22 @@ def explained():
         raise UserError(f"no student can be made ({error}): try --dtype float32, another --cm or other --data") from error
 
 
-@explained()
+@unusable_statistics()
 @torch.no_grad()
-def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[models.Denoiser, dict[str, dict]]:
+def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[Denoiser, dict[str, dict]]:
     """The consistency model as a plain network -> its packed twin with LoRA, in place, and the table of layers.
 
     cond, x_T: this process' calibration captions, encoded, and their noises, on the network's device. cfg: train.Config.
     UserError for a budget without room for the widest layer, and for statistics of which nothing can be made."""
-    kinds = {name: models.precision(name) for name in models.float_layers(base.net)}
-    layers = {name: layer for name, layer in models.float_layers(base.net).items() if kinds[name] != "16bit"}
+    kinds = {name: family.precision(name) for name in float_layers(base.net)}
+    layers = {name: layer for name, layer in float_layers(base.net).items() if kinds[name] != "16bit"}
     for name, layer in layers.items():
         if cfg.rank > min(layer.weight.flatten(1).shape):
             raise UserError(f"--rank {cfg.rank} is larger than layer {name} {tuple(layer.weight.shape)}: choose a smaller one")
     order = {name: i for i, name in enumerate(layers)}
-    world, rank = checkpoint.world(), checkpoint.rank()
+    world, rank = process_count(), process_index()
     shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
-    least = {name: least_bytes([shape], wants_gradients(cfg)) for name, shape in shapes.items()}
+    least = {name: hessian.least_bytes([shape], hgs_lora.wants_gradients(cfg)) for name, shape in shapes.items()}
     widest = max(least, key=least.get)
     if cfg.hessian_mb << 20 < least[widest]:
         needed = f"give at least {-(-least[widest] >> 20)}"
@@ -102,7 +86,7 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
         for stats in hessian.collect_passes(base.net, list(layers), forward, half, group_x=cfg.group_x):
             names = sorted(stats, key=order.get)
             none = [dict.fromkeys(names)]
-            for G in hessian.collect_output_passes(base.net, names, backward, half) if wants_gradients(cfg) else none:
+            for G in hessian.collect_output_passes(base.net, names, backward, half) if hgs_lora.wants_gradients(cfg) else none:
                 part = [(name, stats[name], G_OO) for name, G_OO in G.items()]
                 if len(part) == len(layers):
                     kept.append(part)
@@ -114,7 +98,8 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
         """(name, layer, its Stats, W, its Whitener, smoothing factors) of this process' layers in a slice."""
         mine, cache = [row for row in part if order[row[0]] % world == rank], {}
         homes = {
-            name: "cpu" if factor_bytes(*shapes[name], cfg.rounding) > half else layers[name].weight.device for name, _, _ in mine
+            name: "cpu" if hgs_lora.factor_bytes(*shapes[name], cfg.rounding) > half else layers[name].weight.device
+            for name, _, _ in mine
         }
         readers = Counter((stats, homes[name]) for name, stats, _ in mine)  # q, k, v share a Whitener, which goes with the last
         for name, stats, G_OO in mine:
@@ -163,9 +148,9 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
     for part in slices():
         for name, layer, stats, w_OK, white, lam in whitened(part):
             grid = (cfg.group_w, layer.weight[0, 0].numel(), cfg.rounding, cfg.iters)
-            gen = data.step_generator(cfg.seed, order[name], stream=2)
+            gen = step_generator(cfg.seed, order[name], stream=2)
             gw, A_rK, B_Or = hgs_lora.decompose(w_OK, white, ranks[name], cfg.init, *grid, generator=gen)
-            packed[name] = checkpoint.packed_class(kinds[name], layer).from_float(layer, gw, A_rK, B_Or, lam, cfg.group_x).cpu()
+            packed[name] = packed_class(kinds[name], layer).from_float(layer, gw, A_rK, B_Or, lam, cfg.group_x).cpu()
             table[name] = {"kind": kinds[name], "shape": shapes[name], "rank": ranks[name], "smooth": lam is not None}
             table[name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x}
             table[name]["error"] = hgs_lora.relative_error(w_OK, white.L_KK, gw, A_rK, B_Or)
@@ -175,17 +160,17 @@ def build(cfg, base: models.Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> t
     for name, layer in layers.items():
         if world > 1:
             packed[name], table[name] = _sent(packed.get(name), table.get(name), layer, kinds[name], order[name] % world)
-        hgs_lora.replace(base.net, name, packed.pop(name))
+        replace_layer(base.net, name, packed.pop(name))
     return base, {name: table[name] for name in layers}
 
 
-def _sent(packed: hgs_lora.PackedLayer | None, row: dict | None, layer: nn.Module, kind: str, owner: int):
+def _sent(packed: PackedLayer | None, row: dict | None, layer: nn.Module, kind: str, owner: int):
     """The packed layer and its row of the table, of process `owner`, on every process."""
     rows = [row]
     dist.broadcast_object_list(rows, src=owner)
     row = rows[0]
     if packed is None:
-        packed = checkpoint.packed_class(kind, layer)(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"])
+        packed = packed_class(kind, layer)(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"])
     packed.to(layer.weight.device)
     for tensor in packed.state_dict().values():
         dist.broadcast(tensor, src=owner)

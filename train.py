@@ -18,6 +18,7 @@ import dataclasses
 import inspect
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +27,21 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import data
 import evaluate
 import hgs_lora
 import kernels
-import memory
-import models
-import pipeline
-import pretrained
 import qra
 import quant
 import student
 import tdpt
-import teacher
-from checkpoint import rank, world
-from models import UserError
+from data import sources
+from data.cache import Trajectories
+from layers import as_anchor, set_backend
+from models import checkpoint, family, memory, pipeline, pretrained, teacher
+from models.denoiser import FAST, Denoiser, as_cm, as_teacher, fuse
+from run import files
+from run.common import UserError, join_processes, peak_memory, process_count, process_index, run_script, step_generator
+from run.state import TrainingState, stoppable
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Config:
     lr: float = 2e-5  # on A, B (LCM-LoRA: 1e-4); cosine to zero
     warmup: int = 10  # updates
     clip: float = 1.0  # gradient norm
-    dtype: str = str(models.FAST).removeprefix("torch.")  # what networks compute in; default: bfloat16 if the CPU has units for it
+    dtype: str = str(FAST).removeprefix("torch.")  # what networks compute in; default: bfloat16 if the CPU has units for it
     # number format
     group_w: int = 64  # weights that share a multiplier
     group_x: int = 16  # activations that share a multiplier
@@ -85,7 +85,7 @@ class Config:
     hessian: str = "kron"  # of hgs and ranks; kron: inputs, gradients at outputs, rounding noise; input: inputs alone (QERA, CLoQ)
     iters: int = 8  # alternations of hgs and loftq
     ranks: str = "qra"  # uniform, variation, spectrum, qra, shuffled
-    rank: int = 16  # average rank at equal parameters
+    process_index: int = 16  # average rank at equal parameters
     calibration: int = 64  # captions for Hessians and variation
     gradient_captions: int = 0  # of these, for G, whose passes take four times as long; 0: all
     hessian_mb: int = 4096  # bound of what statistics and factors hold at a time; 0 (sdxl, flux): what memory there is
@@ -129,7 +129,7 @@ REAL = {
 MODELS = {"sdxl": {"guidance": 7.5}, "flux": {"guidance": 3.5, "gradient_captions": 8}}
 REAL_CM = {"lr": 1e-4, "steps": 1000}  # --bits 16; LCM-LoRA's figures
 CHOICES = {
-    "model": models.MODELS, "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
+    "model": family.MODELS, "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
     "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS), "bits": (4, 16),
     "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
     "dtype": ("bfloat16", "float32"), "optimizer": ("adamw", "muon"), "backend": tuple(kernels.BACKENDS),
@@ -159,14 +159,14 @@ def check(cfg: Config) -> None:
     for name in ("batch", "rank", "calibration", "edges", "grid", "eval_n", "save_every", "cached"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
-    real, shard, phases = cfg.model in models.REAL, cfg.shard_teacher, cfg.phases.split(",")
+    real, shard, phases = cfg.model in family.REAL, cfg.shard_teacher, cfg.phases.split(",")
     known = {"fp", "self", "teacher", "anchor" if cfg.bits == 4 or cfg.rollout == 1 else "fp"}
     points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
     for wrong, message in (
         (cfg.device not in ("cpu", "cuda"), f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"),
         (cfg.device == "cuda" and not (torch.cuda.is_available() or cfg.dry_run), "torch finds no CUDA device: give --device cpu"),
-        (cfg.batch % world(), f"--batch {cfg.batch} does not divide among {world()} ranks"),
-        (cfg.calibration < world(), f"--calibration {cfg.calibration} leaves some of {world()} ranks without a caption: give more"),
+        (cfg.batch % process_count(), f"--batch {cfg.batch} does not divide among {process_count()} ranks"),
+        (cfg.calibration < process_count(), f"--calibration {cfg.calibration} leaves some of {process_count()} ranks without a caption: give more"),
         (not all(0 <= x <= 1 for x in (cfg.rollout, cfg.jitter, cfg.split)), "--rollout, --jitter and --split must be from 0 to 1"),
         (not cfg.lr >= 0 or min(cfg.seed, cfg.steps, cfg.iters, cfg.micro, cfg.gradient_captions) < 0,
          "--lr, --seed, --steps, --iters, --micro and --gradient-captions must be at least 0"),
@@ -197,9 +197,9 @@ def check(cfg: Config) -> None:
 # Stage "student", 16 or 4 bits
 
 
-def rollout_start(cfg: Config, gen: torch.Generator, network: models.Denoiser, examples, cache):
+def rollout_start(cfg: Config, gen: torch.Generator, network: Denoiser, examples, cache):
     """This rank's share of a rollout: cond, the edges of its K jumps, and x_T, or the cached states at the edges."""
-    mine, phases = slice(rank(), None, world()), cfg.phases.split(",")
+    mine, phases = slice(process_index(), None, process_count()), cfg.phases.split(",")
     K = int(phases[torch.randint(len(phases), (1,), generator=gen)])
     times = network.path.grid(cfg.grid) if cache is None else cache.times
     inner = 1 + torch.randperm(len(times) - 2, generator=gen)[: K - 1].sort().values
@@ -212,28 +212,34 @@ def rollout_start(cfg: Config, gen: torch.Generator, network: models.Denoiser, e
     return cond, edges, torch.randn(cfg.batch, *network.latent, generator=gen)[mine], None
 
 
-def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], network: models.Denoiser, examples, anchor=None):
+def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], network: Denoiser, examples, anchor=None):
     """4. TDPT mixed with on-policy rollouts, on `params`. `network` is the teacher and the fp consistency model, by switch."""
-    path, mine, cache = network.path, slice(rank(), None, world()), None
+    path, mine, cache = network.path, slice(process_index(), None, process_count()), None
     null = {} if network.name == "flux" else examples.null()  # FLUX has its guidance as an input, [schnell] none
     null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
-    guide = tdpt.guided(models.as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
-    fp, grid, targets = models.as_cm(network), path.grid(cfg.grid, cfg.device), cfg.targets.split(",")
+    guide = tdpt.guided(as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
+    fp, grid, targets = as_cm(network), path.grid(cfg.grid, cfg.device), cfg.targets.split(",")
     edges = tdpt.phase_edges(grid, cfg.edges)
     if cfg.rollout and cfg.trajectory == "teacher":
         times, folder = path.grid(cfg.grid // 2), out / "trajectories"
-        cache = checkpoint.Trajectories(folder, guide, network, examples, cfg.cached, times, cfg.seed, cfg.micro, cfg.device)
-    state = checkpoint.State(out, params, cfg)
+        cache = Trajectories(folder, guide, network, examples, cfg.cached, times, cfg.seed, cfg.micro, cfg.device)
+    state = TrainingState(out, params, cfg)
     start, _ = state.load()
-    parts = torch.arange(cfg.batch // world()).split(cfg.micro or cfg.batch)
+    parts = torch.arange(cfg.batch // process_count()).split(cfg.micro or cfg.batch)
     with open(out / "metrics.jsonl", "a") as log:
-        for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil", disable=rank() > 0)):
-            gen, loss = data.step_generator(cfg.seed, step), 0.0
+        for step in (
+            bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil", disable=process_index() > 0)
+        ):
+            gen, loss = step_generator(cfg.seed, step), 0.0
             if torch.rand(1, generator=gen) < cfg.rollout:
                 # on-policy rollout: K jumps of the student, each from its own last state to where the reference arrives
                 cond, jumps, x_T, states = rollout_start(cfg, gen, network, examples, cache)
                 for rows in state.unless_stopped(parts):
-                    cond_r, jumps_r, share = to(cond, cfg.device, rows), jumps.to(cfg.device), len(rows) * world() / cfg.batch
+                    cond_r, jumps_r, share = (
+                        to(cond, cfg.device, rows),
+                        jumps.to(cfg.device),
+                        len(rows) * process_count() / cfg.batch,
+                    )
                     if x_T is None:
                         reference = states[:, rows].to(cfg.device)
                     else:
@@ -248,7 +254,10 @@ def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], net
                 idx = torch.randint(cfg.grid, (cfg.batch,), generator=gen)[mine]
                 for rows in state.unless_stopped(parts):
                     batch = (to(cond, cfg.device, rows) if v is cond else v[rows].to(cfg.device) for v in (x0, cond, noise, idx))
-                    phases, share = (grid, edges, cfg.split, targets, cfg.huber, cfg.shard_teacher), len(rows) * world() / cfg.batch
+                    phases, share = (
+                        (grid, edges, cfg.split, targets, cfg.huber, cfg.shard_teacher),
+                        len(rows) * process_count() / cfg.batch,
+                    )
                     loss_r, _ = tdpt.tdpt_loss(learner, anchor, fp, guide, path, *batch, *phases)
                     (loss_r * share).backward()
                     loss += loss_r.item() * share
@@ -264,38 +273,47 @@ def to(cond: dict[str, torch.Tensor], device: str, rows=slice(None)) -> dict[str
 
 def train_student(cfg: Config, out: Path) -> None:
     if not checkpoint.has_start(out):  # 1. - 3. statistics, ranks, split: student.py
-        network = pretrained.open_cm(cfg, torch.float32 if cfg.model in models.TINY else cfg.torch_dtype)
+        network = pretrained.open_cm(cfg, torch.float32 if cfg.model in family.TINY else cfg.torch_dtype)
         examples = pretrained.examples_of(cfg, out, network)  # text encoders and VAE go before the network is on the device
-        network, mine = network.to(cfg.device), slice(rank(), None, world())
-        gen = data.step_generator(cfg.seed, 0, stream=1)
+        network, mine = network.to(cfg.device), slice(process_index(), None, process_count())
+        gen = step_generator(cfg.seed, 0, stream=1)
         cond = to(examples.conditions(cfg.calibration, gen, mine), cfg.device)
         x_T = torch.randn(cfg.calibration, *network.latent, generator=gen)[mine].to(cfg.device)
         if cfg.checkpointing:
             network.net.enable_gradient_checkpointing()
-        built = student.build(cfg, models.fuse(network), cond, x_T)
-        if rank() == 0:
+        built = student.build(cfg, fuse(network), cond, x_T)
+        if process_index() == 0:
             checkpoint.save_start(out, *built)
         del network, built
-    if world() > 1:
+    if process_count() > 1:
         dist.barrier()
     packed, table = checkpoint.load_start(out)
     packed.to(cfg.device, cfg.torch_dtype)
-    hgs_lora.set_backend(packed, cfg.backend)
+    set_backend(packed, cfg.backend)
     params = {k: p.requires_grad_() for k, p in packed.named_parameters() if "lora_" in k}
     if cfg.checkpointing:
         packed.net.train().enable_gradient_checkpointing()
     network = pretrained.open_cm(cfg, cfg.torch_dtype).to(cfg.torch_dtype)  # its LoRA too
     examples = pretrained.examples_of(cfg, out, network)
     pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
-    distil(cfg, out, packed, params, network, examples, hgs_lora.as_anchor(packed))
-    if rank() == 0:  # 5. pack, reload, draw, measure
+    distil(cfg, out, packed, params, network, examples, as_anchor(packed))
+    if process_index() == 0:  # 5. pack, reload, draw, measure
         checkpoint.save_checkpoint(out, packed, table, cfg.deploy == "merged", cfg.lora_bits)
-    if cfg.model in models.REAL:
-        evaluate.latent_report(out, network, dataclasses.asdict(cfg), examples, leader=rank() == 0)
-        if rank() == 0:
+    if cfg.model in family.REAL:
+        evaluate.latent_report(out, network, dataclasses.asdict(cfg), examples, leader=process_index() == 0)
+        if process_index() == 0:
             pipeline.finish(out, cfg.export)
-    elif rank() == 0:
-        evaluate.closing_report(out, network.to("cpu", models.FAST), dataclasses.asdict(cfg))
+    elif process_index() == 0:
+        evaluate.closing_report(out, network.to("cpu", FAST), dataclasses.asdict(cfg))
+
+
+def ship(cfg, path: Path, tensors: dict[str, torch.Tensor], network: Denoiser, cm: bool) -> None:
+    """16-bit weights that other runs start from, as float16, with the command and the scores that go with them."""
+    halves = {k: v.half() for k, v in tensors.items()}  # before the network that holds them is cast
+    scores = evaluate.network_report(network.eval().to("cpu", FAST), dataclasses.asdict(cfg), cm)
+    command, what = " ".join(["python train.py", *sys.argv[1:]]), {"seed": cfg.seed, "steps": cfg.steps, "batch": cfg.batch}
+    files.write_tensors(path, halves, {"command": command, "scores": scores} | what)
+    print(f"weights: {path}")
 
 
 def train_cm(cfg: Config, out: Path) -> None:
@@ -305,22 +323,22 @@ def train_cm(cfg: Config, out: Path) -> None:
     params = {k: p.requires_grad_() for k, p in network.to(cfg.device).named_parameters() if "lora_" in k}
     if cfg.checkpointing:
         network.net.train().enable_gradient_checkpointing()
-    distil(cfg, out, models.as_cm(network), params, network, examples)
+    distil(cfg, out, as_cm(network), params, network, examples)
     path = out / f"{cfg.model}-cm.safetensors"
-    if rank() == 0 and cfg.model in models.TINY:
-        teacher.ship(cfg, path, {k.removeprefix("net."): p for k, p in params.items()}, network, cm=True)
-    elif rank() == 0:
+    if process_index() == 0 and cfg.model in family.TINY:
+        ship(cfg, path, {k.removeprefix("net."): p for k, p in params.items()}, network, cm=True)
+    elif process_index() == 0:
         pretrained.save_cm(path, network)
 
 
-@checkpoint.stoppable
+@stoppable
 def main(argv: list[str]) -> None:
     cfg = parse(argv)
     check(cfg)
     print("\n".join(f"{k:12} {v}" for k, v in dataclasses.asdict(cfg).items()))
     if cfg.dry_run:
-        return pretrained.dry_run(cfg) if cfg.model in models.REAL else None
-    checkpoint.join(cfg.device)
+        return memory.dry_run(cfg) if cfg.model in family.REAL else None
+    join_processes(cfg.device)
     began, out = time.time(), Path(cfg.out)
     if cfg.cm == "self":  # the consistency model first, in a folder of its own
         path = out / "cm" / f"{cfg.model}-cm.safetensors"
@@ -328,22 +346,24 @@ def main(argv: list[str]) -> None:
         cached = ["--cache", f"{Path(cfg.cache)}-cm"] if cfg.cache else []
         first = [*argv, *first, "--cm", "", "--export", "", "--out", str(out / "cm"), *cached]
         if path.exists():
-            files = pretrained.fingerprint(cfg.teacher, cfg.components)
-            checkpoint.refuse_another(out / "cm", dataclasses.asdict(parse(first)) | {"out": "", "files of teacher and cm": files})
+            weights = pretrained.fingerprint(cfg.teacher, cfg.components)
+            files.refuse_another(out / "cm", dataclasses.asdict(parse(first)) | {"out": "", "files of teacher and cm": weights})
         else:
             main(first)
         cfg = dataclasses.replace(cfg, cm=str(path), cm_scale=1.0)
-    files = pretrained.fingerprint(cfg.teacher, cfg.cm, cfg.components)
-    checkpoint.open_run(out, dataclasses.asdict(cfg) | {"out": "", "files of teacher and cm": files}, leader=rank() == 0)
-    cfg = pretrained.planned(cfg) if cfg.model in models.REAL else cfg
+    weights = pretrained.fingerprint(cfg.teacher, cfg.cm, cfg.components)
+    files.open_run(out, dataclasses.asdict(cfg) | {"out": "", "files of teacher and cm": weights}, leader=process_index() == 0)
+    cfg = memory.planned(cfg) if cfg.model in family.REAL else cfg
     if cfg.stage == "teacher":
-        teacher.train(cfg, out, data.source(cfg.data))
+        network = teacher.train(cfg, out, sources.source(cfg.data))
+        if process_index() == 0:
+            ship(cfg, out / f"{cfg.model}.safetensors", network.state_dict(), network, cm=False)
     else:
         (train_cm if cfg.bits == 16 else train_student)(cfg, out)
-    if world() > 1:
+    if process_count() > 1:
         dist.barrier()  # a rank that leaves early would break the others' last exchange
-    print(f"{time.time() - began:.0f} seconds, peak memory {memory.peak(cfg.device) / 1e9:.2f} GB")
+    print(f"{time.time() - began:.0f} seconds, peak memory {peak_memory(cfg.device) / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":
-    models.run_script("train.py", main)
+    run_script("train.py", main)

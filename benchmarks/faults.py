@@ -1,6 +1,6 @@
 """Faults against a run on tiny: does the same command go on to the same end, or refuse in one sentence?
 
-    python benchmarks/faults.py [--n 60] [--seed 0] [--jobs 2] [--out runs/faults]
+    python -m benchmarks.faults [--n 60] [--seed 0] [--jobs 2] [--out runs/faults]
 
 20 kills (SIGKILL, uniform over the life of a run from its first line to its last), 20 flipped bits and 10 truncations (of a
 random file that train.py or sample.py reads, half in a folder that a kill left, half in a finished one), 5 full disks (the size
@@ -39,13 +39,16 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
-import evaluate  # noqa: E402
-import kernels  # noqa: E402
-import models  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
+import evaluate
+import kernels
+import sample
+import train
+from data.cache import Trajectories
+from models import checkpoint, tiny
+from models.denoiser import add_lora, random_tiny
+from run import files
+from run.common import run_script
+from run.state import TrainingState
 
 QUICK = (
     "--model tiny --steps 6 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4 --warmup 1"
@@ -73,7 +76,7 @@ def run(script, argv: list[str], at=NOTHING, before=None) -> tuple[int, str, flo
             torch.set_num_threads(1)
             if before:
                 before()
-            models.run_script(sys.argv[0], script.main)
+            run_script(sys.argv[0], script.main)
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
@@ -153,7 +156,7 @@ def full(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: fl
 
 def poison(kind: str, step: int, at: int) -> None:
     """In the child: from here on, update `step` meets a number that is none."""
-    update, calls = checkpoint.State.update, Counter()
+    update, calls = TrainingState.update, Counter()
 
     def poisoned(self, now, loss, log):
         if now == step and kind == "loss":
@@ -189,10 +192,10 @@ def poison(kind: str, step: int, at: int) -> None:
         drawn = rollout_states(*args)
         return drawn * (float("nan") if calls["updates"] == step else 1)
 
-    to_latents, rollout_states = models.to_latents, train.tdpt.rollout_states
-    checkpoint.State.update, checkpoint.load_start = poisoned, load_start
+    to_latents, rollout_states = tiny.to_latents, train.tdpt.rollout_states
+    TrainingState.update, checkpoint.load_start = poisoned, load_start
     if kind == "data":
-        models.to_latents, train.tdpt.rollout_states = latents, states
+        tiny.to_latents, train.tdpt.rollout_states = latents, states
 
 
 def nan(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float):
@@ -253,12 +256,12 @@ FAULTS = {"kill": kill, "bit flip": flip, "truncation": truncate, "disk full": f
 def random_weights(folder: Path) -> None:
     """A teacher and a consistency LoRA of random numbers."""
     torch.manual_seed(0)
-    teacher = models.build("tiny")
-    checkpoint.write(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
-    models.add_lora(teacher, 4)
+    teacher = random_tiny("tiny")
+    files.write_tensors(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
+    add_lora(teacher, 4)
     lora = {k: v.half() for k, v in teacher.net.state_dict().items() if "lora_" in k}
     lora = {k: torch.randn_like(v) * 0.05 if k.endswith("B") else v for k, v in lora.items()}
-    checkpoint.write(folder / "cm.safetensors", lora, {})
+    files.write_tensors(folder / "cm.safetensors", lora, {})
 
 
 def command(folder: Path, flags: str, out: Path) -> list[str]:
@@ -271,14 +274,14 @@ def undisturbed(task) -> float:
     good = folder / name
 
     def die_at_four():
-        update = checkpoint.State.update
+        update = TrainingState.update
 
         def killed(self, step, loss, log):
             update(self, step, loss, log)
             if step == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint.State.update = killed
+        TrainingState.update = killed
 
     code, printed, seconds = run(train, command(folder, flags, good))
     if code:
@@ -318,7 +321,7 @@ def main() -> None:
     folder.mkdir(parents=True)
     kernels.load_native()  # built before anything is killed
     # inherited by every run
-    real_pictures, draw, sample.PROMPTS, checkpoint.Trajectories.SHARD = evaluate.real_pictures, sample.draw, sample.PROMPTS[:2], 8
+    real_pictures, draw, sample.PROMPTS, Trajectories.SHARD = evaluate.real_pictures, sample.draw, sample.PROMPTS[:2], 8
     evaluate.real_pictures = lambda reader, n: real_pictures(reader, min(n, 64))
     sample.draw = lambda model, denoiser, captions, steps, *more: draw(model, denoiser, captions, min(steps, 4), *more)
     plan = [(kind, list(RUNS)[k % 2]) for kind, count in KINDS.items() for k in range(count)]

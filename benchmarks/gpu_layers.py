@@ -1,23 +1,19 @@
 """Layers of SDXL and FLUX on an NVIDIA GPU, ours against bf16: what the kernels take, not what Python takes to launch them.
 
-    python benchmarks/gpu_layers.py            half a minute; its table of an H200 is in benchmarks/gpu_layers.md
+    python -m benchmarks.gpu_layers            half a minute; its table of an H200 is in benchmarks/gpu_layers.md
 
 Both sides as CUDA graphs (triton.testing.do_bench_cudagraph, the median of its runs), on the same inputs; ours has a branch of rank
 32, bias, unpacking and quantization in it. `prepare` is the first launch alone (kernels_triton.py), TOPS counts the rest."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
 import triton
 
 import kernels
-import kernels_triton
 import quant
+from backends import gpu
 
 LINEAR = [  # M, K, N
     (8192, 1280, 1280), (8192, 1280, 10240), (1024, 1280, 10240), (1024, 1280, 1280), (1024, 5120, 1280), (4096, 640, 5120),
@@ -65,7 +61,7 @@ def main() -> None:
     print(
         "| M x K x N | ours, us | bf16, us | times bf16 | of it prepare | TOPS of the rest | error to eager |\n" + "|---" * 7 + "|"
     )
-    first = kernels_triton.prepare = First(kernels_triton.prepare)
+    first = gpu.prepare = First(gpu.prepare)
     for M, K, N in LINEAR:
         w, x, dense = random_weight(N, K), random(M, K), random(N, K, scale=K**-0.5)
         rest = random(N), random(RANK, K, scale=K**-0.5), random(N, RANK, scale=0.1)

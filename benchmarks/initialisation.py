@@ -1,13 +1,13 @@
 """The start before any training, per method: PSNR of 4-step W4A4 pictures to the 16-bit consistency model's.
 
-    python benchmarks/initialisation.py [--out runs/initialisation] [--n 256] [--jobs 2]        about a minute a row on two cores
+    python -m benchmarks.initialisation [--out runs/initialisation] [--n 256] [--jobs 2]        about a minute a row on two cores
 
 Each row is one run of `train.py --steps 0`; finished rows are not run again. Writes benchmarks/initialisation.md.
 """
 
 import json
 
-from jobs import MACHINE, each, name_of, parser, write_table
+from benchmarks.jobs import MACHINE, each, name_of, parser, write_table
 
 PLAIN = "--ranks uniform --rounding rtn"
 ROWS = [  # name, flags

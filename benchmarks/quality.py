@@ -1,6 +1,6 @@
 """Quality on tiny at 1, 2 and 4 steps per recipe and training seed: recipes after 120 updates, but where a label says otherwise.
 
-    python benchmarks/quality.py [--seeds 3] [--n 2048] [--jobs 2] [--out runs/quality]
+    python -m benchmarks.quality [--seeds 3] [--n 2048] [--jobs 2] [--out runs/quality]
 
 Finished parts are not run again. benchmarks/quality.md (mean +- sd over training seeds) is written anew after every
 part, so it is worth reading before the end. Teacher and fp rows have one set of weights and no spread.
@@ -10,7 +10,7 @@ import json
 import statistics
 from pathlib import Path
 
-from jobs import MACHINE, each, name_of, parser, write_table
+from benchmarks.jobs import MACHINE, each, name_of, parser, write_table
 
 ZERO = "--init zero --ranks uniform --rounding rtn --lr 2e-4"  # a start that is far off needs larger steps than ours
 UPDATES = "--steps 120"  # the same for all that are compared

@@ -6,10 +6,12 @@ import subprocess
 import pytest
 import torch
 
-import bench
-import hgs_lora
-import models
 import train
+from benchmarks import bench
+from layers import packed_layers, set_backend
+from models import family
+from models.denoiser import float_layers
+from run.common import UserError
 
 
 def broken(layer):
@@ -51,8 +53,8 @@ OPTIONS = argparse.Namespace(model="tiny", rank=4, device="cpu", rounds=1, compi
 def test_the_networks_that_are_compared_have_the_same_architecture_and_the_packed_one_fewer_bytes():
     """Catches layers left in bf16, a packed twin that does not run, NaN from the random fill."""
     dense, packed = bench.networks(OPTIONS, "")
-    assert {name for name, _ in hgs_lora.packed_layers(packed.net)} == {
-        name for name in models.float_layers(dense.net) if models.precision(name) != "16bit"
+    assert {name for name, _ in packed_layers(packed.net)} == {
+        name for name in float_layers(dense.net) if family.precision(name) != "16bit"
     }
     inputs = bench.step_inputs(dense, 2, "cpu")
     with torch.inference_mode():
@@ -73,8 +75,8 @@ def test_the_networks_that_are_compared_have_the_same_architecture_and_the_packe
 def test_the_large_networks_are_the_published_ones(name, parameters, linears, convs):
     """Catches a wrong width, depth or attention setting, and parts whose arguments changed with the library."""
     with torch.device("meta"):
-        net = models.NETWORKS[name]().to(torch.bfloat16)
-        layers = [type(layer) for layer in models.float_layers(net).values()]
+        net = family.NETWORKS[name]().to(torch.bfloat16)
+        layers = [type(layer) for layer in float_layers(net).values()]
         assert abs(sum(p.numel() for p in net.parameters()) / parameters - 1) < 1e-3
         assert (layers.count(torch.nn.Linear), layers.count(torch.nn.Conv2d)) == (linears, convs)
         for part in bench.PARTS[name]:
@@ -90,7 +92,7 @@ def test_peak_growth_sees_a_buffer_that_is_gone_after_the_call():
 def test_the_deployed_form_is_what_lora_bits_8_measures():
     """Catches a benchmark of layers whose factors nothing has to compute."""
     _, packed = bench.networks(argparse.Namespace(**vars(OPTIONS) | {"lora_bits": 8}), "")
-    layers = [layer for _, layer in hgs_lora.packed_layers(packed)]
+    layers = [layer for _, layer in packed_layers(packed)]
     assert {layer.lora_A.dtype for layer in layers} == {torch.int8} and {layer.scale_O.dtype for layer in layers} == {torch.uint8}
     with torch.inference_mode():
         assert packed(*bench.step_inputs(packed, 1, "cpu")).isfinite().all()
@@ -117,11 +119,11 @@ def test_slopes_are_those_of_powers_and_lines():
 def test_a_packed_unet_is_one_graph(backend):
     """Catches a graph break in a layer: the choice of a backend, the build of kernels.cpp, autocast, the branch."""
     _, packed = bench.networks(OPTIONS, "")
-    hgs_lora.set_backend(packed, backend)
+    set_backend(packed, backend)
     inputs = bench.step_inputs(packed, 1, "cpu")
     with torch.inference_mode():
         traced = torch.compile(packed, fullgraph=True, backend="eager")(*inputs)
-        hgs_lora.set_backend(packed, "native" if backend == "native" else "eager")
+        set_backend(packed, "native" if backend == "native" else "eager")
         assert torch.equal(traced, packed(*inputs))
 
 
@@ -129,7 +131,7 @@ def test_without_a_gpu_its_programme_is_one_sentence(capsys):
     """Catches five tracebacks, or success, where nothing ran."""
     if torch.cuda.is_available():
         pytest.skip("has a CUDA device")
-    with pytest.raises(models.UserError, match="no CUDA device"):
+    with pytest.raises(UserError, match="no CUDA device"):
         bench.main(["gpu"])
     assert not capsys.readouterr().out
 
@@ -139,8 +141,8 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
     seen = []
 
     def run(args, stdout, timeout, **options):
-        script, flags = args[1], args[2:]
-        if script == "bench.py":
+        script, flags = (args[2], args[3:]) if args[1] == "-m" else (args[1], args[2:])
+        if script == "benchmarks.bench":
             for name in ("kernels", "model", "train", "costs"):
                 monkeypatch.setattr(bench, f"bench_{name}", lambda parsed: [{"what": "x", "impl": "ours", "median_ms": 1.0}])
             bench.main(flags)
@@ -155,12 +157,12 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(subprocess, "run", run)
     lines = bench.main(["gpu", "--out", str(tmp_path), "--minutes", "7"])
-    assert len(lines) == len(seen) == 10 and seen[:2] == ["benchmarks/gpu_layers.py", "-m"] and seen.count("train.py") == 2
+    assert len(lines) == len(seen) == 10 and seen[:2] == ["benchmarks.gpu_layers", "pytest"] and seen.count("train.py") == 2
     assert lines[2] == "kernels      exit code 0: 1 rows" and lines[-1] == "train-flux   stopped after 7.0 minutes: last words"
     assert bench.main(["gpu", "--out", str(tmp_path), "--parts", "costs"]) == ["costs        exit code 0: 1 rows"]
     (tmp_path / "tests.json").write_text('[{"what": "x", "impl": "ours", "median_ms": 1.0}]')
     assert bench.main(["gpu", "--out", str(tmp_path), "--parts", "tests"]) == ["tests        exit code 0: last words"]  # not those
-    with pytest.raises(models.UserError, match=r"--parts knows layers, tests, kernels, .*, not cost"):
+    with pytest.raises(UserError, match=r"--parts knows layers, tests, kernels, .*, not cost"):
         bench.main(["gpu", "--out", str(tmp_path), "--parts", "cost"])
 
 

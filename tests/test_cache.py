@@ -15,11 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import cache
-import checkpoint
-import data
-from cache import Cache
-from models import UserError
+from data import sources
+from data.cache import BATCH, Cache, buckets, fit, nearest_size
+from run import files as run_files
+from run.common import UserError, step_generator
 
 KEY = {"model": "sdxl", "base": "0123"}
 SIZES = [(100, 110), (40, 160), (160, 40), (90, 90), (200, 70), (64, 64), (301, 291), (50, 200), (70, 71), (30, 100), (99, 98)]
@@ -35,7 +34,7 @@ def pictures(path, sizes=SIZES):
 
 
 def encode_pictures(x):
-    assert x.dtype == torch.float32 and x.abs().max() <= 1 and 1 <= len(x) <= cache.BATCH
+    assert x.dtype == torch.float32 and x.abs().max() <= 1 and 1 <= len(x) <= BATCH
     return F.avg_pool2d(x, 8)
 
 
@@ -49,7 +48,7 @@ def build(folder, items, **changes):
     return Cache.build(folder, items, **(options | changes))
 
 
-def files(folder):
+def contents_of(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix != ".tmp"}
 
 
@@ -61,13 +60,13 @@ def draw(cond, latent, gen):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return data.captioned(str(pictures(tmp_path_factory.mktemp("data") / "a")))
+    return sources.captioned(str(pictures(tmp_path_factory.mktemp("data") / "a")))
 
 
 @pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "c"
-    return build(folder, source), files(folder)
+    return build(folder, source), contents_of(folder)
 
 
 def restore(folder, contents):
@@ -84,7 +83,7 @@ def restore(folder, contents):
 @given(st.integers(1, 32).map(lambda n: 64 * n))
 def test_bucket_sizes_are_multiples_of_64_of_nearly_the_square_s_area(resolution):
     """Catches a list that needs more memory than the square, wastes a step of 64, lies on one side only, or lacks the square."""
-    sizes = cache.buckets(resolution)
+    sizes = buckets(resolution)
     assert (resolution, resolution) in sizes and len(set(sizes)) == len(sizes)
     for h, w in sizes:
         assert h % 64 == w % 64 == 0 and min(h, w) >= 64 and (w, h) in sizes and max(h, w) <= 4 * min(h, w)
@@ -94,7 +93,7 @@ def test_bucket_sizes_are_multiples_of_64_of_nearly_the_square_s_area(resolution
 def test_buckets_at_1024_are_in_sdxl_s_list():
     """Catches another rounding: sizes of SDXL's paper, appendix I, that people train and draw at; ratios to 2:1 and beyond."""
     known = {(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (640, 1536), (512, 2048)}
-    sizes = cache.buckets(1024)
+    sizes = buckets(1024)
     assert known <= set(sizes) and max(w / h for h, w in sizes) >= 2
 
 
@@ -102,8 +101,8 @@ def test_buckets_at_1024_are_in_sdxl_s_list():
 @example(190, 100, 128).via("nearer to 1 by difference, nearer to 3 by quotient")
 def test_a_picture_goes_to_the_nearest_ratio(h, w, resolution):
     """Catches differences of ratios instead of quotients, and h with w exchanged."""
-    sizes = cache.buckets(resolution)
-    H, W = cache.nearest(h, w, sizes)
+    sizes = buckets(resolution)
+    H, W = nearest_size(h, w, sizes)
     distance = {(a, b): max(a * w / (b * h), b * h / (a * w)) for a, b in sizes}
     assert distance[H, W] <= min(distance.values()) * (1 + 1e-12)
 
@@ -116,8 +115,8 @@ def test_the_cut_is_the_middle_of_the_picture_and_time_ids_say_where(h, w, resol
     across = torch.linspace(0, 255, w).round().byte() if w > 1 else torch.full((1,), 128, dtype=torch.uint8)
     down = torch.linspace(0, 255, h).round().byte() if h > 1 else torch.full((1,), 128, dtype=torch.uint8)
     image = torch.stack([across.expand(h, w), down[:, None].expand(h, w), torch.zeros(h, w, dtype=torch.uint8)], 2)
-    pixels, (oh, ow, top, left, H, W) = cache.fit(Image.fromarray(image.numpy()), cache.buckets(resolution))
-    assert (oh, ow) == (h, w) and pixels.shape == (3, H, W) and (H, W) in cache.buckets(resolution)
+    pixels, (oh, ow, top, left, H, W) = fit(Image.fromarray(image.numpy()), buckets(resolution))
+    assert (oh, ow) == (h, w) and pixels.shape == (3, H, W) and (H, W) in buckets(resolution)
     scale = max(H / h, W / w)
     assert 0 <= top and top + H <= h * scale + 1e-6 and 0 <= left and left + W <= w * scale + 1e-6
     assert abs(top - (h * scale - H) / 2) <= 1 and abs(left - (w * scale - W) / 2) <= 1 and min(top, left) == 0
@@ -137,12 +136,12 @@ def test_the_cache_gives_back_what_the_encoders_gave(source, finished):
     made, _ = finished
     expected = {}
     for _, caption, picture in source:
-        pixels, ids = cache.fit(picture, cache.buckets(128))
+        pixels, ids = fit(picture, buckets(128))
         expected[caption] = encode_pictures(pixels[None].float() / 127.5 - 1), encode_captions([caption]), ids
     assert sum(int(ends[-1]) for _, ends in made.rows.values()) == len(SIZES) and len(made.rows) > 2
     seen = set()
     for step in range(80):
-        x0, cond = made.latents(4, data.step_generator(0, step))
+        x0, cond = made.latents(4, step_generator(0, step))
         assert x0.dtype == torch.float32 and cond["tokens"].dtype == torch.bfloat16 and cond["time_ids"].dtype == torch.float32
         for b in range(4):
             caption = next(c for c, e in expected.items() if torch.equal(e[1]["tokens"][0], cond["tokens"][b].float()))
@@ -160,8 +159,8 @@ def test_a_batch_is_a_function_of_the_generator_and_ranks_share_it(finished, ste
     made = finished[0]
 
     def ask(mine=slice(None)):
-        x0, cond = made.latents(n, data.step_generator(1, step), mine)
-        prompts = made.conditions(n, data.step_generator(1, step), mine)
+        x0, cond = made.latents(n, step_generator(1, step), mine)
+        prompts = made.conditions(n, step_generator(1, step), mine)
         return {"x0": x0} | cond | {f"prompts/{k}": v for k, v in prompts.items()}
 
     whole = ask()
@@ -175,7 +174,7 @@ def test_a_batch_is_a_function_of_the_generator_and_ranks_share_it(finished, ste
 def test_buckets_are_drawn_by_their_size(finished):
     """Catches buckets drawn with equal probability: a lone panorama would be seen as often as all squares together."""
     made = finished[0]
-    shapes = [tuple(made.latents(1, data.step_generator(2, step))[0].shape[2:]) for step in range(500)]
+    shapes = [tuple(made.latents(1, step_generator(2, step))[0].shape[2:]) for step in range(500)]
     for bucket, (_, ends) in made.rows.items():
         h, w = (int(side) // 8 for side in bucket.split("x"))
         assert abs(shapes.count((h, w)) / 500 - int(ends[-1]) / len(SIZES)) < 0.07
@@ -184,7 +183,7 @@ def test_buckets_are_drawn_by_their_size(finished):
 def test_conditions_reach_every_caption_and_are_told_a_whole_square(source, finished):
     """Catches captions of rare buckets that are never drawn, and a picture's crop told to a rollout from square noise."""
     made = finished[0]
-    cond = made.conditions(300, data.step_generator(3, 0))
+    cond = made.conditions(300, step_generator(3, 0))
     assert len({tuple(row) for row in cond["pooled"].tolist()}) == len(SIZES)
     assert (cond["time_ids"] == 128).all() and torch.equal(made.null()["tokens"], encode_captions([""])["tokens"].bfloat16())
     assert "latents" not in cond and len(made.null()["time_ids"]) == 1
@@ -193,17 +192,17 @@ def test_conditions_reach_every_caption_and_are_told_a_whole_square(source, fini
 def test_prompts_alone_get_drawn_latents_or_none(tmp_path):
     """Catches a draw without its caption, noise that depends on the run or comes back in every shard, and latents from nothing."""
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(11)))
-    prompts = data.captioned(str(tmp_path / "p.txt"))
+    prompts = sources.captioned(str(tmp_path / "p.txt"))
     made = build(tmp_path / "a", prompts, draw=draw)
     build(tmp_path / "b", prompts, draw=draw, encode_pictures=None, latent=(3, 16, 16))
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    x0, cond = made.latents(40, data.step_generator(0, 0))
+    assert contents_of(tmp_path / "a") == contents_of(tmp_path / "b")
+    x0, cond = made.latents(40, step_generator(0, 0))
     assert x0.shape == (40, 3, 16, 16) and len(x0[:, 1:].flatten(1).unique(dim=0)) == 11
     assert (x0[:, 0].mean((1, 2)) - cond["pooled"][:, 0].float()).abs().max() < 0.5
     without = build(tmp_path / "c", prompts, encode_pictures=None)
-    assert len(without.conditions(5, data.step_generator(0, 0))["tokens"]) == 5
+    assert len(without.conditions(5, step_generator(0, 0))["tokens"]) == 5
     with pytest.raises(UserError, match="prompts alone"):
-        without.latents(5, data.step_generator(0, 0))
+        without.latents(5, step_generator(0, 0))
 
 
 def test_unreadable_pictures_are_named_in_the_manifest_and_left_out(tmp_path, capsys):
@@ -211,9 +210,9 @@ def test_unreadable_pictures_are_named_in_the_manifest_and_left_out(tmp_path, ca
     folder = pictures(tmp_path / "a", SIZES[:5])
     (folder / "01.png").write_bytes(b"no picture")
     (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:300])
-    made = build(tmp_path / "c", data.captioned(str(folder)))
+    made = build(tmp_path / "c", sources.captioned(str(folder)))
     assert [line[:6] for line in made.skipped] == ["01.png", "03.png"] and "01.png" in capsys.readouterr().out
-    cond = made.conditions(60, data.step_generator(0, 0))
+    cond = made.conditions(60, step_generator(0, 0))
     expected = encode_captions(["picture 0", "picture 2", "picture 4"])["tokens"].bfloat16()
     assert torch.equal(cond["tokens"].unique(dim=0), expected.unique(dim=0))
 
@@ -236,7 +235,7 @@ def test_a_caption_that_no_tokenizer_takes_and_exif_that_is_none_end_no_build(tm
         "caf\udce9"
     ] and "skipped unreadable picture caf?" in capsys.readouterr().out
     expected = encode_captions(["a cat ?", "a tree"])["tokens"].bfloat16()
-    assert torch.equal(made.conditions(40, data.step_generator(0, 0))["tokens"].unique(dim=0), expected.unique(dim=0))
+    assert torch.equal(made.conditions(40, step_generator(0, 0))["tokens"].unique(dim=0), expected.unique(dim=0))
 
 
 def test_a_cache_removes_its_own_halves_and_no_others(source, tmp_path):
@@ -253,7 +252,7 @@ def test_a_cache_removes_its_own_halves_and_no_others(source, tmp_path):
 
 def test_two_runs_fill_one_cache(source, finished, tmp_path, monkeypatch):
     """Catches temporary files of one name, where the one that is renamed first takes the other's away."""
-    write, inner = checkpoint.save_file, []
+    write, inner = run_files.save_file, []
 
     def slow(tensors, file, metadata):
         write(tensors, file, metadata)
@@ -262,11 +261,11 @@ def test_two_runs_fill_one_cache(source, finished, tmp_path, monkeypatch):
             monkeypatch.setattr(os, "getpid", lambda: 1)
             build(tmp_path / "c", source)
             monkeypatch.undo()
-            monkeypatch.setattr(checkpoint, "save_file", slow)
+            monkeypatch.setattr(run_files, "save_file", slow)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(run_files, "save_file", slow)
     build(tmp_path / "c", source)
-    assert files(tmp_path / "c") == finished[1]
+    assert contents_of(tmp_path / "c") == finished[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +297,7 @@ def test_a_build_killed_at_any_file_operation_goes_on_to_the_same_bytes(source, 
             else:
                 break
         build(folder, source)
-        assert files(folder) == finished[1]
+        assert contents_of(folder) == finished[1]
     assert stop > 12
 
 
@@ -318,8 +317,8 @@ def test_a_resumed_build_encodes_only_what_is_missing(source, finished, tmp_path
     seen.clear()
     build(tmp_path / "c", source, encode_captions=lambda captions: seen.extend(captions) or encode_captions(captions))
     assert 0 < done < 4 and set(seen) == {f"picture {i}" for i in range(3 * done, len(SIZES))}
-    assert files(tmp_path / "c") == finished[1]
-    blind = data.Source(source.spec, source.fingerprint, None)
+    assert contents_of(tmp_path / "c") == finished[1]
+    blind = sources.Source(source.spec, source.fingerprint, None)
     assert build(tmp_path / "c", blind, encode_pictures=None, encode_captions=None).rows.keys() == finished[0].rows.keys()
 
 
@@ -337,7 +336,7 @@ def test_a_flipped_bit_anywhere_is_noticed(source, finished, tmp_path_factory, d
             build(folder, source)
     else:
         build(folder, source)
-        assert files(folder) == contents
+        assert contents_of(folder) == contents
 
 
 @pytest.mark.parametrize("damage", ["gone", "truncated", "swapped"])
@@ -354,7 +353,7 @@ def test_damaged_shards_are_named_and_made_again(source, finished, tmp_path, cap
         one.write_bytes(two.read_bytes())
         two.write_bytes(content)
     build(folder, source)
-    assert files(folder) == finished[1]
+    assert contents_of(folder) == finished[1]
     assert re.search(f"{one} (is gone|is truncated|was swapped).*made again", capsys.readouterr().out)
 
 
@@ -381,9 +380,9 @@ def test_two_ranks_make_the_cache_that_one_makes(source, finished, tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        assert not errors and files(folder) == finished[1]
+        assert not errors and contents_of(folder) == finished[1]
         assert captions[0] and captions[1] and not set(captions[0]) & set(captions[1])
-        x, y = (made[rank].latents(4, data.step_generator(0, 0))[0] for rank in range(2))
+        x, y = (made[rank].latents(4, step_generator(0, 0))[0] for rank in range(2))
         assert torch.equal(x, y)
 
 
@@ -399,24 +398,24 @@ def test_a_cache_of_another_key_is_refused_by_name(source, finished, tmp_path, c
     folder = restore(tmp_path / "c", finished[1])
     with pytest.raises(UserError, match=f"made with another {changed}: delete the folder or choose another --cache"):
         build(folder, source, **STALE[changed])
-    assert files(folder) == finished[1]
+    assert contents_of(folder) == finished[1]
 
 
 def test_a_cache_of_changed_pictures_is_refused(tmp_path):
     """Catches a fingerprint of names alone: the picture, its caption, or the number of pictures has changed."""
     folder = pictures(tmp_path / "a", SIZES[:3])
-    build(tmp_path / "c", data.captioned(str(folder)))
+    build(tmp_path / "c", sources.captioned(str(folder)))
     for change in (
         lambda: os.utime(folder / "01.png", (1, 1)),
         lambda: (folder / "02.txt").write_text("another caption"),
         lambda: (folder / "00.txt").unlink(),
     ):
-        before = data.captioned(str(folder)).fingerprint
-        assert before == data.captioned(str(folder)).fingerprint
+        before = sources.captioned(str(folder)).fingerprint
+        assert before == sources.captioned(str(folder)).fingerprint
         change()
-        assert data.captioned(str(folder)).fingerprint != before
+        assert sources.captioned(str(folder)).fingerprint != before
     with pytest.raises(UserError, match="another fingerprint of the data: delete"):
-        build(tmp_path / "c", data.captioned(str(folder)))
+        build(tmp_path / "c", sources.captioned(str(folder)))
 
 
 def refused_resolution(source, folder):
@@ -434,7 +433,7 @@ def refused_overflow(source, folder):
 
 
 def refused_nothing(source, folder):
-    build(folder, data.Source("x", "y", lambda: iter([("a", "b", lambda: data._broken("no"))])))
+    build(folder, sources.Source("x", "y", lambda: iter([("a", "b", lambda: sources._broken("no"))])))
 
 
 def refused_no_cache(source, folder):
@@ -446,7 +445,7 @@ def refused_full(source, folder):
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(run_files, "save_file", full)
         build(folder, source)
 
 
@@ -481,7 +480,7 @@ def test_a_shard_that_vanishes_during_training_is_one_sentence(source, finished,
     for file in (tmp_path / "c").glob("0*.safetensors"):
         file.unlink()
     with pytest.raises(UserError, match="run the same command again"):
-        made.latents(2, data.step_generator(0, 0))
+        made.latents(2, step_generator(0, 0))
 
 
 @torch.no_grad()
@@ -498,7 +497,7 @@ def test_a_real_vae_and_real_text_encoders_fill_a_cache(source, tmp_path, name):
         return {"tokens": tokens, "pooled": pooled}
 
     made = build(tmp_path / "c", source, encode_pictures=lambda x: pipe.vae.encode(x).latent_dist.mode(), encode_captions=encode)
-    x0, cond = made.latents(2, data.step_generator(0, 1))
+    x0, cond = made.latents(2, step_generator(0, 1))
     assert x0.shape[1] == pipe.vae.config.latent_channels and x0.isfinite().all() and ("time_ids" in cond) == (name == "sdxl")
     assert cond["tokens"].shape[1:] == made.null()["tokens"].shape[1:] and x0.shape[2] * x0.shape[3] <= 256
 
@@ -507,7 +506,7 @@ def test_an_unfinished_cache_of_an_older_version_is_finished_and_stays_whole(sou
     """Catches a manifest that ends with another key than its shards name: all of them would be made again."""
     folder = restore(tmp_path / "c", finished[1])
     key = json.loads((folder / "manifest.json").read_text())["key"]
-    checkpoint.write_json(folder / "manifest.json", {"key": key, "shards": None})
+    run_files.write_json(folder / "manifest.json", {"key": key, "shards": None})
     for _ in range(2):
         build(folder, source, key=KEY | {"files of the base": "89ab"})
-    assert "it is made again" not in capsys.readouterr().out and files(folder) == finished[1]
+    assert "it is made again" not in capsys.readouterr().out and contents_of(folder) == finished[1]

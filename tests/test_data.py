@@ -14,29 +14,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
-import models
+from data import scenes, sources
+from models import tiny
+from models.denoiser import random_tiny
+from run import files
+from run.common import UserError, step_generator
 
 
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 9))
 def test_a_batch_is_a_function_of_seed_and_step(seed, step, n):
     """Catches global random state in the renderer."""
-    pictures, captions = data.Scenes().batch(n, data.step_generator(seed, step))
+    pictures, captions = scenes.Scenes().batch(n, step_generator(seed, step))
     torch.rand(3)
-    again, same = data.Scenes().batch(n, data.step_generator(seed, step))
+    again, same = scenes.Scenes().batch(n, step_generator(seed, step))
     assert torch.equal(pictures, again) and captions == same
     assert pictures.shape == (n, 3, 32, 32) and pictures.abs().max() <= 1
 
 
 def test_streams_steps_and_seeds_differ():
     """Catches a generator that ignores one of its arguments."""
-    draws = {torch.rand(1, generator=data.step_generator(*key)).item() for key in ((0, 0), (0, 1), (1, 0), (0, 0, 1))}
+    draws = {torch.rand(1, generator=step_generator(*key)).item() for key in ((0, 0), (0, 1), (1, 0), (0, 0, 1))}
     assert len(draws) == 4
 
 
 def test_two_objects_never_share_a_place():
     """Catches a pair drawn from all places."""
-    scene = data.random_scenes(2000, data.step_generator(0, 0))
+    scene = scenes.random_scenes(2000, step_generator(0, 0))
     two = scene["count"] == 2
     assert (scene["place"][two, 0] != scene["place"][two, 1]).all()
     assert 0.5 < two.float().mean() < 0.7
@@ -44,12 +47,12 @@ def test_two_objects_never_share_a_place():
 
 def test_caption_has_the_words_of_its_scene():
     """Catches an attribute missing from captions, and defaults that are spelled out."""
-    scene = data.random_scenes(200, data.step_generator(3, 0))
+    scene = scenes.random_scenes(200, step_generator(3, 0))
     for i in range(200):
-        caption = data.caption_of(scene, i)
+        caption = scenes.caption_of(scene, i)
         for slot in range(int(scene["count"][i])):
-            assert data.COLORS[scene["color"][i, slot]] in caption and data.PLACES[scene["place"][i, slot]] in caption
-        assert {t for t in data.TEXTURES[1:] if t in caption} == {data.TEXTURES[scene["texture"][i]]} - {"smooth"}
+            assert scenes.COLORS[scene["color"][i, slot]] in caption and scenes.PLACES[scene["place"][i, slot]] in caption
+        assert {t for t in scenes.TEXTURES[1:] if t in caption} == {scenes.TEXTURES[scene["texture"][i]]} - {"smooth"}
         assert "plain" not in caption and "smooth" not in caption
 
 
@@ -59,17 +62,17 @@ def test_the_color_of_a_large_plain_circle_is_on_the_picture():
     scene |= {"count": torch.ones(5, dtype=torch.int64), "place": torch.arange(5)[:, None].expand(5, 2)}
     scene |= {k: torch.zeros(5, 2, dtype=torch.int64) for k in ("shape", "pattern")}
     scene |= {"size": torch.ones(5, 2, dtype=torch.int64), "color": torch.arange(5)[:, None].expand(5, 2)}
-    pictures = data.render(scene, data.step_generator(0, 0))
-    for i, (x, y) in enumerate(data.CENTER.round().int().tolist()):
-        assert (pictures[i, :, y, x] - (2 * data.RGB[i] - 1)).abs().max() < 0.35
+    pictures = scenes.render(scene, step_generator(0, 0))
+    for i, (x, y) in enumerate(scenes.CENTER.round().int().tolist()):
+        assert (pictures[i, :, y, x] - (2 * scenes.RGB[i] - 1)).abs().max() < 0.35
 
 
 def test_smooth_wavy_and_grainy_backgrounds_are_what_their_words_say():
     """Catches swapped textures, waves that run level, and grain without grain: differences of neighbours in a corner."""
     n = 90
-    scene = data.random_scenes(n, data.step_generator(0, 0))
+    scene = scenes.random_scenes(n, step_generator(0, 0))
     scene |= {"count": torch.ones(n, dtype=torch.int64), "place": torch.full((n, 2), 4), "texture": torch.arange(n) % 3}
-    corner = data.render(scene, data.step_generator(0, 1))[:, :, :7, :7]
+    corner = scenes.render(scene, step_generator(0, 1))[:, :, :7, :7]
     across, down = corner.diff(dim=3).square().mean((1, 2, 3)), corner.diff(dim=2).square().mean((1, 2, 3))
     smooth, wavy, grainy = ((across[i::3].mean(), down[i::3].mean()) for i in range(3))
     assert max(smooth) < 1e-3 < wavy[0] and wavy[1] < 1e-3
@@ -92,11 +95,11 @@ def write_folder(path, captions=True, broken=0):
 
 def test_folder_with_metadata_and_with_text_files_agree(tmp_path):
     """Catches a caption beside the wrong picture."""
-    table = data.Folder(str(write_folder(tmp_path / "a")))
+    table = sources.Folder(str(write_folder(tmp_path / "a")))
     texts = write_folder(tmp_path / "b", captions=False)
     for i in range(3):
         (texts / f"{i}.txt").write_text(f"picture {i}\n")
-    beside = data.Folder(str(texts))
+    beside = sources.Folder(str(texts))
     assert table.texts == beside.texts == ["picture 0", "picture 1", "picture 2"]
     assert torch.equal(table.pictures, beside.pictures) and table.pictures.shape == (3, 3, 32, 32)
     assert abs(table.pictures[2, 0].mean() - (160 / 127.5 - 1)) < 0.02
@@ -104,10 +107,10 @@ def test_folder_with_metadata_and_with_text_files_agree(tmp_path):
 
 def test_unreadable_pictures_are_named_counted_and_skipped(tmp_path, capsys):
     """Catches a crash, an endless retry, and silence."""
-    folder = data.Folder(str(write_folder(tmp_path / "a", broken=7)))
+    folder = sources.Folder(str(write_folder(tmp_path / "a", broken=7)))
     printed = capsys.readouterr().out
     assert len(folder.texts) == 3 and "broken0.png" in printed and "skipped 7 unreadable pictures" in printed
-    pictures, captions = folder.batch(50, data.step_generator(0, 0))
+    pictures, captions = folder.batch(50, step_generator(0, 0))
     assert len(pictures) == 50 and "broken" not in captions
 
 
@@ -116,12 +119,12 @@ def test_captions_are_what_editors_mean_by_them(tmp_path):
     table = write_folder(tmp_path / "a")
     rows = [{"file_name": f"{i}.png", "text": f"picture\u2028{i}"} for i in range(3)]
     (table / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
-    assert data.Folder(str(table)).texts == ["picture\u20280", "picture\u20281", "picture\u20282"]
+    assert sources.Folder(str(table)).texts == ["picture\u20280", "picture\u20281", "picture\u20282"]
     beside = write_folder(tmp_path / "b", captions=False)
     (beside / "0.txt").write_text("a cat\r\n", encoding="utf-8-sig")
-    assert data.Folder(str(beside)).texts == ["a cat"]
+    assert sources.Folder(str(beside)).texts == ["a cat"]
     (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8-sig")
-    assert data.read_prompts(tmp_path / "prompts.txt") == ["a cat"]
+    assert sources.read_prompts(tmp_path / "prompts.txt") == ["a cat"]
 
 
 def test_a_small_folder_stands_upright_too_and_16_bit_pictures_are_named(tmp_path, capsys):
@@ -134,7 +137,7 @@ def test_a_small_folder_stands_upright_too_and_16_bit_pictures_are_named(tmp_pat
     Image.new("I;16", (64, 64), 9000).save(folder / "y.png")
     for name in ("x", "y"):
         (folder / f"{name}.txt").write_text(name)
-    found = data.Folder(str(folder))
+    found = sources.Folder(str(folder))
     assert found.texts == ["x"] and "y.png: mode I;16 is no picture of 8 bits" in capsys.readouterr().out
     assert found.pictures[0, :, :12].mean() < -0.9 and found.pictures[0, :, -12:].mean() > 0.9
 
@@ -153,8 +156,8 @@ def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, case):
         (path / "0.png").write_bytes(b"nothing")
         (path / "0.txt").write_text("a caption")
     says = {"no folder": "not a folder", "no captions": "has no captions", "bad line": "line 1", "all broken": "be read"}[case]
-    with pytest.raises(models.UserError, match=says):
-        data.Folder(str(path))
+    with pytest.raises(UserError, match=says):
+        sources.Folder(str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,12 +167,12 @@ def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, case):
 @pytest.mark.parametrize("kind", ["scenes", "folder"])
 def test_live_examples_are_those_of_the_source_and_ranks_share_them(tmp_path, kind):
     """Catches another order of draws, by which every existing run would change its numbers, and overlapping shares."""
-    source = data.Scenes() if kind == "scenes" else data.Folder(str(write_folder(tmp_path / "a")))
-    network = models.build("tiny")
-    live, gen, same = data.Live(source, network), data.step_generator(1, 2), data.step_generator(1, 2)
+    source = scenes.Scenes() if kind == "scenes" else sources.Folder(str(write_folder(tmp_path / "a")))
+    network = random_tiny("tiny")
+    live, gen, same = sources.LiveExamples(source, network), step_generator(1, 2), step_generator(1, 2)
     pictures, captions = source.batch(6, gen)
     x0, cond = live.latents(6, same, slice(1, None, 2))
-    assert torch.equal(x0, models.to_latents(pictures)[1::2]) and x0.dtype == torch.float32
+    assert torch.equal(x0, tiny.to_latents(pictures)[1::2]) and x0.dtype == torch.float32
     assert all(torch.equal(v, cond[k]) for k, v in network.encode(captions[1::2]).items())
     texts, cond = source.captions(6, gen), live.conditions(6, same, slice(0, None, 2))
     assert all(torch.equal(v, cond[k]) for k, v in network.encode(texts[0::2]).items())
@@ -232,25 +235,27 @@ def write_tables(folder):
 @pytest.mark.parametrize("layout", [write_sub_folders, write_tables, write_tars], ids=lambda layout: layout.__name__)
 def test_every_layout_gives_each_picture_its_caption(tmp_path, layout):
     """Catches captions of the neighbour, sub-folders and .json captions that are not read, and a second pass that differs."""
-    source = data.captioned(str(layout(tmp_path / "a")))
+    source = sources.captioned(str(layout(tmp_path / "a")))
     assert sorted(rows(source)) == [(f"picture {i}", i) for i in range(4)]
     assert rows(source) == rows(source) and len({key for key, _, _ in source}) == 4
-    assert data.captioned(str(tmp_path / "a")).fingerprint == source.fingerprint
+    assert sources.captioned(str(tmp_path / "a")).fingerprint == source.fingerprint
 
 
 def test_tars_are_found_by_folder_by_glob_and_by_name(tmp_path):
     """Catches a glob that is taken for a dataset of the hub, and shards in another order."""
     folder = write_tars(tmp_path / "a")
-    whole = rows(data.captioned(str(folder)))
-    assert whole == rows(data.captioned(f"{folder}/s-*.tar"))
-    assert whole[:2] == rows(data.captioned(f"{folder}/s-0.tar")) and whole[2:] == rows(data.captioned(f"{folder}/s-[1-9].tar"))
+    whole = rows(sources.captioned(str(folder)))
+    assert whole == rows(sources.captioned(f"{folder}/s-*.tar"))
+    assert whole[:2] == rows(sources.captioned(f"{folder}/s-0.tar")) and whole[2:] == rows(
+        sources.captioned(f"{folder}/s-[1-9].tar")
+    )
 
 
 def test_a_tar_is_read_as_a_stream(tmp_path, monkeypatch):
     """Catches a reader that keeps a shard's members, or decodes pictures of rows that nobody asked to see."""
     many = [member for i in range(300) for member in ((f"{i}.png", png(i % 3)), (f"{i}.txt", b"a caption"))]
-    source, decoded = data.captioned(str(write_tar(tmp_path / "a.tar", many))), []
-    monkeypatch.setattr(data, "rgb", lambda picture: decoded.append(1) or picture.convert("RGB"))
+    source, decoded = sources.captioned(str(write_tar(tmp_path / "a.tar", many))), []
+    monkeypatch.setattr(sources, "rgb", lambda picture: decoded.append(1) or picture.convert("RGB"))
     opened, plain = [], tarfile.open
     monkeypatch.setattr(tarfile, "open", lambda *args: opened.append(plain(*args)) or opened[-1])
     kept = 0
@@ -268,7 +273,7 @@ def test_what_cannot_be_read_in_a_tar_is_named_and_the_rest_is_used(tmp_path, ca
     bad = [("0.png", b"nothing"), ("0.txt", b"x"), ("1.png", png(1)), ("1.json", b"{"), ("2.txt", b"alone")]
     write_tar(folder / "0.tar", [*bad, ("3.png", png(3)), ("3.txt", b"picture 3")])
     write_tar(folder / "1.tar", [("2.png", png(2)), ("2.txt", b"picture 2")])
-    assert rows(data.captioned(str(folder))) == [("picture 3", 3), ("picture 2", 2)]
+    assert rows(sources.captioned(str(folder))) == [("picture 3", 3), ("picture 2", 2)]
     printed = capsys.readouterr().out
     for name in ("0.tar/0: cannot identify", "0.tar/1: no caption", "0.tar/2: no picture"):
         assert f"skipped unreadable picture {name}" in printed
@@ -280,11 +285,11 @@ def test_a_truncated_tar_is_named_and_what_stands_before_is_used(tmp_path, capsy
     folder = tmp_path / "a"
     folder.mkdir()
     cut = write_tar(folder / "0.tar", [("0.txt", b"picture 0"), ("0.png", png(0)), ("1.txt", b"picture 1"), ("1.png", png(1))])
-    assert cut.stat().st_size > 4096 and rows(data.captioned(str(cut))) == [("picture 0", 0), ("picture 1", 1)]
+    assert cut.stat().st_size > 4096 and rows(sources.captioned(str(cut))) == [("picture 0", 0), ("picture 1", 1)]
     assert "skipped" not in capsys.readouterr().out
     cut.write_bytes(cut.read_bytes()[:end])
     write_tar(folder / "1.tar", [("2.png", png(2)), ("2.txt", b"picture 2")])
-    assert rows(data.captioned(str(folder))) == [("picture 0", 0)] * (end >= 2560) + [("picture 2", 2)]
+    assert rows(sources.captioned(str(folder))) == [("picture 0", 0)] * (end >= 2560) + [("picture 2", 2)]
     assert "skipped unreadable picture 0.tar: the rest of the shard is damaged" in capsys.readouterr().out
 
 
@@ -295,21 +300,21 @@ def test_pictures_stand_upright_and_are_rgb(tmp_path):
     for name, mode, options in (("a.jpg", "RGB", {"exif": exif}), ("b.png", "P", {}), ("c.png", "RGBA", {}), ("d.webp", "RGB", {})):
         Image.new(mode, (60, 40)).save(tmp_path / name, **options)
         (tmp_path / name).with_suffix(".txt").write_text("caption")
-    found = {key: (picture.mode, picture.size) for key, _, picture in data.captioned(str(tmp_path))}
+    found = {key: (picture.mode, picture.size) for key, _, picture in sources.captioned(str(tmp_path))}
     assert found == {"a.jpg": ("RGB", (40, 60))} | {name: ("RGB", (60, 40)) for name in ("b.png", "c.png", "d.webp")}
 
 
 def test_prompts_of_a_file_and_ours(tmp_path):
     """Catches blank lines as prompts, and a default that is not there."""
     (tmp_path / "p.txt").write_text("a cat\n\n  two dogs \n")
-    assert list(data.captioned(str(tmp_path / "p.txt"))) == [("0", "a cat", None), ("1", "two dogs", None)]
-    ours = data.read_prompts(data.ASSETS / "prompts.txt")
-    assert [caption for _, caption, _ in data.captioned()] == [caption for _, caption, _ in data.captioned("prompts")] == ours
+    assert list(sources.captioned(str(tmp_path / "p.txt"))) == [("0", "a cat", None), ("1", "two dogs", None)]
+    ours = sources.read_prompts(files.ASSETS / "prompts.txt")
+    assert [caption for _, caption, _ in sources.captioned()] == [caption for _, caption, _ in sources.captioned("prompts")] == ours
 
 
 def test_our_prompts_are_many_short_and_different():
     """Catches a duplicate, a paragraph, and a list that says the same with other words: few words are in many prompts."""
-    prompts = data.read_prompts(data.ASSETS / "prompts.txt")
+    prompts = sources.read_prompts(files.ASSETS / "prompts.txt")
     words = [set(re.findall(r"[a-z]{4,}", prompt.lower())) for prompt in prompts]
     assert len(prompts) >= 400 and len({" ".join(sorted(w)) for w in words}) == len(prompts)
     assert all(3 < len(prompt.split()) < 60 and prompt.isprintable() for prompt in prompts)
@@ -370,7 +375,7 @@ def test_a_hub_dataset_is_streamed_at_a_pinned_revision(hub):
     values += [{"jpg": {"bytes": b"x"}, "caption": "broken"}, {"jpg": None, "caption": "none"}]
     values += [{"jpg": {"bytes": png(0)}, "caption": ""}]
     library = hub({"id": int, "jpg": FakeDatasets.Image(), "caption": str}, values)
-    source, other = data.captioned("someone/pictures"), data.captioned("someone/pictures@v2")
+    source, other = sources.captioned("someone/pictures"), sources.captioned("someone/pictures@v2")
     assert rows(source) == [(f"picture {i}", i) for i in range(3)] and source.fingerprint != other.fingerprint
     assert [options for _, options in library.asked] == [{"revision": sha, "streaming": True} for sha in ("sha0", "sha2")]
 
@@ -378,7 +383,7 @@ def test_a_hub_dataset_is_streamed_at_a_pinned_revision(hub):
 def test_a_hub_dataset_without_pictures_is_prompts_alone(hub):
     """Catches prompts datasets that are refused."""
     hub({"prompt": str}, [{"prompt": "a cat"}, {"prompt": "a dog"}])
-    assert list(data.captioned("someone/prompts")) == [("0", "a cat", None), ("1", "a dog", None)]
+    assert list(sources.captioned("someone/prompts")) == [("0", "a cat", None), ("1", "a dog", None)]
 
 
 def test_folders_that_the_datasets_library_knows_are_read_by_it(tmp_path):
@@ -390,66 +395,66 @@ def test_folders_that_the_datasets_library_knows_are_read_by_it(tmp_path):
     (tmp_path / "a" / "train" / "bad.png").write_bytes(b"nothing")
     table = "file_name,text\n" + "".join(f"{i}.png,picture {i}\n" for i in range(3)) + "bad.png,bad\n"
     (tmp_path / "a" / "train" / "metadata.csv").write_text(table)
-    assert rows(data.captioned(str(tmp_path / "a"))) == [(f"picture {i}", i) for i in range(3)]
+    assert rows(sources.captioned(str(tmp_path / "a"))) == [(f"picture {i}", i) for i in range(3)]
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = {"bytes": png(1), "path": "1.png"}
     meta = {b"huggingface": b'{"info": {"features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}}'}
     arrow = pyarrow.table({"image": [image], "text": ["picture 1"]}).replace_schema_metadata(meta)
     parquet.write_table(arrow, tmp_path / "p.parquet")
-    assert rows(data.captioned(str(tmp_path / "p.parquet"))) == [("picture 1", 1)]
+    assert rows(sources.captioned(str(tmp_path / "p.parquet"))) == [("picture 1", 1)]
 
 
 def hub_lost(hub, path):
     hub({"text": str}, [{"text": "a cat"}, None])
-    list(data.captioned("someone/pictures"))
+    list(sources.captioned("someone/pictures"))
 
 
 def hub_columns(hub, path):
     hub({"image": FakeDatasets.Image(), "label": int}, [])
-    data.captioned("someone/pictures")
+    sources.captioned("someone/pictures")
 
 
 def hub_unknown(hub, path):
     hub({}, [])
-    data.captioned("someone/pictures@v3")
+    sources.captioned("someone/pictures@v3")
 
 
 def hub_no_library(hub, path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "datasets", None)
-        data.captioned("someone/pictures")
+        sources.captioned("someone/pictures")
 
 
 def no_spec(hub, path):
-    data.captioned(str(path / "nothing" / "here"))
+    sources.captioned(str(path / "nothing" / "here"))
 
 
 def no_tar(hub, path):
-    data.captioned(str(path / "*.tar"))
+    sources.captioned(str(path / "*.tar"))
 
 
 def no_prompt(hub, path):
     (path / "p.txt").write_text("\n \n")
-    data.captioned(str(path / "p.txt"))
+    sources.captioned(str(path / "p.txt"))
 
 
 def no_text(hub, path):
     (path / "p.txt").write_bytes(b"\xff\xfe\xfa")
-    data.captioned(str(path / "p.txt"))
+    sources.captioned(str(path / "p.txt"))
 
 
 def no_prompts_file(hub, path):
-    data.captioned(str(path / "missing.txt"))
+    sources.captioned(str(path / "missing.txt"))
 
 
 def no_captions(hub, path):
     (path / "0.png").write_bytes(png(0))
-    data.captioned(str(path))
+    sources.captioned(str(path))
 
 
 def bad_line(hub, path):
     (path / "metadata.jsonl").write_text('{"file_name": 5, "text": "x"}')
-    data.captioned(str(path))
+    sources.captioned(str(path))
 
 
 @pytest.mark.parametrize(
@@ -471,6 +476,6 @@ def bad_line(hub, path):
 )
 def test_data_that_cannot_serve_are_one_sentence(hub, tmp_path, case, says):
     """Catches tracebacks of libraries, and a wrong path that is taken for an empty source."""
-    with pytest.raises(models.UserError, match=says) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         case(hub, tmp_path)
     assert "\n" not in str(caught.value)

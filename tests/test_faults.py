@@ -16,15 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import data
 import evaluate
 import hessian
-import integrity
-import models
 import sample
-import teacher
 import train
+from data import scenes, sources
+from data.cache import Trajectories
+from models import checkpoint
+from models.denoiser import random_tiny
+from run import files
+from run.common import UserError
+from run.state import EXIT_CODES, TrainingState
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "--stage teacher --steps 6 --batch 2 --lr 1e-3 --warmup 1 --save-every 2"
@@ -40,15 +42,15 @@ def config(out: Path, flags: str = TEACHER):
 def opened(out: Path, flags: str = TEACHER, **more):
     """A run folder as train.main leaves it before the first update, and its Config."""
     cfg = config(out, flags)
-    checkpoint.open_run(out, dict(vars(cfg)) | {"out": ""} | more, leader=True)
+    files.open_run(out, dict(vars(cfg)) | {"out": ""} | more, leader=True)
     return cfg
 
 
-def small_state(out: Path, cfg) -> checkpoint.State:
-    return checkpoint.State(out, {"a": torch.nn.Parameter(torch.arange(40.0)), "b": torch.nn.Parameter(torch.ones(3, 2))}, cfg)
+def small_state(out: Path, cfg) -> TrainingState:
+    return TrainingState(out, {"a": torch.nn.Parameter(torch.arange(40.0)), "b": torch.nn.Parameter(torch.ones(3, 2))}, cfg)
 
 
-def go(state: checkpoint.State, out: Path, begin: int, end: int) -> None:
+def go(state: TrainingState, out: Path, begin: int, end: int) -> None:
     """The loop of train.py on a loss of two lines."""
     with open(out / "metrics.jsonl", "a") as log:
         for step in range(begin, end):
@@ -60,7 +62,7 @@ def go(state: checkpoint.State, out: Path, begin: int, end: int) -> None:
 
 
 def whole_teacher_run(out: Path, patch) -> None:
-    patch.setattr(teacher, "ship", lambda *args, **more: None)
+    patch.setattr(train, "ship", lambda *args, **more: None)
     train.main(f"{TEACHER} --out {out}".split())
 
 
@@ -92,8 +94,8 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
 def sealed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sealed")
     opened(folder)
-    checkpoint.write(
-        folder / "x.safetensors", {"a": torch.arange(50.0), "b": torch.ones(3)}, {"step": 7}, checkpoint.run_of(folder)
+    files.write_tensors(
+        folder / "x.safetensors", {"a": torch.arange(50.0), "b": torch.ones(3)}, {"step": 7}, files.run_digest(folder)
     )
     return folder
 
@@ -105,10 +107,10 @@ def test_every_flipped_bit_of_a_tensor_file_is_noticed(sealed, place, bit):
     path = sealed / "flipped" / "x.safetensors"
     path.parent.mkdir(exist_ok=True)
     shutil.copy(sealed / "x.safetensors", path)
-    assert checkpoint.read(path, "", checkpoint.run_of(sealed))[1] == {"step": 7}
+    assert files.read_verified(path, "", files.run_digest(sealed))[1] == {"step": 7}
     flip(path, place % path.stat().st_size, bit)
-    with pytest.raises(models.UserError, match=r"x.safetensors is truncated or damaged .*: do that"):
-        checkpoint.read(path, "do that", checkpoint.run_of(sealed))
+    with pytest.raises(UserError, match=r"x.safetensors is truncated or damaged .*: do that"):
+        files.read_verified(path, "do that", files.run_digest(sealed))
 
 
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
@@ -121,23 +123,23 @@ def test_every_flipped_bit_of_the_configuration_is_noticed(sealed, place, bit):
     flip(folder / "config.json", place % size, bit)
     # the version is read first, so that other versions' folders are told so
     inside = of_format <= place % size < of_format + 14
-    with pytest.raises(models.UserError, match="config.json is damaged|checkpoint format" if inside else "config.json is damaged"):
-        checkpoint.read_config(folder)
+    with pytest.raises(UserError, match="config.json is damaged|checkpoint format" if inside else "config.json is damaged"):
+        files.read_config(folder)
 
 
 @settings(max_examples=30)
-@given(place=st.integers(integrity.HEAD - 9, 5 * integrity.HEAD - 1), bit=st.integers(0, 7))
+@given(place=st.integers(files.HEAD - 9, 5 * files.HEAD - 1), bit=st.integers(0, 7))
 def test_every_flipped_bit_behind_the_head_is_noticed(sealed, place, bit):
     """Catches a large file of which the beginning alone is checked, or a piece between two reads is not."""
     path = sealed / "large"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integrity, "CHUNK", integrity.HEAD + 1)
-        path.write_bytes(f'{{"sha256": "{integrity.EMPTY}"}}'.encode().ljust(5 * integrity.HEAD))
-        integrity.seal(path)
-        assert integrity.check(path) == integrity.recorded(path)
+        patch.setattr(files, "CHUNK", files.HEAD + 1)
+        path.write_bytes(f'{{"sha256": "{files.EMPTY}"}}'.encode().ljust(5 * files.HEAD))
+        files.seal(path)
+        assert files.checksum(path) == files.recorded_checksum(path)
         flip(path, place, bit)
         with pytest.raises(ValueError, match="does not fit"):
-            integrity.check(path)
+            files.checksum(path)
 
 
 @given(size=st.integers(0, 10**6))
@@ -147,35 +149,35 @@ def test_cut_and_grown_files_are_noticed(sealed, size):
     path.parent.mkdir(exist_ok=True)
     for content in (whole[: size % len(whole)], whole + bytes(1 + size % 9)):
         path.write_bytes(content)
-        with pytest.raises(models.UserError, match="truncated or damaged"):
-            checkpoint.read(path, "")
+        with pytest.raises(UserError, match="truncated or damaged"):
+            files.read_verified(path, "")
 
 
 def test_files_of_another_run_or_role_are_swapped(sealed, tmp_path):
     """Catches good tensors in the wrong place: the shapes fit, the numbers are another run's."""
     opened(tmp_path / "other", TEACHER + " --seed 1")
-    run, other = checkpoint.run_of(sealed), checkpoint.run_of(tmp_path / "other")
+    run, other = files.run_digest(sealed), files.run_digest(tmp_path / "other")
     assert run != other
-    with pytest.raises(models.UserError, match=r"x.safetensors was swapped .it is x.safetensors of another run"):
-        checkpoint.read(sealed / "x.safetensors", "", other)
+    with pytest.raises(UserError, match=r"x.safetensors was swapped .it is x.safetensors of another run"):
+        files.read_verified(sealed / "x.safetensors", "", other)
     shutil.copy(sealed / "x.safetensors", tmp_path / "state.safetensors")
-    with pytest.raises(models.UserError, match=r"state.safetensors was swapped .it is x.safetensors of this run"):
-        checkpoint.read(tmp_path / "state.safetensors", "", run)
+    with pytest.raises(UserError, match=r"state.safetensors was swapped .it is x.safetensors of this run"):
+        files.read_verified(tmp_path / "state.safetensors", "", run)
 
 
 def test_a_run_file_without_checksum_is_damaged(sealed, tmp_path):
     """Catches a checksum that is only looked at if the file has one: a flipped bit in its name would switch it off."""
     path = tmp_path / "x.safetensors"
     path.write_bytes((sealed / "x.safetensors").read_bytes().replace(b"sha256", b"sha257", 1))
-    with pytest.raises(models.UserError, match="no checksum"):
-        checkpoint.read(path, "")
+    with pytest.raises(UserError, match="no checksum"):
+        files.read_verified(path, "")
 
 
 def test_equal_contents_are_equal_bytes(tmp_path):
     """Catches metadata in an order of chance: the checksum of a start that is made again could not be compared."""
     for name in "abcd":
         (tmp_path / name).mkdir()
-        checkpoint.write(tmp_path / name / "x.safetensors", {"t": torch.ones(2)}, {"layers": {"l": 1}, "steps": 3})
+        files.write_tensors(tmp_path / name / "x.safetensors", {"t": torch.ones(2)}, {"layers": {"l": 1}, "steps": 3})
         same(tmp_path / "a", tmp_path / name)
 
 
@@ -213,7 +215,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_good_newest_state(tmp_p
         again = small_state(out, cfg)
         steps.append(again.load()[0])
         assert again.good
-        checkpoint.verify(again.previous, "", again.run)
+        files.verify(again.previous, "", again.run)
         go(again, out, steps[-1], 6)
         assert all(torch.equal(again.params[k], state.params[k]) for k in "ab")
         assert len((out / "metrics.jsonl").read_text().splitlines()) == 6
@@ -242,8 +244,8 @@ def test_a_damaged_newest_state_is_named_and_the_previous_one_goes_on(tmp_path, 
         newest.write_bytes(newest.read_bytes()[:-7])
     elif how == "swap":
         opened(tmp_path / "other", TEACHER + " --seed 1")
-        checkpoint.write(
-            newest, models.read_tensors(newest, "")[0], {"step": 4, "start": ""}, checkpoint.run_of(tmp_path / "other")
+        files.write_tensors(
+            newest, files.read_tensors(newest, "")[0], {"step": 4, "start": ""}, files.run_digest(tmp_path / "other")
         )
     else:
         newest.unlink()
@@ -257,7 +259,7 @@ def test_a_damaged_newest_state_is_named_and_the_previous_one_goes_on(tmp_path, 
         else re.fullmatch(r".*/state.safetensors (is|was) .*going on from state-prev.*2 updates", printed)
     )
     go(again, out, 2, 4)
-    checkpoint.verify(previous, "", again.run)
+    files.verify(previous, "", again.run)
     go(again, out, 4, 6)
     assert all(torch.equal(again.params[k], state.params[k]) for k in "ab")
     assert (out / "metrics.jsonl").read_text() == (end / "metrics.jsonl").read_text()
@@ -270,7 +272,7 @@ def test_two_damaged_states_are_a_refusal_that_says_what_to_delete(tmp_path):
     go(state, tmp_path, 0, 4)
     for name in ("state", "state-previous"):
         flip(tmp_path / f"{name}.safetensors", 300)
-    with pytest.raises(models.UserError, match=r"delete state.safetensors and state-previous.safetensors to begin again"):
+    with pytest.raises(UserError, match=r"delete state.safetensors and state-previous.safetensors to begin again"):
         small_state(tmp_path, cfg).load()
 
 
@@ -295,29 +297,27 @@ def test_metrics_have_each_update_once_whatever_a_kill_left(tmp_path, left):
 def test_a_start_other_than_the_one_that_was_trained_from_is_refused(tmp_path, capsys):
     """Catches LoRA of one start on the packed weights of another (made again on another machine, or by other code)."""
     cfg, start = opened(tmp_path), tmp_path / "start.safetensors"
-    run = checkpoint.run_of(tmp_path)
-    checkpoint.write(start, {"codes": torch.arange(9)}, {"layers": {}}, run)
+    run = files.run_digest(tmp_path)
+    files.write_tensors(start, {"codes": torch.arange(9)}, {"layers": {}}, run)
     state = small_state(tmp_path, cfg)
     state.load()
     go(state, tmp_path, 0, 2)
     flip(start, start.stat().st_size - 9)
     assert not checkpoint.has_start(tmp_path)
     assert re.fullmatch(r".*start.safetensors is truncated or damaged .*: it is made again", capsys.readouterr().out.strip())
-    checkpoint.write(start, {"codes": torch.arange(9)}, {"layers": {}}, run)
+    files.write_tensors(start, {"codes": torch.arange(9)}, {"layers": {}}, run)
     assert checkpoint.has_start(tmp_path) and small_state(tmp_path, cfg).load()[0] == 2
-    checkpoint.write(start, {"codes": torch.arange(9) + 1}, {"layers": {}}, run)
-    with pytest.raises(models.UserError, match=r"start.safetensors is not what the state was trained from: restore it, or delete"):
+    files.write_tensors(start, {"codes": torch.arange(9) + 1}, {"layers": {}}, run)
+    with pytest.raises(UserError, match=r"start.safetensors is not what the state was trained from: restore it, or delete"):
         small_state(tmp_path, cfg).load()
 
 
-def draw(out: Path, teacher, monkeypatch, n: int = 5) -> checkpoint.Trajectories:
-    network = models.build("tiny")
+def draw(out: Path, teacher, monkeypatch, n: int = 5) -> Trajectories:
+    network = random_tiny("tiny")
     network.encode = lambda captions: {"length": torch.tensor([len(caption) for caption in captions])}
-    monkeypatch.setattr(checkpoint.Trajectories, "SHARD", 2)
-    examples = data.Live(data.Scenes(), network)
-    return checkpoint.Trajectories(
-        out / "cache", teacher, network, examples, n, network.path.grid(4), seed=0, micro=0, device="cpu"
-    )
+    monkeypatch.setattr(Trajectories, "SHARD", 2)
+    examples = sources.LiveExamples(scenes.Scenes(), network)
+    return Trajectories(out / "cache", teacher, network, examples, n, network.path.grid(4), seed=0, micro=0, device="cpu")
 
 
 def test_damaged_shards_of_the_cache_are_drawn_again_and_no_others(tmp_path, monkeypatch, capsys):
@@ -345,7 +345,7 @@ def test_damaged_shards_of_the_cache_are_drawn_again_and_no_others(tmp_path, mon
         and "000004.safetensors was swapped" in said
         and "cache/000002" not in said
     )
-    with pytest.raises(models.UserError, match="are no numbers"):
+    with pytest.raises(UserError, match="are no numbers"):
         draw(tmp_path, lambda x, t, s, cond: x / 0, monkeypatch, 7)
     assert not (tmp_path / "cache" / "000006.safetensors").exists()
 
@@ -360,12 +360,12 @@ def test_trajectories_of_other_captions_are_drawn_again(tmp_path, monkeypatch, c
 
     opened(tmp_path)
     draw(tmp_path, teacher, monkeypatch)
-    conditions = data.Live.conditions
+    conditions = sources.LiveExamples.conditions
 
     def other(self, n, gen, mine):
         return {k: v + (n == 1) for k, v in conditions(self, n, gen, mine).items()}  # in the last shard
 
-    monkeypatch.setattr(data.Live, "conditions", other)
+    monkeypatch.setattr(sources.LiveExamples, "conditions", other)
     drawn.clear()
     draw(tmp_path, teacher, monkeypatch)
     assert set(drawn) == {1} and "000004.safetensors was swapped" in capsys.readouterr().out
@@ -380,7 +380,7 @@ def test_a_run_touches_no_file_that_is_not_its_own(tmp_path):
     opened(tmp_path)
     opened(tmp_path)  # now it is a run folder
     assert all((tmp_path / name).exists() for name in (".tmp_notes", "results.tmp", "thesis/results.tmp", "thesis/.tmp_draft"))
-    with pytest.raises(models.UserError, match="cannot write to the run folder"):
+    with pytest.raises(UserError, match="cannot write to the run folder"):
         opened(tmp_path / "thesis" / "results.tmp")
 
 
@@ -403,7 +403,7 @@ def test_a_damaged_configuration_is_written_again_and_a_wrong_one_is_found_out(t
         assert "config.json is missing or damaged: it is written again" in capsys.readouterr().out
     (tmp_path / "config.json").unlink()
     other = opened(tmp_path, TEACHER + " --lr 2e-3")
-    with pytest.raises(models.UserError, match=r"state.safetensors was swapped .*another run.*delete state.safetensors"):
+    with pytest.raises(UserError, match=r"state.safetensors was swapped .*another run.*delete state.safetensors"):
         small_state(tmp_path, other).load()
 
 
@@ -422,24 +422,24 @@ def test_what_killed_writers_leave_is_removed(tmp_path):
 
 def signal_at(step: int, number: int, patch, times: int = 1) -> None:
     """While update `step` is made, this process gets the signal."""
-    update = checkpoint.State.update
+    update = TrainingState.update
 
     def hit(self, now, loss, log):
         for _ in range(times if now == step else 0):
             os.kill(os.getpid(), number)
         update(self, now, loss, log)
 
-    patch.setattr(checkpoint.State, "update", hit)
+    patch.setattr(TrainingState, "update", hit)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_update_and_the_run_goes_on_to_the_same_end(undisturbed, tmp_path, monkeypatch, capsys, number, code):
     """Catches a state saved in the middle of an update, EMA that lags one behind, and an exit code that requeues nothing."""
-    handlers = [signal.getsignal(n) for n in checkpoint.CODES]
+    handlers = [signal.getsignal(n) for n in EXIT_CODES]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         signal_at(2, number, patch)
         whole_teacher_run(tmp_path / "r", patch)
-    assert stop.value.code == code and [signal.getsignal(n) for n in checkpoint.CODES] == handlers
+    assert stop.value.code == code and [signal.getsignal(n) for n in EXIT_CODES] == handlers
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last == f"stopped by {signal.Signals(number).name} after update 3, which is saved: the same command goes on from there"
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 3
@@ -455,7 +455,7 @@ def test_a_second_signal_does_not_wait(undisturbed, tmp_path, monkeypatch, capsy
     assert stop.value.code == 130 and capsys.readouterr().out.strip().endswith(
         "stopped by SIGINT: the same command goes on from there"
     )
-    assert models.read_tensors(tmp_path / "r" / "state.safetensors", "")[1]["step"] == 2
+    assert files.read_tensors(tmp_path / "r" / "state.safetensors", "")[1]["step"] == 2
     whole_teacher_run(tmp_path / "r", monkeypatch)
     same(undisturbed, tmp_path / "r")
 
@@ -469,7 +469,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once_with_code_0(tmp_path,
         pytest.fail("went on")
 
     flags = TEACHER.replace("--steps 6", "--steps 1") if where == "closing report" else "--calibration 1"
-    monkeypatch.setattr(*((teacher, "ship", hit) if where == "closing report" else (hessian, "collect_passes", hit)))
+    monkeypatch.setattr(*((train, "ship", hit) if where == "closing report" else (hessian, "collect_passes", hit)))
     with pytest.raises(SystemExit) as stop:
         train.main(f"{flags} --out {tmp_path}/r".split())
     assert stop.value.code == 0
@@ -481,27 +481,28 @@ import os, signal, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from pathlib import Path
 import torch.distributed as dist
-import checkpoint, models, test_faults
+import test_faults
+from run import common, files
 
 def attempt(out, hit):
     cfg = test_faults.config(out)
-    checkpoint.open_run(out, dict(vars(cfg)) | {{"out": ""}}, leader=checkpoint.rank() == 0)
+    files.open_run(out, dict(vars(cfg)) | {{"out": ""}}, leader=common.process_index() == 0)
     state = test_faults.small_state(out, cfg)
     update = state.update
     state.update = lambda step, loss, log: (hit(state, step), update(step, loss, log))
     test_faults.go(state, out, state.load()[0], 6)
 
 def terminated(state, step):
-    if checkpoint.rank() == 1 and step == 2:
+    if common.process_index() == 1 and step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
 
 def terminated_between_micro_batches(state, step):
-    if checkpoint.rank() == 1 and step == 3:
+    if common.process_index() == 1 and step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
         assert list(state.unless_stopped([1, 2])) == []
 
 def poisoned(state, step):
-    if checkpoint.rank() == 1 and step == 4:
+    if common.process_index() == 1 and step == 4:
         state.params["b"].grad[0, 0] = float("nan")
 
 dist.init_process_group("gloo", init_method="file://{folder}/meet", rank=int(os.environ["RANK"]), world_size=2)
@@ -510,7 +511,7 @@ for hit in (terminated, terminated_between_micro_batches):
         checkpoint.stoppable(lambda argv: attempt(Path("{folder}/r"), hit))([])
     except SystemExit as stop:
         print("exit code", stop.code)
-models.run_script("train.py", lambda argv: attempt(Path("{folder}/r"), poisoned))
+common.run_script("train.py", lambda argv: attempt(Path("{folder}/r"), poisoned))
 """
 
 
@@ -525,7 +526,7 @@ def test_a_signal_or_nan_on_one_rank_stops_all_ranks_at_the_same_update(tmp_path
     for rank, before, (out, err) in zip(ranks, (stopped, ""), printed, strict=True):
         assert out == 2 * (before + "exit code 0\n")
         assert rank.returncode == 2 and re.search(r"step 4: loss .*, gradient norm nan: look at the data", err), err
-    assert models.read_tensors(tmp_path / "r" / "state.safetensors", "")[1]["step"] == 4
+    assert files.read_tensors(tmp_path / "r" / "state.safetensors", "")[1]["step"] == 4
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -535,7 +536,7 @@ def test_a_signal_or_nan_on_one_rank_stops_all_ranks_at_the_same_update(tmp_path
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_stops_the_run_and_the_same_command_goes_on_to_the_same_end(undisturbed, tmp_path, monkeypatch, what):
     """Catches NaN that reaches Adam's moments, a state or the log."""
-    update = checkpoint.State.update
+    update = TrainingState.update
 
     def poisoned(self, step, loss, log):
         if step == 3 and what == "gradient":
@@ -544,9 +545,9 @@ def test_nan_stops_the_run_and_the_same_command_goes_on_to_the_same_end(undistur
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(models.UserError, match=r"step 3: .*state.safetensors keeps an earlier step"),
+        pytest.raises(UserError, match=r"step 3: .*state.safetensors keeps an earlier step"),
     ):
-        patch.setattr(checkpoint.State, "update", poisoned)
+        patch.setattr(TrainingState, "update", poisoned)
         whole_teacher_run(tmp_path / "r", patch)
     whole_teacher_run(tmp_path / "r", monkeypatch)
     same(undisturbed, tmp_path / "r")
@@ -562,7 +563,7 @@ def test_a_full_disk_is_one_sentence_for_every_writer_and_loses_nothing(tmp_path
     cfg = opened(tmp_path)
     state = small_state(tmp_path, cfg)
     go(state, tmp_path, 0, 2)
-    with monkeypatch.context() as patch, pytest.raises(models.UserError, match=r"cannot write .*free some space and run the same"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*free some space and run the same"):
         if writer == "half a line":
             write = os.write
             patch.setattr(os, "write", lambda file, text: write(file, text[:9]))
@@ -572,18 +573,18 @@ def test_a_full_disk_is_one_sentence_for_every_writer_and_loses_nothing(tmp_path
             patch.setattr(os, "link", no_space)
             patch.setattr(shutil, "copyfile", no_space)
         elif writer == "state":
-            patch.setattr(checkpoint, "save_file", no_space)
+            patch.setattr(files, "save_file", no_space)
         else:
             patch.setattr(Path, "write_text", no_space)
         if writer == "configuration":
-            checkpoint.write_config(tmp_path, checkpoint.read_config(tmp_path))
+            files.write_config(tmp_path, files.read_config(tmp_path))
         elif writer in ("pictures", "report"):
             if writer == "pictures":
                 patch.setattr(os, "fsync", no_space)
             closing_report(tmp_path, patch)
         else:
             go(state, tmp_path, 2, 4)
-    checkpoint.read_config(tmp_path)
+    files.read_config(tmp_path)
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "report.json").exists()
     state = small_state(tmp_path, cfg)
     assert state.load()[0] == 2 and state.good
@@ -605,11 +606,11 @@ def closing_report(out: Path, patch) -> None:
 
     sheet = sample.grid({"": torch.zeros(1, 3, 32, 32)})
     patch.setattr(evaluate, "Judge", Judge)
-    patch.setattr(checkpoint, "load_checkpoint", lambda out: (models.build("tiny"), {}))
+    patch.setattr(checkpoint, "load_checkpoint", lambda out: (random_tiny("tiny"), {}))
     patch.setattr(sample, "draw", lambda *args: torch.zeros(1, 3, 32, 32))
     patch.setattr(sample, "compare", lambda *args: sheet)
-    patch.setattr(checkpoint, "size", lambda *args: dict.fromkeys(("bits_per_weight", "mb", "mb_bf16", "mb_lora"), 1.0))
-    evaluate.closing_report(out, models.build("tiny"), {"seed": 0, "guidance": 1.0, "eval_n": 4, "data": ""})
+    patch.setattr(checkpoint, "packed_size", lambda *args: dict.fromkeys(("bits_per_weight", "mb", "mb_bf16", "mb_lora"), 1.0))
+    evaluate.closing_report(out, random_tiny("tiny"), {"seed": 0, "guidance": 1.0, "eval_n": 4, "data": ""})
 
 
 # ------------------------------------------------------------------------------------------------ promises about the code
@@ -625,5 +626,10 @@ def test_a_checksum_says_when_there_is_no_place_for_it(tmp_path):
     """Catches a writer that forgets the zeros: its files would never be checked."""
     (tmp_path / "x").write_text("{}")
     with pytest.raises(ValueError, match="no place"):
-        integrity.seal(tmp_path / "x")
-    assert integrity.check(tmp_path / "x") == integrity.recorded(tmp_path / "x") == integrity.recorded(tmp_path / "none") == ""
+        files.seal(tmp_path / "x")
+    assert (
+        files.checksum(tmp_path / "x")
+        == files.recorded_checksum(tmp_path / "x")
+        == files.recorded_checksum(tmp_path / "none")
+        == ""
+    )

@@ -8,9 +8,9 @@ import torch
 import quant
 
 triton = pytest.importorskip("triton")
-import gptq_triton  # noqa: E402
+from backends import gptq_gpu
 
-if not gptq_triton.available():
+if not gptq_gpu.available():
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 INTERPRET = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -38,10 +38,10 @@ def compare(monkeypatch, O, K, g, seed, correlated=True, dead=slice(0), strict=I
     """Rows of which a code differs: none under the interpreter, whose float32 does not contract; few on a GPU."""
     w, scale, m0, H, U = problem(O, K, g, seed, correlated, dead)
     inputs = [t.clone() for t in (w, scale, m0, U)]
-    q, m = gptq_triton.round_gptq(w, scale, m0, True, U)
+    q, m = gptq_gpu.round_gptq(w, scale, m0, True, U)
     assert all(map(torch.equal, inputs, (w, scale, m0, U))), "an argument was written to"
     with monkeypatch.context() as patch:
-        patch.setattr(gptq_triton, "available", lambda: False)  # quant's own, whatever it dispatches to
+        patch.setattr(gptq_gpu, "available", lambda: False)  # quant's own, whatever it dispatches to
         q0, m0 = quant.round_gptq(w.clone(), scale, m0, True, U)
     assert q.shape == q0.shape and m.shape == m0.shape and q.dtype == m.dtype == torch.float32
     assert q.min() >= quant.QMIN and q.max() <= quant.QMAX and m.min() >= 1 and m.max() <= quant.MMAX
@@ -67,7 +67,7 @@ def test_ties_round_half_to_even_and_to_the_smaller_multiplier():
     g = 16
     w = torch.linspace(-8, 7.5, 2 * g, device=DEVICE).reshape(1, 2, g) * torch.tensor([1.0, 2.0, 3.0], device=DEVICE)[:, None, None]
     scale, U = torch.tensor([1.0, 2.0, 0.5], device=DEVICE), torch.eye(2 * g, device=DEVICE)
-    q, m = gptq_triton.round_gptq(w, scale, torch.ones(3, 2, device=DEVICE), True, U)
+    q, m = gptq_gpu.round_gptq(w, scale, torch.ones(3, 2, device=DEVICE), True, U)
     m0 = quant.choose_multipliers(w, scale, torch.ones(2, g, device=DEVICE))
     assert torch.equal(m, m0) and torch.equal(q, quant.round_rtn(w, scale, m0, True, U)[0])
 
@@ -77,13 +77,13 @@ def test_dead_channels_and_a_factor_stored_by_rows(monkeypatch):
     compare(monkeypatch, 7, 128, 32, seed=1, dead=slice(40, 70))
     w, scale, m0, _, U = problem(7, 128, 32, seed=1, dead=slice(40, 70))
     assert not U.is_contiguous()
-    a, b = (gptq_triton.round_gptq(w, scale, m0, True, u) for u in (U, U.contiguous()))
+    a, b = (gptq_gpu.round_gptq(w, scale, m0, True, u) for u in (U, U.contiguous()))
     assert all(map(torch.equal, a, b))
 
 
 def test_search_false_is_left_to_quant():
     w, scale, m0, _, U = problem(4, 64, 16, seed=2)
-    a, b = gptq_triton.round_gptq(w, scale, m0, False, U), quant.round_gptq(w, scale, m0, False, U)
+    a, b = gptq_gpu.round_gptq(w, scale, m0, False, U), quant.round_gptq(w, scale, m0, False, U)
     assert all(map(torch.equal, a, b))
 
 

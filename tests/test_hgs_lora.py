@@ -18,6 +18,22 @@ import hessian
 import hgs_lora
 import kernels
 import quant
+from layers import (
+    W4A4Conv2d,
+    W4A4Linear,
+    W4A16Linear,
+    anchor_state,
+    anchored,
+    dequantize_lora,
+    load_anchor_state,
+    merged_layer,
+    mix_lora,
+    packed_layers,
+    quantize_lora,
+    replace_layer,
+    set_backend,
+    store_8bit,
+)
 
 SIBLINGS = ["zero", "pissa", "svdquant", "principal", "loftq", "qera"]
 
@@ -152,7 +168,7 @@ def test_kept_error_is_the_mean_squared_error_that_reaches_the_picture(O, K, kin
     Q = quant.dequantize(gw).double()
     damped = white.R_OO.mT @ white.R_OO
     expected = gh_norm(W - Q - B.double() @ A.double(), damped, white.H_KK) + gh_norm(Q, damped, torch.diag(noise))
-    assert abs(hgs_lora.kept_error(W, white.L_KK, gw, A, B, white.R_OO, noise) - expected) <= 1e-9 * expected + 1e-12
+    assert abs(hgs_lora.split_error(W, white.L_KK, gw, A, B, white.R_OO, noise) - expected) <= 1e-9 * expected + 1e-12
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
@@ -164,7 +180,7 @@ def test_hgs_with_gradients_and_noise_beats_every_sibling_in_that_norm(kind, rou
     H = make_H(K, kind, 1)
     white = hgs_lora.Whitener(H).of_layer(G, 0.01 * H.diagonal())
     error = {
-        method: hgs_lora.kept_error(W, white.L_KK, *split, white.R_OO, white.noise_K)
+        method: hgs_lora.split_error(W, white.L_KK, *split, white.R_OO, white.noise_K)
         for method in hgs_lora.METHODS
         for split in [hgs_lora.decompose(W, white, rank, method, group=8, rounding=rounding)]
     }
@@ -255,7 +271,7 @@ def test_hgs_keeps_less_error_than_every_sibling_at_equal_rank(shape, kind, roun
 @given(st.integers(4, 16), st.integers(4, 40), H_KINDS, W_KINDS, st.sampled_from(["rtn", "gptq"]), st.integers(0, 99))
 def test_alternation_never_increases_the_kept_error(O, K, kind, w_kind, rounding, seed):
     """Catches: keeping the last candidate, comparing with the wrong sign, storing the error of another candidate."""
-    seen, true = [], hgs_lora.kept_error
+    seen, true = [], hgs_lora.split_error
 
     def spy(*args):
         seen.append(true(*args))
@@ -263,7 +279,7 @@ def test_alternation_never_increases_the_kept_error(O, K, kind, w_kind, rounding
 
     W, white = make_W(O, K, w_kind, seed), hgs_lora.Whitener(make_H(K, kind, seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hgs_lora, "kept_error", spy)
+        patch.setattr(hgs_lora, "split_error", spy)
         gw, A, B = hgs_lora.decompose(W, white, 3, "hgs", group=8, rounding=rounding, iters=6)
     assert len(seen) == 7
     assert true(W, white.L_KK, gw, A, B) <= min(seen) + 1e-6 * h_norm(W, white.H_KK)
@@ -378,7 +394,7 @@ def make_layer(kind: str, seed: int = 0, rank: int = 3, smooth: bool = True, bia
     lam = torch.rand(I, generator=generator) + 0.5 if smooth else None
     w_OK = w_OK * lam.repeat(taps) if smooth else w_OK
     gw, A, B = hgs_lora.decompose(w_OK, torch.eye(len(w_OK[0])), rank, group=16, taps=taps, rounding="rtn", iters=2)
-    cls = {"linear": hgs_lora.W4A4Linear, "conv": hgs_lora.W4A4Conv2d, "w4a16": hgs_lora.W4A16Linear}[kind]
+    cls = {"linear": W4A4Linear, "conv": W4A4Conv2d, "w4a16": W4A16Linear}[kind]
     return layer, cls.from_float(layer, gw, A if rank else None, B if rank else None, lam, group_x=8), x
 
 
@@ -528,13 +544,13 @@ def test_anchor_equals_the_initial_layer_after_the_student_moved(kind):
         optimizer.step()
     moved = model(x).detach()
     assert not torch.equal(moved, initial)
-    with hgs_lora.anchor(model):
+    with anchored(model):
         assert torch.equal(model(x), initial) and not model(x).requires_grad
-        with hgs_lora.anchor(model):
+        with anchored(model):
             pass
         assert torch.equal(model(x), initial)
     assert torch.equal(model(x), moved)
-    with pytest.raises(KeyError), hgs_lora.anchor(model):
+    with pytest.raises(KeyError), anchored(model):
         raise KeyError
     assert torch.equal(model(x), moved)
 
@@ -543,19 +559,19 @@ def test_anchor_state_round_trips_and_its_absence_is_named():
     """Catches: resuming with the moved A, B as anchor, a deployed model silently its own anchor."""
     _, layer, x = make_layer("linear")
     model = nn.ModuleDict({"a": layer, "plain": nn.Linear(2, 2), "flat": make_layer("linear", rank=0)[1]})
-    with hgs_lora.anchor(model):
+    with anchored(model):
         initial = layer(x)
-    state = load(save(hgs_lora.anchor_state(model)))
+    state = load(save(anchor_state(model)))
     assert set(state) == {"a.anchor_A", "a.anchor_B"}
     layer.set_anchor()
     layer.anchor_A.zero_()
-    hgs_lora.load_anchor_state(model, state)
-    with hgs_lora.anchor(model):
+    load_anchor_state(model, state)
+    with anchored(model):
         assert torch.equal(layer(x), initial)
     with pytest.raises(ValueError, match="does not fit layer 'a'"):
-        hgs_lora.load_anchor_state(model, {})
+        load_anchor_state(model, {})
     layer.anchor_A = None
-    with pytest.raises(ValueError, match="layer 'a' has no anchor"), hgs_lora.anchor(model):
+    with pytest.raises(ValueError, match="layer 'a' has no anchor"), anchored(model):
         pass
 
 
@@ -564,7 +580,7 @@ def test_merged_layer_is_the_requantized_sum_without_a_branch(kind):
     """Catches: A B for B A, merging into the float weight, a branch that survives, the original changed."""
     _, layer, x = make_layer(kind, rank=3)
     before = layer(x).detach()
-    merged = hgs_lora.merge(layer)
+    merged = merged_layer(layer)
     target = kernels.dequantize(layer.packed) + layer.lora_B.detach() @ layer.lora_A.detach()
     expected = quant.quantize_weight(target, layer.group, layer.taps)
     assert torch.equal(kernels.dequantize(merged.packed), quant.dequantize(expected))
@@ -588,10 +604,10 @@ def test_lora_in_8_bits_moves_no_entry_by_more_than_half_a_step(O, K, rank, kind
     A, B = make_W(rank, K, kind, seed) * 3e-3, make_W(O, rank, kind, seed + 7)
     if rank and kind == "zero component":
         A[0], B[:, -1] = 0, 0
-    qA, qB, scale = hgs_lora.quantize_lora(A, B)
+    qA, qB, scale = quantize_lora(A, B)
     assert qA.dtype == qB.dtype == torch.int8 and scale.dtype == torch.float32
     assert (qA.shape, qB.shape, scale.shape) == ((rank, K), (O, rank), (2, rank))
-    A8, B8 = hgs_lora.dequantize_lora(qA, qB, scale)
+    A8, B8 = dequantize_lora(qA, qB, scale)
     assert A8.shape == A.shape and B8.shape == B.shape and A8.dtype == B8.dtype == torch.float32
     a_r, b_r = scale.double()
     slack = 1 + 1e-5  # float32 division by the scale
@@ -608,7 +624,7 @@ def test_lora_in_8_bits_moves_no_entry_by_more_than_half_a_step(O, K, rank, kind
 def test_mixing_keeps_the_product_and_the_shapes(O, K, rank, kind, seed):
     """Catches: a rotation on one side only, components lost where the rank is larger than the layer."""
     A, B = make_W(rank, K, kind, seed), make_W(O, rank, kind, seed + 7)
-    mixed_A, mixed_B = hgs_lora.mix_lora(A, B)
+    mixed_A, mixed_B = mix_lora(A, B)
     assert (mixed_A.shape, mixed_B.shape) == (A.shape, B.shape) and mixed_A.dtype == mixed_B.dtype == torch.float32
     product = B.double() @ A.double()
     assert (mixed_B.double() @ mixed_A.double() - product).norm() <= 1e-5 * product.norm() + 1e-30
@@ -621,11 +637,11 @@ def test_mixing_lowers_the_error_of_8_bits_where_components_are_unequal():
     A, B = strength[:, None].sqrt() * torch.randn(16, 300), torch.randn(200, 16) * strength.sqrt()
 
     def error(A1, B1):
-        A8, B8 = hgs_lora.dequantize_lora(*hgs_lora.quantize_lora(A1, B1))
+        A8, B8 = dequantize_lora(*quantize_lora(A1, B1))
         return (B8 @ A8 - B @ A).norm()
 
     expected = strength.sum() / (16**0.5 * strength.norm())  # of the module docstring
-    assert error(*hgs_lora.mix_lora(A, B)) < 1.2 * expected * error(A, B)
+    assert error(*mix_lora(A, B)) < 1.2 * expected * error(A, B)
 
 
 def test_lora_that_is_no_number_is_refused_in_8_bits():
@@ -633,9 +649,9 @@ def test_lora_that_is_no_number_is_refused_in_8_bits():
     A, B = torch.ones(2, 3), torch.ones(4, 2)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="LoRA factors contain inf or NaN"):
-            hgs_lora.quantize_lora(A * bad, B)
+            quantize_lora(A * bad, B)
         with pytest.raises(ValueError, match="LoRA factors contain inf or NaN"):
-            hgs_lora.quantize_lora(A, B * bad)
+            quantize_lora(A, B * bad)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -648,7 +664,7 @@ def test_deployed_form_is_the_kernel_with_factors_in_8_bits(kind, rank, smooth, 
     stored.store_8bit()  # once is enough
     reference = copy.deepcopy(packed).requires_grad_(False)
     if rank:
-        A8, B8 = hgs_lora.dequantize_lora(*hgs_lora.quantize_lora(*hgs_lora.mix_lora(packed.lora_A, packed.lora_B)))
+        A8, B8 = dequantize_lora(*quantize_lora(*mix_lora(packed.lora_A, packed.lora_B)))
         reference.lora_A.data, reference.lora_B.data = A8, B8
         assert not torch.equal(A8, packed.lora_A)
     for dtype in (torch.float32, torch.bfloat16):
@@ -672,7 +688,7 @@ def test_deployed_form_has_a_gradient_for_its_input_alone(kind):
     """Catches: a backward without the branch, with int8 factors, or one that asks for their gradients."""
     _, packed, x = make_layer(kind)
     stored = copy.deepcopy(packed)
-    hgs_lora.store_8bit(nn.Sequential(stored))
+    store_8bit(nn.Sequential(stored))
     packed.lora_A.data, packed.lora_B.data = stored.factors()
     for layer in (packed, stored):
         assert not layer(x).requires_grad or layer is packed
@@ -691,14 +707,14 @@ def test_deployed_form_merges_and_anchors_like_the_layer_with_its_factors(kind):
     stored = copy.deepcopy(packed)
     stored.store_8bit()
     packed.lora_A.data, packed.lora_B.data = stored.factors()
-    merged, expected = hgs_lora.merge(stored), hgs_lora.merge(packed)
+    merged, expected = merged_layer(stored), merged_layer(packed)
     assert torch.equal(merged(x), expected(x)) and merged.lora_A is None and merged.lora_scale is None
     assert merged.scale_O.dtype == torch.uint8 and torch.equal(kernels.unpack_scales(merged.scale_O), expected.scale_O)
-    with pytest.raises(ValueError, match="has no anchor"), hgs_lora.anchor(stored):
+    with pytest.raises(ValueError, match="has no anchor"), anchored(stored):
         pass
     packed.set_anchor()
-    hgs_lora.load_anchor_state(stored, hgs_lora.anchor_state(packed))
-    with hgs_lora.anchor(stored):
+    load_anchor_state(stored, anchor_state(packed))
+    with anchored(stored):
         assert torch.equal(stored(x), packed(x))
     stored.set_anchor()
     assert stored.anchor_A.dtype == torch.float32 and torch.equal(stored.anchor_A, packed.anchor_A)
@@ -713,7 +729,7 @@ def test_8_bits_of_lora_add_less_than_2_percent_to_the_error_of_4_bits(rank, smo
     lam = torch.rand(256) + 0.5 if smooth else None
     w, x1 = (layer.weight.detach(), x) if lam is None else (layer.weight.detach() * lam, x / lam)
     gw, A, B = hgs_lora.decompose(w, x1.mT @ x1 / len(x), rank)
-    packed = hgs_lora.W4A4Linear.from_float(layer, gw, A, B, lam)
+    packed = W4A4Linear.from_float(layer, gw, A, B, lam)
     with torch.no_grad():
         four = packed(x)
         packed.store_8bit()
@@ -728,7 +744,7 @@ def test_native_backend_runs_the_deployed_form():
         _, layer, x = make_layer(kind)
         layer.store_8bit()
         eager = layer(x)
-        hgs_lora.set_backend(layer, "native")
+        set_backend(layer, "native")
         assert torch.allclose(layer(x), eager, rtol=1e-5, atol=1e-5)
 
 
@@ -736,10 +752,10 @@ def test_replace_finds_nested_and_numbered_modules_and_names_a_missing_one():
     """Catches: setattr with dots in the name, a typo that adds a new module."""
     model = nn.Sequential(nn.ModuleDict({"to_q": nn.Linear(20, 12)}), nn.Linear(12, 2))
     _, layer, _ = make_layer("linear")
-    hgs_lora.replace(model, "0.to_q", layer)
-    assert model[0]["to_q"] is layer and [name for name, _ in hgs_lora.packed_layers(model)] == ["0.to_q"]
+    replace_layer(model, "0.to_q", layer)
+    assert model[0]["to_q"] is layer and [name for name, _ in packed_layers(model)] == ["0.to_q"]
     with pytest.raises(ValueError, match=r"'0\.to_k' is not in the model"):
-        hgs_lora.replace(model, "0.to_k", layer)
+        replace_layer(model, "0.to_k", layer)
     assert "to_k" not in model[0]
 
 
@@ -747,15 +763,15 @@ def test_constructors_refuse_what_the_kernels_cannot_do():
     """Catches: silent drop of dilation or groups, a rank above the layer, a grid weight of another layer."""
     for conv in (nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3, dilation=2), nn.Conv2d(8, 8, 3, padding="same")):
         with pytest.raises(ValueError, match="W4A4Conv2d needs"):
-            hgs_lora.W4A4Conv2d(conv, 2, 8)
+            W4A4Conv2d(conv, 2, 8)
     with pytest.raises(ValueError, match="rank 5"):
-        hgs_lora.W4A4Linear(nn.Linear(8, 4), 5, 8)
+        W4A4Linear(nn.Linear(8, 4), 5, 8)
     with pytest.raises(ValueError, match="group size"):
-        hgs_lora.W4A4Linear(nn.Linear(8, 4), 2, 8, group_x=12)
+        W4A4Linear(nn.Linear(8, 4), 2, 8, group_x=12)
     with pytest.raises(ValueError, match="8 or 16 bits, not 4"):
-        hgs_lora.W4A4Linear(nn.Linear(8, 4), 2, 8, lora_bits=4)
+        W4A4Linear(nn.Linear(8, 4), 2, 8, lora_bits=4)
     with pytest.raises(ValueError, match="8 channels and 1 taps"):
-        hgs_lora.W4A4Linear.from_float(nn.Linear(16, 4), quant.quantize_weight(torch.randn(4, 8), 8))
+        W4A4Linear.from_float(nn.Linear(16, 4), quant.quantize_weight(torch.randn(4, 8), 8))
 
 
 def test_set_backend_selects_the_kernel_in_training_and_inference(monkeypatch):
@@ -773,11 +789,11 @@ def test_set_backend_selects_the_kernel_in_training_and_inference(monkeypatch):
     for kind in KINDS:
         _, layer, x = make_layer(kind)
         eager = layer(x)
-        hgs_lora.set_backend(nn.Sequential(layer), "other")
+        set_backend(nn.Sequential(layer), "other")
         assert torch.equal(layer(x), eager)
         with torch.no_grad():
             layer(x)
-        hgs_lora.set_backend(layer, "eager")
+        set_backend(layer, "eager")
         layer(x)
     assert used == ["w4a4_linear"] * 2 + ["w4a4_conv2d"] * 2 + ["w4a16_linear"] * 2
 
@@ -787,7 +803,7 @@ def test_compiled_layer_equals_eager_bit_for_bit():
     """Catches: a kernel call that torch.compile cannot trace through the layer, or evaluates differently."""
     _, layer, x = make_layer("linear")
     eager = layer(x)
-    hgs_lora.set_backend(layer, "compile")
+    set_backend(layer, "compile")
     assert torch.equal(layer(x), eager)
 
 
@@ -805,7 +821,7 @@ def test_kept_error_is_the_measured_output_error_of_the_calibration_set(kind):
     measured = difference.square().sum() / stats.count
     values, vectors = torch.linalg.eigh(stats.H_KK.double())
     root = vectors * values.clamp_min(0).sqrt()  # few rows: H is singular, and any square root gives the same norm
-    assert hgs_lora.kept_error(w_OK.detach(), root, gw, A, B) == pytest.approx(float(measured), rel=1e-3)
+    assert hgs_lora.split_error(w_OK.detach(), root, gw, A, B) == pytest.approx(float(measured), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -817,7 +833,7 @@ def test_hgs_layer_is_closer_to_the_float_layer_than_zero_init(kind):
     x[:, :2] *= 20
     stats = hessian.collect(layer, [""], lambda set_bin: layer(x))[""]
     w_OK, taps = (quant.flatten_conv(layer.weight), 9) if kind == "conv" else (layer.weight, 1)
-    cls, error = (hgs_lora.W4A4Conv2d if kind == "conv" else hgs_lora.W4A4Linear), {}
+    cls, error = (W4A4Conv2d if kind == "conv" else W4A4Linear), {}
     for method in ("zero", "hgs"):
         for alpha in (None, 0.5):
             lam, w, H = None, w_OK.detach(), stats.H_KK

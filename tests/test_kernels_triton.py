@@ -14,14 +14,15 @@ import torch
 from test_kernels import UNIT, gen, grid_weight, operands
 
 import kernels
+import layers
 import quant
 
 triton = pytest.importorskip("triton")
-import kernels_triton  # noqa: E402
+from backends import gpu
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
-linear, conv2d = (functools.partial(fn, run=kernels_triton.run) for fn in (kernels.native_linear, kernels.native_conv2d))
+linear, conv2d = (functools.partial(fn, run=gpu.run) for fn in (kernels.native_linear, kernels.native_conv2d))
 CASES = [  # rows, inputs, outputs, rank, group, group_x, dtype of x and of what else is a float
     (5, 100, 40, 4, 64, 16, torch.float16, torch.float32),
     (1, 64, 24, 0, 64, 8, torch.bfloat16, torch.bfloat16),
@@ -41,7 +42,7 @@ GEOMETRIES = [
 @pytest.fixture(autouse=True)
 def device(request, monkeypatch):
     if INTERPRET:
-        monkeypatch.setattr(kernels_triton, "PARTS", 4)  # it runs programs one after the other
+        monkeypatch.setattr(gpu, "PARTS", 4)  # it runs programs one after the other
     elif not torch.cuda.is_available() and request.function not in WITHOUT:
         pytest.skip("the interpreter has a process of its own")
 
@@ -97,9 +98,9 @@ def intermediates(monkeypatch, call):
 
             return launch
 
-    inner = kernels_triton.prepare
+    inner = gpu.prepare
     with monkeypatch.context() as patch:
-        patch.setattr(kernels_triton, "prepare", Spy())
+        patch.setattr(gpu, "prepare", Spy())
         return call(), seen
 
 
@@ -205,7 +206,7 @@ def test_zero_rows_give_the_bias_and_no_rows_nothing():
 
 def test_tensors_on_a_cpu_do_not_reach_it(monkeypatch):
     """Catches a backend that asks for the machine's GPU and not for the tensor's."""
-    monkeypatch.setattr(kernels_triton, "_w4a4", None)
+    monkeypatch.setattr(gpu, "_w4a4", None)
     pw, x = kernels.pack(grid_weight(24, 40, 16)), torch.randn(3, 40, generator=gen(0))
     assert torch.equal(kernels.native(kernels.w4a16_linear)(x, pw), kernels.w4a16_linear(x, pw))
     assert torch.equal(kernels.native(kernels.w4a4_linear)(x, pw), kernels.w4a4_linear(x, pw))
@@ -216,7 +217,7 @@ def test_a_row_does_not_depend_on_its_batch(monkeypatch):
     _, ours = packed(24, 1100, 64)
     args = on_device(*layer(24, 1100, 1, 16, torch.float32))
     (x,) = on_device(torch.randn(90, 1100, generator=gen(7)).half())
-    monkeypatch.setattr(kernels_triton, "FEW", 1)
+    monkeypatch.setattr(gpu, "FEW", 1)
     whole = linear(x, ours, *args)
     for rows in (slice(0, 1), slice(3, 70), slice(60, 90)):
         assert torch.equal(linear(x[rows], ours, *args), whole[rows])
@@ -253,7 +254,7 @@ def compiled(kernel, source_class, known, types, aligned, processor, warps):
 
 
 @pytest.mark.parametrize("R,taps,bk", [(0, 1, 128), (32, 1, 128), (64, 9, 64), (128, 9, 128)])
-@pytest.mark.parametrize("tile", kernels_triton.TILES)
+@pytest.mark.parametrize("tile", gpu.TILES)
 def test_the_product_compiles_for_hopper(tile, R, taps, bk):
     """Without a GPU. Catches what this Triton's Gluon does not know any more, a product without int8 tensor cores, too large a
     tile."""
@@ -267,7 +268,7 @@ def test_the_product_compiles_for_hopper(tile, R, taps, bk):
     four, two = (gl.NVMMASharedLayout(bk, 8, rank) for rank in (4, 2))
     types = {"X": f"tensordesc<i8[1, {rows // bw}, {bw}, {bk}],{four!r}>", "W8": f"tensordesc<i8[{columns}, {bk}],{two!r}>"}
     types |= dict(s="*fp32", scale="*fp32", bias="*bf16", low="*fp32", B="*bf16", Y="*bf16")
-    made = compiled(kernels_triton.product_hopper, GluonASTSource, known, types, ("N", "rank"), 90, warps)
+    made = compiled(gpu.product_hopper, GluonASTSource, known, types, ("N", "rank"), 90, warps)
     assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in made.asm["ptx"] and "cp.async.bulk.tensor" in made.asm["ptx"]
     assert made.metadata.shared <= 227 << 10
 
@@ -277,11 +278,11 @@ def test_the_first_launch_compiles_for_small_gpus_at_any_rank(R):
     """Without a GPU. Catches a branch of a high rank, which QRA may give, that only large GPUs have the memory for."""
     from triton.compiler import ASTSource
 
-    known = dict(KW=1, TAPS=1, HALF=32, GROUP=16, BLOCK=2048, ROWS=2, R=R, LOW_ROWS=kernels_triton.LOW_ROWS)
-    known |= dict(LOW_BLOCK=128 if R <= 64 else 32, CHUNK=kernels_triton.CHUNK, PARTS=0, HALVES=128, inv_smooth=None, partial=None)
+    known = dict(KW=1, TAPS=1, HALF=32, GROUP=16, BLOCK=2048, ROWS=2, R=R, LOW_ROWS=gpu.LOW_ROWS)
+    known |= dict(LOW_BLOCK=128 if R <= 64 else 32, CHUNK=gpu.CHUNK, PARTS=0, HALVES=128, inv_smooth=None, partial=None)
     known |= {} if R else {"A": None, "low": None}
     types = dict(x="*bf16", codes="*u8", mult="*u8", A="*fp32", X="*i8", s="*fp32", W8="*i8", low="*fp32")
-    made = compiled(kernels_triton.prepare, ASTSource, known, types, ("I", "Cp", "C"), 89, 4)
+    made = compiled(gpu.prepare, ASTSource, known, types, ("I", "Cp", "C"), 89, 4)
     assert made.metadata.shared <= 99 << 10
 
 
@@ -305,8 +306,8 @@ def test_both_tiles_give_the_same_bits_and_equal_eager(monkeypatch, T, I, O, ran
     pw, ours, ops, args = big_layer(I, O, rank, dtype)
     x = torch.randn(T, I, generator=gen(5)).to(dtype)
     results = []
-    for tile in kernels_triton.TILES:
-        monkeypatch.setattr(kernels_triton, "TILES", [tile] * 2)
+    for tile in gpu.TILES:
+        monkeypatch.setattr(gpu, "TILES", [tile] * 2)
         results += [linear(x.cuda(), ours, *args) for _ in range(3)]
     low = (x.float() * ops[3]) @ ops[1].t() if rank else 0
     assert_close(results[0], kernels.w4a4_linear(x, pw, *ops), branch_size(low, ops[2]), dtype)
@@ -320,8 +321,8 @@ def test_both_tiles_of_a_convolution_give_the_same_bits_and_equal_eager(monkeypa
     """Catches what only K-blocks of 64 and of 128 in several taps show, a tile over the edge, one that cannot stride."""
     pw, ours, ops, args = big_layer(I, O, 32, torch.bfloat16, 9)
     x, results = torch.randn(N, I, *side, generator=gen(6)).bfloat16(), []
-    for tile in kernels_triton.TILES:
-        monkeypatch.setattr(kernels_triton, "TILES", [tile] * 2)
+    for tile in gpu.TILES:
+        monkeypatch.setattr(gpu, "TILES", [tile] * 2)
         results.append(conv2d(x.cuda(), ours, *args, 16, (3, 3), stride, (1, 1)))
     y, eager = results[0].cpu().float(), kernels.w4a4_conv2d(x, pw, *ops, 16, (3, 3), stride, (1, 1)).float()
     assert (y - eager).norm() < 4e-3 * eager.norm() and (y - eager).abs().max() < 0.05 * eager.abs().max()
@@ -350,10 +351,9 @@ def test_compiled_functions_take_it_in_one_graph_for_all_batches():
 @pytest.mark.gpu
 def test_layers_train_with_it():
     """Catches an operator that grad mode refuses."""
-    import hgs_lora
 
     dense = torch.nn.Linear(64, 32)
-    made = hgs_lora.W4A4Linear.from_float(dense, quant.quantize_weight(dense.weight), torch.randn(4, 64), torch.randn(32, 4)).cuda()
+    made = layers.W4A4Linear.from_float(dense, quant.quantize_weight(dense.weight), torch.randn(4, 64), torch.randn(32, 4)).cuda()
     made.backend, x = "native", torch.randn(9, 64, device="cuda", requires_grad=True)
     made(x).square().sum().backward()
     assert x.grad.isfinite().all() and made.lora_A.grad.isfinite().all() and made.lora_B.grad.any()

@@ -15,19 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import checkpoint
-import hgs_lora
-import memory
-import models
 import quant
-from models import UserError
+from layers import anchor_state, packed_class, replace_layer, store_8bit
+from models import family, memory
+from models.denoiser import float_layers
+from run.common import UserError
 
 
 @pytest.fixture(scope="module")
 def tables():
     """Rows of SDXL and FLUX, with and without a branch."""
     return {
-        (name, merged): memory.layer_table(memory.meta_network(name), merged=merged)
+        (name, merged): memory.layer_table(family.meta_network(name), merged=merged)
         for name in ("sdxl", "flux")
         for merged in (False, True)
     }
@@ -36,15 +35,15 @@ def tables():
 def pack_really(net: nn.Module, rank: int) -> None:
     """Every layer of `net` rounded to nearest, in place, with random factors."""
     generator = torch.Generator().manual_seed(0)
-    for name, layer in models.float_layers(net).items():
-        if (kind := models.precision(name)) != "16bit":
+    for name, layer in float_layers(net).items():
+        if (kind := family.precision(name)) != "16bit":
             w = layer.weight.detach().float()
             w_OK, taps = quant.flatten_conv(w[..., None, None] if w.dim() == 2 else w), w[0, 0].numel()
             r = min(rank, *w_OK.shape)
             A, B = torch.randn(r, w_OK.shape[1], generator=generator), torch.randn(len(w_OK), r, generator=generator)
             gw = quant.quantize_weight(w_OK, 64, taps, search=False)
-            packed = checkpoint.packed_class(kind, layer).from_float(layer, gw, A / w_OK.shape[1] ** 0.5, 0.01 * B)
-            hgs_lora.replace(net, name, packed)
+            packed = packed_class(kind, layer).from_float(layer, gw, A / w_OK.shape[1] ** 0.5, 0.01 * B)
+            replace_layer(net, name, packed)
 
 
 # ---------------------------------------------------------------- the packed network
@@ -52,14 +51,14 @@ def pack_really(net: nn.Module, rank: int) -> None:
 
 def test_a_full_width_block_of_sdxl_has_in_memory_and_on_disk_the_bytes_of_its_table(tmp_path):
     """Catches: a tensor that the table forgets (scales, biases, norms), padding, factors that are not int8, a kind of layer."""
-    block = memory.meta_network("sdxl").down_blocks[1]  # 320 -> 640 channels, 60 M parameters: convolutions and attention
+    block = family.meta_network("sdxl").down_blocks[1]  # 320 -> 640 channels, 60 M parameters: convolutions and attention
     rows = memory.layer_table(block, rank=16)
     torch.manual_seed(0)
     block.to_empty(device="cpu")
     for p in block.parameters():
         nn.init.normal_(p, std=0.02)
     pack_really(block, 16)
-    hgs_lora.store_8bit(block)
+    store_8bit(block)
     state = block.state_dict()
     assert {row.kind for row in rows} == {"w4a4", "w4a16", "16bit"}  # 16bit: norms
     for row in rows[:-1]:
@@ -87,7 +86,7 @@ def test_sdxl_and_merged_networks_stay_within_their_share_of_bf16(tables):
     """Catches: factors in 16 bits (27.6%), float scales in a file, a larger share of 16-bit layers."""
     assert memory.ratio(tables["sdxl", False]) <= 0.270
     assert memory.ratio(tables["sdxl", True]) <= 0.258 and memory.ratio(tables["flux", True]) <= 0.258
-    assert memory.ratio(memory.layer_table(memory.meta_network("sdxl"), lora_bits=16)) > 0.275
+    assert memory.ratio(memory.layer_table(family.meta_network("sdxl"), lora_bits=16)) > 0.275
 
 
 def test_flux_stays_within_its_share_of_bf16(tables):
@@ -97,7 +96,7 @@ def test_flux_stays_within_its_share_of_bf16(tables):
 
 def test_ranks_by_name_are_the_ranks_of_the_table():
     """Catches: QRA's ranks ignored, a budget counted at the uniform rank."""
-    net = memory.meta_network("tiny")
+    net = family.meta_network("tiny")
     names = [row.name for row in memory.layer_table(net) if row.kind in ("w4a4", "w4a16")]
     ranks = {name: 4 * (i % 3) for i, name in enumerate(names)}
     rows = {row.name: row for row in memory.layer_table(net, ranks)}
@@ -108,9 +107,9 @@ def test_ranks_by_name_are_the_ranks_of_the_table():
 
 def test_report_ends_with_the_ratio_and_names_every_kind(capsys):
     """Catches: a last line that a script cannot read, a total that is not the sum of its parts."""
-    memory.report("flux", 16, training=False)
+    memory.print_plan("flux", 16, training=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"memory_ratio: {memory.ratio(memory.layer_table(memory.meta_network('flux'))):.3f}"
+    assert lines[-1] == f"memory_ratio: {memory.ratio(memory.layer_table(family.meta_network('flux'))):.3f}"
     text = "\n".join(lines)
     assert all(kind in text for kind in ("w4a4", "w4a16", "16bit", "merged", "11.901 B parameters"))
     counts = [int(line.split()[0]) for line in lines if line[:5].strip().isdigit()]
@@ -122,12 +121,13 @@ def test_report_ends_with_the_ratio_and_names_every_kind(capsys):
 MEASURE = """
 import re, sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
-import memory, models, test_memory
+import test_memory
+from models import family, memory
 name, batch, checkpointing = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 def field(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.manual_seed(0)
-net = models.NETWORKS[name]()
+net = family.NETWORKS[name]()
 test_memory.pack_really(net, 16)
 for key, p in net.named_parameters():
     p.requires_grad_("lora_" in key)
@@ -136,7 +136,7 @@ net.train()
 if checkpointing:
     net.enable_gradient_checkpointing()
 def given(n):
-    return memory.inputs(net, *memory.SHAPES[name], n, torch.float32)
+    return memory.inputs(net, *family.SHAPES[name], n, torch.float32)
 def run(given):
     net(**given, return_dict=False)[0].square().mean().backward()
 run(given(2))
@@ -152,13 +152,13 @@ print(max(memory.step(net, many, True)))
 @pytest.mark.parametrize("name,batch,checkpointing", [("tiny", 12, False), ("tiny-flux", 24, True)])
 def test_planned_activations_are_within_15_percent_of_resident_memory(name, batch, checkpointing):
     """Catches: storages that the simulation forgets or never frees, a batch that is extrapolated wrongly, checkpointing ignored."""
-    root = Path(memory.__file__).parent
+    root = Path(memory.__file__).parents[1]
     large_blocks_go_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     code = MEASURE.format(root=str(root), tests=str(root / "tests"))
     command = [sys.executable, "-c", code, name, str(batch), str(checkpointing)]
     out = subprocess.run(command, env=os.environ | large_blocks_go_back, capture_output=True, text=True, check=True).stdout
     resident, tracked = map(int, out.split())
-    fp = memory.Footprint(lambda: float_network(name), *memory.SHAPES[name], 16, cm_rank=0, dtype=torch.float32)
+    fp = memory.Footprint(lambda: float_network(name), *family.SHAPES[name], 16, cm_rank=0, dtype=torch.float32)
     planned = fp.activations("checkpointed" if checkpointing else "trained", batch)
     assert planned == pytest.approx(resident, rel=0.15), tracked
     assert planned == pytest.approx(tracked, rel=0.001)  # real tensors, the same operations
@@ -166,19 +166,19 @@ def test_planned_activations_are_within_15_percent_of_resident_memory(name, batc
 
 def float_network(name: str) -> nn.Module:
     with torch.device("meta"):
-        return models.NETWORKS[name]()
+        return family.NETWORKS[name]()
 
 
 @pytest.fixture(scope="module")
 def footprint():
-    return memory.Footprint(lambda: memory.meta_network("tiny-flux"), *memory.SHAPES["tiny-flux"], 16)
+    return memory.Footprint(lambda: family.meta_network("tiny-flux"), *family.SHAPES["tiny-flux"], 16)
 
 
 def test_what_stays_is_the_size_of_the_real_student_and_teacher(footprint):
     """Catches: Adam's moments or the anchor forgotten, the teacher's LoRA left in float32, a student in deployed form."""
-    net = models.NETWORKS["tiny-flux"]().to(torch.bfloat16)
+    net = family.NETWORKS["tiny-flux"]().to(torch.bfloat16)
     teacher = sum(p.nbytes for p in net.parameters())
-    layers = models.float_layers(net).values()
+    layers = float_layers(net).values()
     cm = sum(2 * min(64, *layer.weight.shape) * sum(layer.weight.shape) for layer in layers)
     pack_really(net, 16)
     params = [p.requires_grad_() for key, p in net.named_parameters() if "lora_" in key]
@@ -187,7 +187,7 @@ def test_what_stays_is_the_size_of_the_real_student_and_teacher(footprint):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
-    anchor = sum(t.nbytes for t in hgs_lora.anchor_state(net).values())
+    anchor = sum(t.nbytes for t in anchor_state(net).values())
     held = sum(t.nbytes for t in net.state_dict().values()) + anchor + moments + sum(p.grad.nbytes for p in params)
     plan = memory.plan(footprint, 8, 4, checkpointing=False)
     inside = {k: v for k, v in plan.parts.items() if k not in ("inputs and states", "activations", "teacher and its LoRA")}
@@ -245,10 +245,8 @@ def test_the_start_is_planned_with_what_statistics_may_hold(footprint):
     room = footprint.held(footprint.most)
     assert (footprint.budget(room), footprint.budget(room - 1)) == (footprint.most, room - 1)
     assert footprint.most % (1 << 20) == 0  # a budget in MiB can say it: one layer that does not fit costs all passes again
-    net = memory.meta_network("tiny-flux")
-    sides = {
-        max(w.weight.shape[0], w.weight[0].numel()) for n, w in models.float_layers(net).items() if models.precision(n) != "16bit"
-    }
+    net = family.meta_network("tiny-flux")
+    sides = {max(w.weight.shape[0], w.weight[0].numel()) for n, w in float_layers(net).items() if family.precision(n) != "16bit"}
     assert footprint.least == 16 * max(sides) ** 2  # H or G of the widest
     roomy = memory.plan(footprint, 48, 1, True, statistics=10**9)
     small, cpu, large, both = (memory.main_memory(footprint, roomy, n, on_cpu) for n in (10**6, 10**9) for on_cpu in (False, True))

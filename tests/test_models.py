@@ -8,8 +8,10 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
 
-import data
-import models
+from data import scenes
+from models import family, tiny
+from models.denoiser import Denoiser, add_lora, as_cm, as_teacher, float_layers, fuse, load_teacher, lora_layers, random_tiny
+from run.common import UserError, run_script, step_generator
 
 SDXL = dict(
     sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), layers_per_block=2, use_linear_projection=True,
@@ -19,9 +21,9 @@ SDXL = dict(
 )  # fmt: skip
 
 
-def small(name: str, seed: int = 0) -> models.Denoiser:
+def small(name: str, seed: int = 0) -> Denoiser:
     torch.manual_seed(seed)
-    return models.build(name).eval().requires_grad_(False)
+    return random_tiny(name).eval().requires_grad_(False)
 
 
 def ask(model, denoiser, seed: int = 1, s: float = 0.5):
@@ -33,13 +35,13 @@ def ask(model, denoiser, seed: int = 1, s: float = 0.5):
 
 def test_words_of_the_scenes_have_buckets_of_their_own():
     """Catches a bucket count or hash under which two words of the vocabulary would be one word."""
-    buckets = [models.tokenize([word])[0, 0, 0].item() for word in data.VOCABULARY]
-    assert len(set(buckets)) == len(data.VOCABULARY) and 0 not in buckets
+    buckets = [tiny.tokenize([word])[0, 0, 0].item() for word in scenes.VOCABULARY]
+    assert len(set(buckets)) == len(scenes.VOCABULARY) and 0 not in buckets
 
 
 def test_clause_tells_two_objects_apart():
     """Catches a tokenizer that forgets clauses: both captions have the same words."""
-    a, b = models.tokenize(["a red ring on the left and a blue square", "a blue ring on the left and a red square"])
+    a, b = tiny.tokenize(["a red ring on the left and a blue square", "a blue ring on the left and a red square"])
     assert not torch.equal(a, b)
     assert a[:3, 1].tolist() == [0, 0, 0] and a[3:5, 1].tolist() == [1, 1]
 
@@ -48,8 +50,8 @@ def test_policy_on_sdxl_leaves_only_edges_and_embeddings_at_16_bit():
     """743 linears and 51 convolutions of the real SDXL UNet; catches a rule written for the tiny model's names only."""
     with torch.device("meta"):
         net = UNet2DConditionModel(**SDXL)
-    layers = models.float_layers(net)
-    kinds = {name: models.precision(name) for name in layers}
+    layers = float_layers(net)
+    kinds = {name: family.precision(name) for name in layers}
     assert sum(isinstance(layer, torch.nn.Linear) for layer in layers.values()) == 743
     assert sum(isinstance(layer, torch.nn.Conv2d) for layer in layers.values()) == 51
     embeddings = {f"{which}_embedding.linear_{i}" for which in ("time", "add") for i in (1, 2)}
@@ -62,69 +64,69 @@ def test_policy_on_flux_makes_every_modulation_w4a16():
     """The real FLUX: 3.25 B of 11.90 B parameters are modulations; catches a modulation that slipped to W4A4 or 16 bit."""
     with torch.device("meta"):
         net = FluxTransformer2DModel(guidance_embeds=True)
-    layers = models.float_layers(net)
+    layers = float_layers(net)
     count = {"16bit": 0, "w4a16": 0, "w4a4": 0}
     for name, layer in layers.items():
-        count[models.precision(name)] += layer.weight.numel()
+        count[family.precision(name)] += layer.weight.numel()
     assert abs(count["w4a16"] / 1e9 - 3.25) < 0.03
     assert count["16bit"] / sum(count.values()) < 0.01
-    edges = {n.split(".")[0] for n in layers if models.precision(n) == "16bit"}
+    edges = {n.split(".")[0] for n in layers if family.precision(n) == "16bit"}
     assert edges == {"x_embedder", "time_text_embed", "proj_out"}
 
 
-@pytest.mark.parametrize("name", models.TINY)
+@pytest.mark.parametrize("name", family.TINY)
 def test_lora_off_is_the_teacher_and_fused_is_lora_on(name):
     """Catches a switch that leaves part of the network on, and a fused weight that is not W + B A."""
     plain = small(name)
     network = copy.deepcopy(plain)
-    models.add_lora(network, 4)
-    for layer in models.loras(network).values():
+    add_lora(network, 4)
+    for layer in lora_layers(network).values():
         layer.lora_B.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(3))
-    teacher, cm = ask(models.as_teacher(network), network), ask(models.as_cm(network), network)
-    assert torch.equal(teacher, ask(models.as_teacher(plain), plain))
+    teacher, cm = ask(as_teacher(network), network), ask(as_cm(network), network)
+    assert torch.equal(teacher, ask(as_teacher(plain), plain))
     assert (cm - teacher).abs().max() > 1e-3
-    fused = models.fuse(network)
+    fused = fuse(network)
     torch.testing.assert_close(ask(fused, fused), cm, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", models.TINY)
+@pytest.mark.parametrize("name", family.TINY)
 def test_only_a_told_network_depends_on_the_destination(name):
     """Catches a teacher that sees s, and a consistency model that does not."""
     network = small(name)
-    models.add_lora(network, 4)
-    for layer in models.loras(network).values():
+    add_lora(network, 4)
+    for layer in lora_layers(network).values():
         layer.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(3))
-    for model, depends in ((models.as_teacher(network), False), (models.as_cm(network), True)):
+    for model, depends in ((as_teacher(network), False), (as_cm(network), True)):
         assert torch.equal(ask(model, network, s=0.5), ask(model, network, s=1.0)) != depends
 
 
 def test_pictures_survive_the_latents():
     """Catches a wrong scale or shuffle order."""
     x = torch.rand(3, 3, 32, 32) * 2 - 1
-    torch.testing.assert_close(models.to_pictures(models.to_latents(x)), x)
+    torch.testing.assert_close(tiny.to_pictures(tiny.to_latents(x)), x)
 
 
 def test_unknown_model_missing_truncated_and_foreign_teacher_are_one_sentence(tmp_path):
     """Catches a traceback where the user needs the command that mends it."""
     with pytest.raises(ValueError, match="unknown tiny model 'big': choose from tiny, tiny-flux"):
-        models.build("big")
-    with pytest.raises(models.UserError, match=r"does not exist: make it with `python train.py --model tiny --stage teacher`"):
-        models.load_teacher("tiny", str(tmp_path / "none.safetensors"))
+        random_tiny("big")
+    with pytest.raises(UserError, match=r"does not exist: make it with `python train.py --model tiny --stage teacher`"):
+        load_teacher("tiny", str(tmp_path / "none.safetensors"))
     path = tmp_path / "teacher.safetensors"
     save_file({"a": torch.zeros(1000)}, path)
-    with pytest.raises(models.UserError, match="holds no tiny teacher"):
-        models.load_teacher("tiny", str(path))
+    with pytest.raises(UserError, match="holds no tiny teacher"):
+        load_teacher("tiny", str(path))
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(models.UserError, match="truncated or not a safetensors file"):
-        models.load_teacher("tiny", str(path))
+    with pytest.raises(UserError, match="truncated or not a safetensors file"):
+        load_teacher("tiny", str(path))
 
 
 def test_no_two_captions_of_different_scenes_encode_alike():
     """Catches an encoding that loses an attribute: distinct captions have distinct bags of (word, clause)."""
-    gen = data.step_generator(5, 0)
-    scene = data.random_scenes(400, gen)
-    captions = {data.caption_of(scene, i) for i in range(400)}
-    bags = {tuple(sorted(map(tuple, ids.tolist()))) for ids in models.tokenize(sorted(captions))}
+    gen = step_generator(5, 0)
+    scene = scenes.random_scenes(400, gen)
+    captions = {scenes.caption_of(scene, i) for i in range(400)}
+    bags = {tuple(sorted(map(tuple, ids.tolist()))) for ids in tiny.tokenize(sorted(captions))}
     assert len(bags) == len(captions)
     assert all(re.fullmatch(r"[a-z ,]+", caption) for caption in captions)
 
@@ -144,7 +146,7 @@ def test_full_memory_is_one_sentence(capsys, monkeypatch, error):
 
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(SystemExit) as stop:
-        models.run_script("train.py", main)
+        run_script("train.py", main)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and len(said.splitlines()) == 1 and "--memory-limit" in said
 
@@ -157,4 +159,4 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        models.run_script("train.py", main)
+        run_script("train.py", main)

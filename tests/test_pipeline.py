@@ -14,17 +14,17 @@ from diffusers.quantizers import auto
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-import checkpoint
 import evaluate
-import hgs_lora
 import kernels
-import models
-import pipeline
 import quant
 import sample
 import tdpt
 import train
-from models import UserError
+from layers import W4A4Conv2d, packed_class, packed_layers
+from models import checkpoint, family, pipeline
+from models.denoiser import float_layers, from_blueprint
+from run import files
+from run.common import UserError
 
 STEPS = {"sdxl": {"guidance_scale": 1.0}, "flux": {"guidance_scale": 3.5}}
 PROMPT = "a large red house on the left"
@@ -38,23 +38,23 @@ def write_run(folder: Path, name: str, base: Path) -> Path:
     plan = {"model": name, "base": str(base), "class": type(net).__name__, "scheduler": dict(pipe.scheduler.config)}
     plan |= {"latent": [4, 8, 8] if name == "sdxl" else [16, 8, 8], "config": dict(net.config)}
     plan["config"].pop("_name_or_path")
-    for i, (key, layer) in enumerate(models.float_layers(net).items()):
-        if (kind := models.precision(key)) == "16bit":
+    for i, (key, layer) in enumerate(float_layers(net).items()):
+        if (kind := family.precision(key)) == "16bit":
             continue
         w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).detach()
         (O, K), taps, rank = w_OK.shape, layer.weight[0, 0].numel(), 2 + i % 4
         lam = torch.rand(K // taps, generator=gen) + 0.5 if i % 3 == 0 else None
         gw = quant.quantize_weight(w_OK if lam is None else w_OK * lam.repeat(taps), 64, taps)
         A, B = torch.randn(rank, K, generator=gen) / K**0.5, 0.1 * torch.randn(O, rank, generator=gen)
-        net.set_submodule(key, checkpoint.packed_class(kind, layer).from_float(layer, gw, A, B, lam, 16))
+        net.set_submodule(key, packed_class(kind, layer).from_float(layer, gw, A, B, lam, 16))
         table[key] = {"kind": kind, "shape": [O, K], "rank": rank, "smooth": lam is not None, "group_w": 64, "group_x": 16}
-    denoiser = models.from_blueprint(plan)
+    denoiser = from_blueprint(plan)
     denoiser.net = net
     folder.mkdir()
     config = dataclasses.asdict(train.Config()) | {"backend": "eager"}
-    checkpoint.write_config(folder, {"format": checkpoint.FORMAT, "config": config})
+    files.write_config(folder, {"format": files.FORMAT, "config": config})
     checkpoint.save_start(folder, denoiser, table)
-    for _, layer in hgs_lora.packed_layers(net):
+    for _, layer in packed_layers(net):
         layer.lora_B.data.mul_(1.5)  # training
     checkpoint.save_checkpoint(folder, denoiser, table, merged=False)
     return folder
@@ -124,7 +124,7 @@ def test_the_pipelines_steps_are_the_jumps_of_tdpt_sample(runs, name, steps):
     """Catches another spacing of timesteps, a last step that stops before clean data, clipping, a shift by the picture's size,
     a prediction type or zero-SNR schedule that is lost. Predictions are recorded, so that no rounding of activations hides it."""
     pipe = load(runs[name])
-    path = models.from_blueprint(checkpoint.read_config(runs[name])["network"]).path
+    path = from_blueprint(files.read_config(runs[name])["network"]).path
     assert path.prediction == {"sdxl": "epsilon", "sdxl-v": "v_prediction", "flux": "flow"}[name]
     times, predictions = [], []
 
@@ -146,7 +146,7 @@ def test_the_pipelines_steps_are_the_jumps_of_tdpt_sample(runs, name, steps):
 def test_the_pipeline_draws_what_tdpt_sample_draws(runs, name):
     """Catches a prompt, size or guidance that reaches the network otherwise than in training. 1%: rounding flips single codes."""
     pipe, net = load(runs[name]), denoiser_of(load(runs[name]))
-    path = models.from_blueprint(checkpoint.read_config(runs[name])["network"]).path
+    path = from_blueprint(files.read_config(runs[name])["network"]).path
     if name == "sdxl":
         tokens, _, pooled, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
         added = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
@@ -171,7 +171,7 @@ def test_a_pipeline_draws_pictures_in_bfloat16(runs):
     for name in ("sdxl", "flux"):
         pipe = load(runs[name], dtype=torch.bfloat16)
         net = denoiser_of(pipe)
-        layer = next(layer for _, layer in hgs_lora.packed_layers(net) if layer.inv_smooth is not None)
+        layer = next(layer for _, layer in packed_layers(net) if layer.inv_smooth is not None)
         assert torch.bfloat16 not in (layer.scale_O.dtype, layer.inv_smooth.dtype)
         assert net.dtype == pipe.vae.dtype == torch.bfloat16
         picture = pipe(PROMPT, num_inference_steps=1, **STEPS[name]).images[0]  # the size is that of the run
@@ -198,13 +198,13 @@ def test_compiled_pipelines_draw_the_same_and_feel_a_style(runs, monkeypatch):
 
 def test_a_run_of_a_gpu_takes_the_kernels_of_a_cpu(runs, tmp_path):
     """Catches a CPU that compiles every layer for minutes because the run was made where that is the fast way."""
-    about = checkpoint.read_config(runs["flux"])
+    about = files.read_config(runs["flux"])
     for stored, used in (("compile", "native"), ("eager", "eager"), ("native", "native")):
         (folder := tmp_path / stored).mkdir()
-        checkpoint.write_config(folder, about | {"config": about["config"] | {"backend": stored}})
-        run = checkpoint.run_of(folder)
-        checkpoint.write(folder / "model.safetensors", *checkpoint.read(runs["flux"] / "model.safetensors", ""), run)
-        layers = [layer for _, layer in hgs_lora.packed_layers(load(folder).transformer)]
+        files.write_config(folder, about | {"config": about["config"] | {"backend": stored}})
+        run = files.run_digest(folder)
+        files.write_tensors(folder / "model.safetensors", *files.read_verified(runs["flux"] / "model.safetensors", ""), run)
+        layers = [layer for _, layer in packed_layers(load(folder).transformer)]
         assert {layer.backend for layer in layers} == {used}
 
 
@@ -221,7 +221,7 @@ def test_saved_pipelines_come_back_bit_for_bit(runs, tmp_path, name):
         pipeline.save_pipeline(pipe, tmp_path / str(dtype))
         again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / str(dtype), torch_dtype=dtype))
         assert type(again) is type(pipe) and same_tensors(denoiser_of(pipe), denoiser_of(again))
-        backends = {layer.backend for _, layer in hgs_lora.packed_layers(denoiser_of(again))}
+        backends = {layer.backend for _, layer in packed_layers(denoiser_of(again))}
         assert backends == {"eager"}  # as the run's
         before = latents(pipe)
         assert (latents(again) - before).norm() < 0.01 * before.norm()  # mapped files are aligned otherwise: BLAS sums otherwise
@@ -230,12 +230,12 @@ def test_saved_pipelines_come_back_bit_for_bit(runs, tmp_path, name):
 def test_networks_come_back_from_shards_too(runs, tmp_path):
     """Catches packed tensors rounded to torch_dtype on the way, and a quantizer that expects all tensors in one file."""
     net = load(runs["flux"]).transformer
-    next(layer for _, layer in hgs_lora.packed_layers(net) if layer.inv_smooth is not None).inv_smooth.mul_(1 / 3)
+    next(layer for _, layer in packed_layers(net) if layer.inv_smooth is not None).inv_smooth.mul_(1 / 3)
     net.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert same_tensors(net, diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32))
     again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    packed = [dict(hgs_lora.packed_layers(n)) for n in (net, again)]
+    packed = [dict(packed_layers(n)) for n in (net, again)]
     assert packed[0].keys() == packed[1].keys() and all(same_tensors(layer, packed[1][k]) for k, layer in packed[0].items())
     assert again.x_embedder.weight.dtype == torch.bfloat16 and "cmquant" in repr(again.config["quantization_config"])
 
@@ -287,10 +287,10 @@ def test_the_exported_lora_is_w_plus_ba_in_stock_diffusers(runs, bases, tmp_path
     """Catches a forgotten or inverted smoothing, tap-major A taken as it is, ranks or scales that PEFT infers otherwise; an
     update with the initial factors added instead of subtracted."""
     file = tmp_path / "lora.safetensors"
-    table = checkpoint.read_config(runs[name])["layers"]
+    table = files.read_config(runs[name])["layers"]
     assert pipeline.export_lora(runs[name], file, update) == len(table)
-    ours = dict(hgs_lora.packed_layers(denoiser_of(load(runs[name]))))
-    start = dict(hgs_lora.packed_layers(checkpoint.load_start(runs[name])[0].net))
+    ours = dict(packed_layers(denoiser_of(load(runs[name]))))
+    start = dict(packed_layers(checkpoint.load_start(runs[name])[0].net))
     pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(bases[name]))
     before = latents(pipe)
     pipe.load_lora_weights(file)
@@ -303,7 +303,7 @@ def test_the_exported_lora_is_w_plus_ba_in_stock_diffusers(runs, bases, tmp_path
         if kind in seen:
             continue
         seen.add(kind)
-        x1 = x = torch.randn(2, layer.channels, *((6, 6) if isinstance(layer, hgs_lora.W4A4Conv2d) else ()), generator=gen)
+        x1 = x = torch.randn(2, layer.channels, *((6, 6) if isinstance(layer, W4A4Conv2d) else ()), generator=gen)
         if layer.inv_smooth is not None:
             x1 = x * layer.inv_smooth.view(-1, *(1,) * (x.ndim - 2))
         ba_OK = layer.merged_weight(*factors(layer)) - layer.merged_weight(None, None)
@@ -456,9 +456,9 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
     ):
         folder = tmp_path / base.replace("/", "-")
         folder.mkdir()
-        about = checkpoint.read_config(runs["sdxl"])
+        about = files.read_config(runs["sdxl"])
         about["network"]["base"] = base
-        checkpoint.write_config(folder, about)
+        files.write_config(folder, about)
         (folder / "model.safetensors").symlink_to(runs["sdxl"] / "model.safetensors")
         (folder / "report.json").write_text(json.dumps({"steps": 4, "n": 256, "snr": 24.5, "w4a4": {"psnr": 31.25}}))
         text = pipeline.write_card(folder).read_text()
@@ -482,8 +482,8 @@ def test_sample_draws_picture_i_from_the_noise_of_seed_plus_i(runs, tmp_path, na
     pipe = load(runs[name])
     two = sample.draw_real(pipe, [PROMPT, "a cat"], 2, seed=5)
     assert two.shape == (2, 3, 64, 64) and torch.equal(two[1:], sample.draw_real(pipe, ["a cat"], 2, seed=6))
-    twin = sample.real_base(pipe, str(checkpoint.read_config(runs[name])["network"]["base"]))
-    assert not any(hgs_lora.packed_layers(denoiser_of(twin))) and twin.vae is pipe.vae
+    twin = sample.real_base(pipe, str(files.read_config(runs[name])["network"]["base"]))
+    assert not any(packed_layers(denoiser_of(twin))) and twin.vae is pipe.vae
     assert twin.scheduler.config.get("use_dynamic_shifting", False) == (name == "flux")
     assert type(twin.scheduler).__name__ == ("EulerDiscreteScheduler" if name == "sdxl" else "FlowMatchEulerDiscreteScheduler")
     monkeypatch.setattr(sample, "REAL_PROMPTS", (PROMPT,))
@@ -510,14 +510,14 @@ def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases,
     save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 3), "unet.nothing.lora_B.weight": torch.zeros(3, 2)}, foreign)
     bent = style("flux")
     bent |= {k: v[:, ::2].contiguous() for k, v in bent.items() if "x_embedder.lora_A" in k}
-    about = checkpoint.read_config(runs["flux"])
+    about = files.read_config(runs["flux"])
     real = tmp_path / "real"
     real.mkdir()
-    checkpoint.write_config(real, about | {"config": about["config"] | {"model": "flux"}})
+    files.write_config(real, about | {"config": about["config"] | {"model": "flux"}})
     longer, none = ({k: row | {"rank": rank} for k, row in about["layers"].items()} for rank in (9, 0))
     for folder, change in ((broken, {"layers": longer}), (merged, {"layers": none}), (tiny, {"network": "tiny-flux"})):
         folder.mkdir()
-        checkpoint.write_config(folder, about | change)
+        files.write_config(folder, about | change)
         (folder / "model.safetensors").symlink_to(runs["flux"] / "model.safetensors")
     cases = {
         r"hf download black-forest-labs/FLUX\.1-dev": lambda: load(runs["flux"], base="black-forest-labs/FLUX.1-dev"),

@@ -12,12 +12,11 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-import models
-import pipeline
-import pretrained
 import tdpt
 import train
-from models import UserError
+from models import family, pipeline, pretrained
+from models.denoiser import lora_layers
+from run.common import UserError
 
 FLUX_DEV = {  # transformer/config.json of FLUX.1-dev, written by diffusers 0.30
     "_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0.dev0", "attention_head_dim": 128,
@@ -29,7 +28,7 @@ FLUX_DEV = {  # transformer/config.json of FLUX.1-dev, written by diffusers 0.30
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {name: miniature.save(name, folder / name) for name in models.REAL}
+    return {name: miniature.save(name, folder / name) for name in family.REAL}
 
 
 def thinned(file: Path, lacks: str) -> None:
@@ -53,15 +52,15 @@ def test_flux_is_known_by_its_class():
 def test_a_schedule_without_a_path_is_refused(scheduler):
     """Catches Playground's EDM schedule, or betas from a list, that are taken for scaled_linear ones."""
     with pytest.raises(ValueError, match="not supported"):
-        models.noise_path("sdxl", scheduler, (4, 128, 128))
+        family.noise_path("sdxl", scheduler, (4, 128, 128))
 
 
 def test_what_a_flow_schedule_does_not_say_is_its_class_s_default():
     """Catches a fixed shift that becomes one by the number of tokens."""
     default = diffusers.FlowMatchEulerDiscreteScheduler().config
-    assert models.noise_path("flux", {"num_train_timesteps": 1000}, (16, 128, 128)).shift == default.shift == 1.0
+    assert family.noise_path("flux", {"num_train_timesteps": 1000}, (16, 128, 128)).shift == default.shift == 1.0
     assert not default.use_dynamic_shifting
-    assert models.noise_path("flux", {}, (16, 128, 128)).shift == pytest.approx(2.718281828**1.15)  # FLUX.1-dev's
+    assert family.noise_path("flux", {}, (16, 128, 128)).shift == pytest.approx(2.718281828**1.15)  # FLUX.1-dev's
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_a_text_encoder_that_lacks_weights_is_heard_of(bases, tmp_path, monkeypa
 def lora_of(name: str, base: Path, folder: Path, **config) -> Path:
     """A LoRA on some layers of a base as diffusers' training scripts write it: alpha and kind in the file's metadata."""
     stock = diffusers.DiffusionPipeline.from_pretrained(base)
-    part = pretrained.PART[name]
+    part = family.PART[name]
     net = getattr(stock, part)
     torch.manual_seed(0)
     net.add_adapter(LoraConfig(r=8, target_modules=["to_q", "proj_in", "conv1"], init_lora_weights=False, **config))
@@ -147,18 +146,18 @@ def lora_of(name: str, base: Path, folder: Path, **config) -> Path:
     return folder / "pytorch_lora_weights.safetensors"
 
 
-@pytest.mark.parametrize("name", models.REAL)
+@pytest.mark.parametrize("name", family.REAL)
 @pytest.mark.parametrize("config", ({"lora_alpha": 2}, {"lora_alpha": 8, "use_rslora": True}))
 def test_a_lora_is_as_strong_as_its_metadata_says(bases, tmp_path, name, config):
     """Catches an alpha that is not looked for where diffusers writes it now, and --cm-scale that is ignored."""
-    file, part = lora_of(name, bases[name], tmp_path, **config), pretrained.PART[name]
+    file, part = lora_of(name, bases[name], tmp_path, **config), family.PART[name]
     stock = diffusers.DiffusionPipeline.from_pretrained(bases[name])
     stock.load_lora_weights(file)
     for strength in (1.0, 0.125):
         network = pretrained.load_network(name, str(bases[name]), dtype=torch.float32)
         pretrained.add_cm(network, str(file), strength)
-        assert len(models.loras(network)) > 2
-        for key, layer in models.loras(network).items():
+        assert len(lora_layers(network)) > 2
+        for key, layer in lora_layers(network).items():
             theirs = getattr(stock, part).get_submodule(key)
             delta = strength * theirs.get_delta_weight(theirs.active_adapters[0])
             torch.testing.assert_close((layer.lora_B @ layer.lora_A.flatten(1)).view_as(delta), delta, rtol=1e-4, atol=1e-6)

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = (
-    "train.py", "sample.py", "evaluate.py", "benchmarks/quality.py", "benchmarks/initialisation.py", "bench.py kernels",
-    "bench.py model", "bench.py costs", "bench.py train", "pipeline.py", "memory.py", "benchmarks/faults.py",
+    "train.py", "sample.py", "evaluate.py", "-m benchmarks.quality", "-m benchmarks.initialisation", "-m benchmarks.bench kernels",
+    "-m benchmarks.bench model", "-m benchmarks.bench costs", "-m benchmarks.bench train", "-m models.pipeline",
+    "-m models.memory", "-m benchmarks.faults",
 )  # fmt: skip
 
 

@@ -17,19 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train import kill_at, losses, refuse, same_files
 
-import checkpoint
-import memory
-import models
-import pipeline
-import pretrained
 import sample
 import tdpt
 import train
+from models import checkpoint, family, memory, pipeline, pretrained
+from models.denoiser import lora_layers
+from run import files
+from run.common import UserError
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a {size} {color} {thing} on the {side}" for size in ("large", "small") for color in ("red", "green")
            for thing in ("house", "tree") for side in ("left", "right")]  # fmt: skip
-BASES = [*models.REAL, "sdxl-v"]  # the last one predicts v
+BASES = [*family.REAL, "sdxl-v"]  # the last one predicts v
 QUICK = (
     "--steps 3 --batch 4 --micro 2 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 4 --lr 1e-3 --warmup 1"
     " --save-every 1 --grid 8 --phases 1,2 --rollout 0.5 --eval-n 2 --dtype float32"
@@ -63,7 +62,7 @@ def finished(real, tmp_path_factory) -> dict[str, Path]:
     return outs
 
 
-@pytest.mark.parametrize("name", models.REAL)
+@pytest.mark.parametrize("name", family.REAL)
 def test_killed_runs_resume_bit_for_bit(real, finished, tmp_path, monkeypatch, name):
     """Catches a cache, a start or a state that is not what the undisturbed run had."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -74,7 +73,7 @@ def test_killed_runs_resume_bit_for_bit(real, finished, tmp_path, monkeypatch, n
     assert losses(tmp_path / "r") == losses(finished[name]) and len(losses(tmp_path / "r")) == 3
 
 
-@pytest.mark.parametrize("name", models.REAL)
+@pytest.mark.parametrize("name", family.REAL)
 def test_text_encoders_are_not_asked_again_and_micro_batches_change_nothing(real, finished, tmp_path, monkeypatch, name):
     """Catches encoders that are loaded although the cache is complete, and a micro-batch with a share that is not its own."""
 
@@ -116,7 +115,7 @@ def test_sample_export_and_reload(real, finished, tmp_path):
     pipeline.main(["--checkpoint", str(out), "--export", "lora", "--out", str(tmp_path / "lora.safetensors")])
     network = pretrained.load_network("sdxl", real["sdxl"].split()[3], resolution=64, dtype=torch.float32)
     pretrained.add_cm(network, str(tmp_path / "lora.safetensors"))
-    assert len(models.loras(network)) > 100
+    assert len(lora_layers(network)) > 100
 
 
 def test_a_consistency_model_of_ones_own_comes_first(real, tmp_path, capsys):
@@ -148,7 +147,7 @@ def test_checkpointing_changes_no_loss_of_the_consistency_model(real, finished, 
         assert abs(a - b) < 1e-5 * abs(b)
 
 
-@pytest.mark.parametrize("name", models.REAL)
+@pytest.mark.parametrize("name", family.REAL)
 def test_recomputed_activations_change_no_statistics(real, finished, tmp_path, name):
     """Catches gradients that are counted twice, or not at all, where checkpointing runs a layer's forward again."""
     flags = f"--cache {finished[name]}/cache --init hgs --iters 1 --ranks qra --rank 8 --steps 0"
@@ -159,17 +158,17 @@ def test_recomputed_activations_change_no_statistics(real, finished, tmp_path, n
     same_files(tmp_path / "kept", tmp_path / "again", "start.safetensors")
 
 
-@pytest.mark.parametrize("name", models.REAL)
+@pytest.mark.parametrize("name", family.REAL)
 def test_without_resolution_the_plan_is_for_pictures_of_the_base_s_own_size(real, name):
     """Catches a plan for 1024 pixels where the run has others."""
     flags = real[name].replace("--resolution 64", "").split()
     side = pretrained.load_network(name, flags[3]).latent[1]
-    assert pretrained.sizes(train.parse(flags))[1][0][1:] == (side, side)
+    assert memory.sizes(train.parse(flags))[1][0][1:] == (side, side)
 
 
 def test_too_little_main_memory_is_one_sentence(real, tmp_path, capsys, monkeypatch):
     """Catches a start that the system kills in its middle."""
-    monkeypatch.setattr(memory, "available", lambda: 10**8)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**8)
     argv = [*QUICK.split(), *real["sdxl"].split(), "--out", str(tmp_path / "r")]
     refuse(argv, capsys, "GB of main memory and 0.1 GB are there")
 
@@ -179,13 +178,13 @@ def test_a_resumed_run_makes_the_choices_of_its_beginning(real, tmp_path, monkey
     cfg, seen = train.parse(f"{QUICK} {real['sdxl']} --batch 64 --out {tmp_path} --memory-limit 150MB".split()), []
     for has_start in (False, True):
         monkeypatch.setattr(checkpoint, "has_start", lambda out, has_start=has_start: has_start)
-        chosen = pretrained.planned(cfg)
+        chosen = memory.planned(cfg)
         seen.append((chosen.micro, chosen.checkpointing, chosen.offload))
-    build, shapes, _ = pretrained.sizes(cfg)
-    alone = memory.choose(15 * 10**7, pretrained.footprint(cfg, build, shapes), cfg.batch)
+    build, shapes, _ = memory.sizes(cfg)
+    alone = memory.choose(15 * 10**7, memory.footprint(cfg, build, shapes), cfg.batch)
     assert seen[0] == seen[1] and seen[0][0] < alone.micro_batch  # training alone has room for more
     monkeypatch.setattr(memory, "plan", None)  # takes long, and says nothing new where there is no limit
-    assert pretrained.planned(dataclasses.replace(cfg, memory_limit="")).micro == pretrained.sizes(cfg)[2]
+    assert memory.planned(dataclasses.replace(cfg, memory_limit="")).micro == memory.sizes(cfg)[2]
 
 
 def test_dry_run_prints_what_the_flags_make(real, capsys):
@@ -203,12 +202,12 @@ def test_dry_run_prints_what_the_flags_make(real, capsys):
 def test_weights_that_are_not_the_run_s_any_more_are_noticed(real, tmp_path, capsys):
     """Catches a cache and a start of a consistency model that was trained anew, and a flipped bit in one of our own."""
     flags, cm = real["flux"].split(), tmp_path / "cm.safetensors"
-    tensors, info = checkpoint.read(Path(flags[flags.index("--cm") + 1]), "")
-    checkpoint.write(cm, tensors, info)
+    tensors, info = files.read_verified(Path(flags[flags.index("--cm") + 1]), "")
+    files.write_tensors(cm, tensors, info)
     flags[flags.index("--cm") + 1] = str(cm)
     argv = [*QUICK.split(), *flags, "--steps", "1", "--out", str(tmp_path / "r")]
     train.main(argv)
-    checkpoint.write(cm, {k: 2 * v for k, v in tensors.items()}, info)
+    files.write_tensors(cm, {k: 2 * v for k, v in tensors.items()}, info)
     refuse(argv, capsys, "holds a run with another files of teacher and cm")
     refuse([*argv[:-1], str(tmp_path / "s"), "--cache", f"{tmp_path}/r/cache"], capsys, "another files of the consistency model")
     whole = bytearray(cm.read_bytes())
@@ -256,14 +255,14 @@ def test_pickles_are_never_read(real, tmp_path):
     base = Path(real["sdxl"].split()[3])
     network = pretrained.load_network("sdxl", str(base), dtype=torch.float32)
     torch.save({"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(4, 128)}, tmp_path / "pytorch_lora_weights.bin")
-    with pytest.raises(models.UserError):
+    with pytest.raises(UserError):
         pretrained.add_cm(network, str(tmp_path))
     for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
         copy = shutil.copytree(base, tmp_path / part)
         weights = next((copy / part).glob("*.safetensors"))
         torch.save(load_file(weights), copy / part / f"{name}.bin")
         weights.unlink()
-        with pytest.raises(models.UserError):
+        with pytest.raises(UserError):
             {"unet": pretrained.load_network, "vae": pretrained.VAE, "text_encoder": pretrained.Text}[part]("sdxl", str(copy))
 
 
@@ -278,8 +277,8 @@ def test_kohya_loras_have_their_alpha(real, tmp_path):
         tensors[f"{key}.lora_up.weight"] = torch.randn(O, 4, generator=gen)
     save_file(tensors, tmp_path / "kohya.safetensors")
     pretrained.add_cm(network, str(tmp_path / "kohya.safetensors"))
-    assert sorted(models.loras(network)) == sorted(names)
-    for name, layer in models.loras(network).items():
+    assert sorted(lora_layers(network)) == sorted(names)
+    for name, layer in lora_layers(network).items():
         key = "lora_unet_" + name.replace(".", "_")
         delta = 0.5 * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
         torch.testing.assert_close(layer.lora_B @ layer.lora_A, delta)

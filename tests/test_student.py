@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import bench
-import models
 import student
 import train
+from benchmarks import bench
+from models import family
+from models.denoiser import Denoiser, float_layers
 
 BUDGET_MB = 560  # half of it is for the float64 sums of H: the 5,760 wide convolution's alone are 265 MB
 
@@ -22,7 +23,7 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         with torch.device("meta"):
-            block = models.sdxl_unet().down_blocks[1]
+            block = family.sdxl_unet().down_blocks[1]
         self.conv_in, self.block, self.conv_out = (
             nn.Conv2d(4, 320, 3, padding=1),
             block.to_empty(device="cpu"),
@@ -38,7 +39,7 @@ class Block(nn.Module):
         return self.conv_out(F.interpolate(h, scale_factor=2.0))
 
 
-class Denoiser(models.Denoiser):
+class Denoiser(Denoiser):
     def _call(self, x, t, s, cond):
         return self.net(x, cond["tokens"])
 
@@ -46,7 +47,7 @@ class Denoiser(models.Denoiser):
 @pytest.fixture(scope="module")
 def built():
     """(network, table, passes over the calibration set, bytes by which resident memory grew at most, or None)"""
-    denoiser, calls = Denoiser("sdxl", Block(), None, models.noise_path("sdxl", {}, (4, 8, 8)), (4, 8, 8)), []
+    denoiser, calls = Denoiser("sdxl", Block(), None, family.noise_path("sdxl", {}, (4, 8, 8)), (4, 8, 8)), []
     forward = denoiser.net.forward
     denoiser.net.forward = lambda *args: calls.append(0) or forward(*args)
     flags = "--model sdxl --ranks uniform --rank 16 --init qera --rounding rtn --hessian input --phases 1 --micro 1"
@@ -65,7 +66,7 @@ def test_every_layer_of_a_full_width_block_is_packed_in_slices(built):
     packed, table, passes, _ = built
     assert len(table) == 52 and {row["rank"] for row in table.values()} == {16}
     assert passes > 3  # one would do without a budget
-    assert not [name for name in models.float_layers(packed.net) if not re.match("conv_(in|out)", name)]
+    assert not [name for name in float_layers(packed.net) if not re.match("conv_(in|out)", name)]
     assert max(row["error"] for row in table.values()) < 0.01
 
 

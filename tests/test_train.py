@@ -19,18 +19,20 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import data
 import evaluate
 import hgs_lora
 import kernels
-import models
 import quant
 import sample
 import student
 import tdpt
-import teacher
 import train
+from data import scenes, sources
+from models import checkpoint, family, teacher
+from models.denoiser import add_lora, as_cm, fuse, load_tiny_cm, lora_layers, random_tiny
+from run import files
+from run.common import UserError, step_generator
+from run.state import TrainingState
 
 ROOT = Path(__file__).parent.parent
 PAIR = sample.PROMPTS[:2]
@@ -43,11 +45,11 @@ QUICK = (
 def random_weights(folder: Path, model: str) -> str:
     """Flags that name a random teacher and a random consistency LoRA."""
     torch.manual_seed(0)
-    teacher = models.build(model)
-    checkpoint.write(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
-    models.add_lora(teacher, 4)
+    teacher = random_tiny(model)
+    files.write_tensors(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
+    add_lora(teacher, 4)
     lora = {k: v.half() for k, v in teacher.net.state_dict().items() if "lora_" in k}
-    checkpoint.write(
+    files.write_tensors(
         folder / "cm.safetensors", {k: torch.randn_like(v) * 0.05 if k.endswith("B") else v for k, v in lora.items()}, {}
     )
     return f"--model {model} --teacher {folder}/teacher.safetensors --cm {folder}/cm.safetensors"
@@ -77,7 +79,7 @@ def refuse(argv: list[str], capsys, says: str, script=train) -> None:
     except SystemExit as stop:  # argparse
         assert stop.code == 2
         message = capsys.readouterr().err
-    except models.UserError as error:  # the script's last lines print it and exit with 2
+    except UserError as error:  # the script's last lines print it and exit with 2
         message = str(error)
     else:
         pytest.fail(f"{argv} was accepted")
@@ -95,21 +97,21 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 def same_files(a: Path, b: Path, *names: str) -> None:
     for name in names:
-        left, right = (models.read_tensors(folder / name, "")[0] for folder in (a, b))
+        left, right = (files.read_tensors(folder / name, "")[0] for folder in (a, b))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[k], right[k]) for k in left), name
 
 
 def kill_at(step: int, patch) -> None:
     """From here on, training dies before update `step` is made."""
-    update = checkpoint.State.update
+    update = TrainingState.update
 
     def killed(self, now, loss, log):
         if now == step:
             raise KeyboardInterrupt
         update(self, now, loss, log)
 
-    patch.setattr(checkpoint.State, "update", killed)
+    patch.setattr(TrainingState, "update", killed)
 
 
 def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, monkeypatch):
@@ -152,14 +154,14 @@ def test_muon_resumes_bit_for_bit_and_leaves_convolutions_to_adamw(tmp_path, mon
     """Catches momentum that is not saved, a parameter that no optimizer has, and one that two have."""
     flags = f"--model {model} --batch 4 --optimizer muon --stage teacher --seed 3".split()
     config = train.parse([*flags, "--steps", "4", "--save-every", "2"])
-    pictures, network = data.source(""), models.build(model)
-    state = checkpoint.State(tmp_path, dict(network.named_parameters()), config)
+    pictures, network = sources.source(""), random_tiny(model)
+    state = TrainingState(tmp_path, dict(network.named_parameters()), config)
     held = [p for optimizer in state.optimizers for p in optimizer.param_groups[0]["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(network.parameters()))
     matrices = state.optimizers[1].param_groups[0]["params"]
     assert isinstance(state.optimizers[1], torch.optim.Muon) and len(matrices) > 30 and all(p.dim() == 2 for p in matrices)
 
-    monkeypatch.setattr(teacher, "ship", lambda *args, **more: None)
+    monkeypatch.setattr(train, "ship", lambda *args, **more: None)
     for out in (tmp_path / "a", tmp_path / "b"):
         out.mkdir()
     teacher.train(config, tmp_path / "a", pictures)
@@ -172,9 +174,9 @@ def test_muon_resumes_bit_for_bit_and_leaves_convolutions_to_adamw(tmp_path, mon
 
 def test_lora_moved_and_nothing_else(finished):
     """Catches an optimizer that trains the base, and one that trains nothing."""
-    start, _ = models.read_tensors(finished / "start.safetensors", "")
-    state, _ = models.read_tensors(finished / "state.safetensors", "")
-    end, _ = models.read_tensors(finished / "model.safetensors", "")
+    start, _ = files.read_tensors(finished / "start.safetensors", "")
+    state, _ = files.read_tensors(finished / "state.safetensors", "")
+    end, _ = files.read_tensors(finished / "model.safetensors", "")
     for key, tensor in end.items():
         if "lora_" not in key:
             same = kernels.pack_scales(start[key]) if key.endswith("scale_O") else start[key].to(tensor.dtype)
@@ -201,22 +203,22 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("model", models.TINY)
+@pytest.mark.parametrize("model", family.TINY)
 def test_teacher_then_consistency_lora_are_files_that_the_next_stage_loads(pictures, tmp_path, model):
     """Catches a stage whose output no other stage can read, and a LoRA that is rounded with the network it was scored in."""
     flags = f"--model {model} --data {pictures} --batch 4"
     train.main(f"{flags} --stage teacher --steps 2 --out {tmp_path}/t".split())
     teacher = f"--teacher {tmp_path}/t/{model}.safetensors"
     train.main(f"{flags} {teacher} --bits 16 --steps 2 --cached 4 --grid 8 --out {tmp_path}/c".split())
-    network = models.load_cm(model, f"{tmp_path}/t/{model}.safetensors", f"{tmp_path}/c/{model}-cm.safetensors")
-    state, _ = models.read_tensors(tmp_path / "c" / "state.safetensors", "")
-    for name, layer in models.loras(network).items():
+    network = load_tiny_cm(model, f"{tmp_path}/t/{model}.safetensors", f"{tmp_path}/c/{model}-cm.safetensors")
+    state, _ = files.read_tensors(tmp_path / "c" / "state.safetensors", "")
+    for name, layer in lora_layers(network).items():
         assert torch.equal(layer.lora_A, state[f"p.net.{name}.lora_A"].half().float())
-    _, info = models.read_tensors(tmp_path / "c" / f"{model}-cm.safetensors", "")
+    _, info = files.read_tensors(tmp_path / "c" / f"{model}-cm.safetensors", "")
     assert (info["steps"], info["batch"], info["seed"]) == (2, 4, 0)
     goes_on = f"--bits 16 --cm {tmp_path}/c/{model}-cm.safetensors --lr 0 --steps 1 --cached 4 --grid 8"
     train.main(f"{flags} {teacher} {goes_on} --out {tmp_path}/d".split())
-    begun, ended = (models.read_tensors(tmp_path / d / f"{model}-cm.safetensors", "")[0] for d in "cd")
+    begun, ended = (files.read_tensors(tmp_path / d / f"{model}-cm.safetensors", "")[0] for d in "cd")
     assert all(torch.equal(begun[k], ended[k]) for k in begun) and len(begun) == len(ended)
 
 
@@ -224,10 +226,10 @@ def test_scores_of_16_bit_weights_are_those_of_what_they_draw(monkeypatch):
     """Catches rows that score something else: pictures of the very prompts are read as right, others are not."""
 
     def real(judge, name, model, denoiser, steps):
-        return data.render(data.random_scenes(512, data.step_generator(4321, 0 if name == "fp" else 1)), data.step_generator(5, 0))
+        return scenes.render(scenes.random_scenes(512, step_generator(4321, 0 if name == "fp" else 1)), step_generator(5, 0))
 
     monkeypatch.setattr(evaluate.Judge, "draw", real)
-    rows = evaluate.network_report(models.build("tiny"), {"data": "", "eval_n": 512, "guidance": 3.0}, cm=True)
+    rows = evaluate.network_report(random_tiny("tiny"), {"data": "", "eval_n": 512, "guidance": 3.0}, cm=True)
     assert list(rows) == [
         "real",
         "teacher, guided, 25 steps",
@@ -266,7 +268,7 @@ def test_two_ranks_equal_one_at_the_same_global_batch(weights, tmp_path):
         job = [*launch, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / str(ranks))]
         subprocess.run(job, env=env, check=True, capture_output=True)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
-    states = [models.read_tensors(tmp_path / str(r) / "state.safetensors", "")[0] for r in (1, 2)]
+    states = [files.read_tensors(tmp_path / str(r) / "state.safetensors", "")[0] for r in (1, 2)]
     assert [step for step, _ in one] == [step for step, _ in two] == [0, 1]
     assert all(abs(a - b) <= 1e-4 * a for (_, a), (_, b) in zip(one, two, strict=True)), (one, two)
     for key, tensor in states[0].items():
@@ -301,10 +303,10 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_place_in_the_batch(finishe
 def test_bits_per_weight_count_every_byte_of_the_packed_layers(finished):
     """Catches a size that forgets scales, multipliers or padding: recomputed here from the file."""
     student, about = checkpoint.load_checkpoint(finished)
-    tensors, _ = models.read_tensors(finished / "model.safetensors", "")
+    tensors, _ = files.read_tensors(finished / "model.safetensors", "")
     packed = sum(t.nbytes for k, t in tensors.items() if k.split(".")[-1].split("_")[0] in ("codes", "mult", "scale"))
     values = sum(np.prod(row["shape"]) for row in about["layers"].values())
-    size = checkpoint.size(student)
+    size = checkpoint.packed_size(student)
     assert abs(size["bits_per_weight"] - 8 * packed / values) < 1e-6
     network = sum(t.nbytes for k, t in tensors.items() if k.startswith("net."))
     assert abs(size["mb"] - network / 1e6) < 1e-3 * size["mb"]
@@ -337,15 +339,15 @@ def test_evaluate_writes_the_rows_it_prints(finished, tmp_path, monkeypatch, cap
 def test_kept_fp_pictures_are_of_the_same_model_prompts_and_steps(weights, tmp_path):
     """Catches a PSNR to pictures of another noise, number of steps or consistency LoRA."""
     path, config = str(tmp_path / "fp.safetensors"), {"model": "tiny", "teacher": "", "cm": ""}
-    judge, network = evaluate.Judge(2, 5, reference=2), models.load_cm("tiny", *weights.split()[3::2])
+    judge, network = evaluate.Judge(2, 5, reference=2), load_tiny_cm("tiny", *weights.split()[3::2])
     drawn = evaluate.fp_pictures(path, judge, network, 1, config)
-    assert torch.equal(drawn, judge.draw("fp", models.as_cm(network), network, 1))
+    assert torch.equal(drawn, judge.draw("fp", as_cm(network), network, 1))
     judge.draw = None  # not called again
     assert torch.equal(drawn, evaluate.fp_pictures(path, judge, network, 1, config))
-    with pytest.raises(models.UserError, match="--fp-pictures"):
+    with pytest.raises(UserError, match="--fp-pictures"):
         evaluate.fp_pictures(path, judge, network, 2, config)
-    next(iter(models.loras(network).values())).lora_B.data.add_(0.01)
-    with pytest.raises(models.UserError, match="--fp-pictures"):
+    next(iter(lora_layers(network).values())).lora_B.data.add_(0.01)
+    with pytest.raises(UserError, match="--fp-pictures"):
         evaluate.fp_pictures(path, judge, network, 1, config)
 
 
@@ -449,7 +451,7 @@ def test_damaged_checkpoints_are_named(finished, tmp_path, capsys, damage, says)
     elif damage == "json":
         config.write_text(config.read_text()[:100])
     elif damage == "swap":
-        checkpoint.write(model, {"a": torch.zeros(3)}, {})
+        files.write_tensors(model, {"a": torch.zeros(3)}, {})
     refuse(["--checkpoint", str(folder), "--out", str(tmp_path / "x.png")], capsys, says, sample)
     assert not (tmp_path / "x.png").exists()
 
@@ -493,9 +495,9 @@ def test_a_rounding_and_an_initialisation_of_ones_own_are_one_line_each(weights,
     monkeypatch.setattr(hgs_lora, "READS_G", hgs_lora.READS_G | {"mine"})
     monkeypatch.setitem(train.CHOICES, "rounding", tuple(quant.ROUNDINGS))
     monkeypatch.setitem(train.CHOICES, "init", tuple(hgs_lora.METHODS))
-    network = models.load_cm("tiny", *weights.split()[3::2])
-    cond = data.Live(data.source(""), network).conditions(2, data.step_generator(0, 0), slice(None))
-    x_T, base, built = torch.randn(2, *network.latent, generator=data.step_generator(1, 0)), models.fuse(network), []
+    network = load_tiny_cm("tiny", *weights.split()[3::2])
+    cond = sources.LiveExamples(sources.source(""), network).conditions(2, step_generator(0, 0), slice(None))
+    x_T, base, built = torch.randn(2, *network.latent, generator=step_generator(1, 0)), fuse(network), []
     for names in ("--rounding gptq --init hgs", "--rounding mine --init mine"):
         cfg = train.parse(f"{QUICK} {weights} --iters 2 {names}".split())
         built.append(student.build(cfg, copy.deepcopy(base), cond, x_T)[0].state_dict())
@@ -506,7 +508,7 @@ def test_nan_in_the_data_stops_the_run_and_keeps_the_last_state(weights, finishe
     """Catches NaN that reaches the checkpoint."""
     out = tmp_path / "nan"
     shutil.copytree(finished, out)
-    batch = data.Scenes.batch
+    batch = scenes.Scenes.batch
 
     def broken(self, n, gen):
         pictures, captions = batch(self, n, gen)
@@ -514,7 +516,7 @@ def test_nan_in_the_data_stops_the_run_and_keeps_the_last_state(weights, finishe
 
     for name in ("state.safetensors", "state-previous.safetensors", "model.safetensors", "metrics.jsonl"):
         (out / name).unlink()
-    monkeypatch.setattr(data.Scenes, "batch", broken)
+    monkeypatch.setattr(scenes.Scenes, "batch", broken)
     refuse(f"{QUICK} {weights} --out {out}".split(), capsys, r"loss nan.*look at the data, or lower --lr and change --out")
     assert not (out / "model.safetensors").exists()
 
@@ -522,16 +524,16 @@ def test_nan_in_the_data_stops_the_run_and_keeps_the_last_state(weights, finishe
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
     """Catches a half-written file under the final name, and a half-written temporary that stays."""
     path = tmp_path / "x.safetensors"
-    checkpoint.write(path, {"a": torch.zeros(9)}, {})
+    files.write_tensors(path, {"a": torch.zeros(9)}, {})
     before = path.read_bytes()
 
     def full(tensors, file, metadata):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(models.UserError, match=r"No space left.*free some space"):
-        checkpoint.write(path, {"a": torch.ones(9)}, {})
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(UserError, match=r"No space left.*free some space"):
+        files.write_tensors(path, {"a": torch.ones(9)}, {})
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"] and path.read_bytes() == before
 
 

@@ -37,17 +37,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-import checkpoint
-import data
-import integrity
-from models import UserError
+import tdpt
+from data import scenes, sources
+from run import files
+from run.common import UserError, process_count, process_index, step_generator
 
 STEP = 64  # pixels; sizes are multiples
 BATCH = 8  # pictures and captions that an encoder sees at once
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Buckets
 
 
 def buckets(resolution: int) -> list[tuple[int, int]]:
@@ -62,7 +58,7 @@ def buckets(resolution: int) -> list[tuple[int, int]]:
     return sorted(sizes)
 
 
-def nearest(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+def nearest_size(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
     """The size of nearest ratio: 3:2 is as far from 1:1 as 2:3."""
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
 
@@ -72,7 +68,7 @@ def fit(picture: Image.Image, sizes: list[tuple[int, int]]) -> tuple[torch.Tenso
 
     The cut is scaled, not the picture: a picture of 1 x 10,000 pixels would have to grow to 512 x 5 million."""
     w, h = picture.size
-    H, W = nearest(h, w, sizes)
+    H, W = nearest_size(h, w, sizes)
     scale = max(H / h, W / w)
     top, left = int(h * scale - H) // 2, int(w * scale - W) // 2
     box = (left / scale, top / scale, min(w, (left + W) / scale), min(h, (top + H) / scale))
@@ -81,17 +77,13 @@ def fit(picture: Image.Image, sizes: list[tuple[int, int]]) -> tuple[torch.Tenso
     return pixels.contiguous(), [h, w, top, left, H, W]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def _manifest(folder: Path) -> dict | None:
     """{"key", "shards"}; None where there is none. UserError: damaged."""
     path = folder / "manifest.json"
     if not path.is_file():
         return None
     try:
-        if not integrity.check(path):
+        if not files.checksum(path):
             raise ValueError
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -106,7 +98,7 @@ def _whole(path: Path, run: str, was_there: bool) -> bool:
     """Whether a shard is there with the bytes that were written; says so if it was and is not any more."""
     if was_there and not path.exists():
         print(f"{path} is gone: it is made again")
-    return checkpoint.usable(path, run, "it is made again")
+    return files.is_good(path, run, "it is made again")
 
 
 def _stored(name: str, tensor: torch.Tensor, keys: tuple[str, ...]) -> torch.Tensor:
@@ -131,13 +123,13 @@ def _shard(k: int, rows, sizes, encode_pictures, encode_captions, draw, latent) 
         if picture is not None:
             try:
                 pixels, ids = fit((picture() if callable(picture) else picture).convert("RGB"), sizes)
-            except data.UNREADABLE as error:
+            except sources.UNREADABLE as error:
                 skipped.append(f"{key}: {error}")
                 continue
             bucket = f"{ids[4]}x{ids[5]}"
         caption = caption.encode(errors="replace").decode()  # halves of surrogate pairs, which tokenizers refuse
         groups.setdefault(bucket, []).append((key, caption, pixels, ids))
-    parts, gen = {}, data.step_generator(0, k, stream=4)
+    parts, gen = {}, step_generator(0, k, stream=4)
     for bucket, group in sorted(groups.items()):
         for i in range(0, len(group), BATCH):
             keys, captions, pixels, ids = zip(*group[i : i + BATCH], strict=True)
@@ -152,10 +144,6 @@ def _shard(k: int, rows, sizes, encode_pictures, encode_captions, draw, latent) 
                 parts.setdefault(f"{bucket}/{name}", []).append(_stored(name, tensor, keys))
     rows = {bucket: len(group) for bucket, group in sorted(groups.items())}
     return {name: torch.cat(part) for name, part in parts.items()}, {"rows": rows, "skipped": skipped}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
 
 
 class Cache:
@@ -186,7 +174,7 @@ class Cache:
     @torch.no_grad()
     def build(
         folder: str | Path,
-        items: data.Source | Iterable,
+        items: sources.Source | Iterable,
         encode_pictures: Callable[[torch.Tensor], torch.Tensor] | None,
         encode_captions: Callable[[list[str]], dict[str, torch.Tensor]],
         key: dict,
@@ -211,7 +199,7 @@ class Cache:
         """
         folder, sizes = Path(folder), buckets(resolution)
         key = key | {"resolution": resolution, "shard": shard, "drawn latents": draw is not None}
-        if isinstance(items, data.Source):
+        if isinstance(items, sources.Source):
             key |= {"data": items.spec, "fingerprint of the data": items.fingerprint}
         key = json.loads(json.dumps(key))
         manifest = folder / "manifest.json"
@@ -222,9 +210,9 @@ class Cache:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot make the cache folder {folder} ({error.strerror}): choose another --cache") from None
-            checkpoint.write_json(manifest, {"key": key, "shards": None})
+            files.write_json(manifest, {"key": key, "shards": None})
         elif rank == 0:
-            checkpoint.remove_left(folder, 3600)  # younger ones may be another run's that fills the same cache
+            files.remove_leftovers(folder, 3600)  # younger ones may be another run's that fills the same cache
         if world > 1:
             wait()
         if (about := _manifest(folder)) is None:
@@ -235,18 +223,18 @@ class Cache:
         run = hashlib.sha256(json.dumps(about["key"], sort_keys=True).encode()).hexdigest()[:16]
         n, complete = about["shards"] or 0, about["shards"] is not None
         if rank == 0 and not _whole(folder / "null.safetensors", run, complete):
-            cond = {f"null/{k}": _stored(k, v, ("",)) for k, v in encode_captions([data.UNCONDITIONAL]).items()}
-            checkpoint.write(folder / "null.safetensors", cond, {"rows": {}, "skipped": []}, run)
+            cond = {f"null/{k}": _stored(k, v, ("",)) for k, v in encode_captions([scenes.UNCONDITIONAL]).items()}
+            files.write_tensors(folder / "null.safetensors", cond, {"rows": {}, "skipped": []}, run)
         damaged = [k for k in range(rank, n, world) if not _whole(_shard_file(folder, k), run, complete)]
         if not complete or damaged:
             if draw is not None and latent is None:
                 latent = tuple(encode_pictures(torch.zeros(1, 3, resolution, resolution)).shape[1:])
-            rows, k = enumerate(items.rows() if isinstance(items, data.Source) else items), -1
+            rows, k = enumerate(items.rows() if isinstance(items, sources.Source) else items), -1
             for k, part in tqdm(groupby(rows, lambda row: row[0] // shard), "cache", unit="shard", disable=rank > 0):
                 path = _shard_file(folder, k)
                 if k in damaged if complete else k % world == rank and not _whole(path, run, False):
                     made = _shard(k, (row for _, row in part), sizes, encode_pictures, encode_captions, draw, latent)
-                    checkpoint.write(path, *made, run)
+                    files.write_tensors(path, *made, run)
                 if complete and k == damaged[-1]:
                     break
             n = n if complete else k + 1
@@ -255,12 +243,12 @@ class Cache:
         if rank == 0 and not complete:
             if missing := [path.stem for path in (_shard_file(folder, k) for k in range(n)) if not path.exists()]:
                 raise UserError(f"{folder} still lacks {', '.join(missing[:5])}: run the same command again on all ranks")
-            checkpoint.write_json(manifest, {"key": about["key"], "shards": n})  # the one that the shards name
+            files.write_json(manifest, {"key": about["key"], "shards": n})  # the one that the shards name
         if world > 1:
             wait()
         made = Cache(folder)
         if rank == 0 and not complete:
-            data.report(made.skipped)
+            sources.report_skipped(made.skipped)
         return made
 
     def _open(self, name: str):
@@ -313,3 +301,40 @@ class Cache:
     def null(self) -> dict[str, torch.Tensor]:
         """cond of the unconditional branch, batch 1."""
         return dict(self._null)
+
+
+class Trajectories:
+    """The guided teacher's own solutions of n captions, drawn once: states (E, n, C, H, W) fp16 at `times` (E,), and cond.
+
+    Kept in `folder` as shards, which the ranks share out; a killed run goes on with those that are missing. Damaged ones
+    are drawn again. `network` says path and latents; `micro` captions are drawn at a time (0: a shard), on `device`. UserError
+    if a state is no number."""
+
+    SHARD = 128  # captions
+
+    def __init__(self, folder: Path, teacher, network, examples, n: int, times, seed: int, micro: int, device):
+        self.times, states, conds, runs, run = times, [], [], [], files.run_digest(folder.parent)
+
+        def shard(k: int) -> Path:
+            return folder / f"{k:06d}.safetensors"
+
+        for i, k in enumerate(tqdm(range(0, n, self.SHARD), desc="teacher trajectories")):
+            gen, size = step_generator(seed, k, stream=3), min(self.SHARD, n - k)
+            conds.append(examples.conditions(size, gen, slice(None)))
+            captions = b"".join(conds[-1][name].detach().cpu().contiguous().view(torch.uint8).numpy() for name in sorted(conds[-1]))
+            runs.append(f"{run} {hashlib.sha256(captions).hexdigest()[:16]}")  # other data are other trajectories
+            if i % process_count() == process_index() and not files.is_good(shard(k), runs[i], "it is drawn again"):
+                x_T, parts = torch.randn(size, *network.latent, generator=gen), []
+                for rows in torch.arange(size).split(micro or size):
+                    cond = {name: v[rows].to(device) for name, v in conds[-1].items()}
+                    x, at = x_T[rows].to(device), times.to(device)
+                    parts.append(tdpt.rollout_states(teacher, network.path, x, cond, at).half().cpu())
+                drawn = torch.cat(parts, 1)
+                if not drawn.isfinite().all():
+                    raise UserError(f"the teacher's trajectories {k} to {k + size} are no numbers: look at --teacher or --guidance")
+                files.write_tensors(shard(k), {"states": drawn}, {}, runs[i])
+        if dist.is_initialized():
+            dist.barrier()
+        for k, run in zip(range(0, n, self.SHARD), runs, strict=True):
+            states.append(files.read_verified(shard(k), "run the same command again, it will be drawn again", run)[0]["states"])
+        self.states, self.cond = torch.cat(states, 1), {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}

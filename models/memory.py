@@ -1,9 +1,9 @@
 """What a packed network holds and what its training will need, from shapes alone: nothing here allocates a weight.
 
-    python memory.py --model sdxl                      the table of layers, the planned peak of training, the memory ratio
-    python memory.py --model flux --limit 48GB         .. and how training fits: micro-batch, checkpointing, teacher
+    python -m models.memory --model sdxl                      the table of layers, the planned peak of training, the memory ratio
+    python -m models.memory --model flux --limit 48GB         .. and how training fits: micro-batch, checkpointing, teacher
 
-Packed network.  Every layer is built on the meta device as the deployed layer itself (hgs_lora.PackedLayer, lora_bits=8), and the
+Packed network.  Every layer is built on the meta device as the deployed layer itself (layers.PackedLayer, lora_bits=8), and the
 sizes of its tensors are added up; a checkpoint holds the same tensors, byte for byte:
 
     codes      4 bits a weight, channels padded to a multiple of the group
@@ -40,10 +40,12 @@ operation. Activations are checked against resident memory on the CPU, the start
 """
 
 import argparse
+import dataclasses
 import functools
 import math
+import os
 import re
-import resource
+import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,15 +57,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import checkpoint
+import hessian
 import hgs_lora
-import models
-from models import UserError
-from student import factor_bytes, least_bytes
+from data.cache import buckets
+from layers import packed_class, packed_layers, replace_layer
+from models import checkpoint, family, pretrained
+from models.denoiser import add_lora, float_layers, lora_layers, transformer_blocks
+from run.common import UserError, free_memory, process_count, process_index, run_script
 
-SHAPES = {  # latent (C, H, W) and caption tokens
-    "tiny": ((12, 16, 16), 24), "tiny-flux": ((12, 16, 16), 24), "sdxl": ((4, 128, 128), 77), "flux": ((16, 128, 128), 512),
-}  # fmt: skip
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 STATISTICS = 8 << 30  # bytes of statistics and factors where neither --hessian-mb nor a limit says how many
 STATES = 5  # latents of a rollout that are kept, four phases
@@ -75,16 +76,6 @@ def parse_bytes(text: str) -> int:
     if not found or found[2] not in UNITS:
         raise UserError(f"{text!r} is no amount of memory: write it as 24GB or 24GiB")
     return int(float(found[1]) * UNITS[found[2]])
-
-
-def meta_network(name: str) -> nn.Module:
-    """A network of models.NETWORKS in bfloat16, without memory."""
-    with torch.device("meta"):
-        net = models.NETWORKS[name]()
-    return nn.Module.to(net, torch.bfloat16)  # diffusers' own .to warns about layers that it has none of
-
-
-# ------------------------------------------------------------------------------------------------ the packed network
 
 
 class Row(NamedTuple):
@@ -110,14 +101,14 @@ def layer_table(net: nn.Module, rank: int | dict[str, int] = 16, lora_bits: int 
 
     rank: of every quantized layer, at most its smaller side, or a rank for each name. lora_bits=16: 16-bit factors in the file."""
     rows = []
-    for name, layer in models.float_layers(net).items():
-        kind, shape = models.precision(name), tuple(layer.weight.shape)
+    for name, layer in float_layers(net).items():
+        kind, shape = family.precision(name), tuple(layer.weight.shape)
         bias, weight = 0 if layer.bias is None else 2 * layer.bias.numel(), layer.weight.numel()
         if kind == "16bit":
             rows.append(Row(name, kind, shape, 0, 0, 0, 0, 2 * weight + bias, 2 * weight + bias))
             continue
         r = 0 if merged else rank[name] if isinstance(rank, dict) else min(rank, shape[0], weight // shape[0])
-        packed = checkpoint.packed_class(kind, layer)(layer.to("meta"), r, group_w, lora_bits=8)
+        packed = packed_class(kind, layer)(layer.to("meta"), r, group_w, lora_bits=8)
         factors = [t for t in (packed.lora_A, packed.lora_B) if t is not None]
         lora = sum(t.numel() for t in factors) * lora_bits // 8 + (packed.lora_scale.nbytes if r and lora_bits == 8 else 0)
         scales = packed.mult_P.nbytes + packed.scale_O.nbytes
@@ -156,9 +147,6 @@ def format_table(rows: list[Row], lora_bits: int = 8) -> str:
     for what, size in (sums | {"packed network": sum(sums.values())}).items():
         lines.append(f"{what:30s}{size / 1e6:12,.1f} MB {size / bf16:8.2%}")
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------ what is alive
 
 
 class AliveStorages(TorchDispatchMode):
@@ -237,18 +225,13 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
 def packed_twin(net: nn.Module, rank: int, group_w: int = 64, under: str = "") -> nn.Module:
     """`net` (meta), its layers, or those of the module `under`, replaced in place by packed ones in training form: A and B require
     gradients, nothing else."""
-    for name, layer in models.float_layers(net).items():
-        if (kind := models.precision(name)) != "16bit" and name.startswith(under):
+    for name, layer in float_layers(net).items():
+        if (kind := family.precision(name)) != "16bit" and name.startswith(under):
             r = min(rank, len(layer.weight), layer.weight[0].numel())
-            hgs_lora.replace(net, name, checkpoint.packed_class(kind, layer)(layer, r, group_w))
+            replace_layer(net, name, packed_class(kind, layer)(layer, r, group_w))
     for name, p in net.named_parameters():
         p.requires_grad_("lora_" in name)
     return net
-
-
-def blocks(net: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: what a sharded teacher gathers one at a time."""
-    return [module for module in net.modules() if type(module).__name__.endswith("TransformerBlock")]
 
 
 class Footprint:
@@ -269,14 +252,14 @@ class Footprint:
             self.student, self.teacher = (net._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)) for net in (student, teacher))
             self.teacher.requires_grad_(False)
             if cm_rank:
-                models.add_lora(SimpleNamespace(net=self.teacher), cm_rank)
-                for lora in models.loras(SimpleNamespace(net=self.teacher)).values() if trains == "student" else ():
+                add_lora(SimpleNamespace(net=self.teacher), cm_rank)
+                for lora in lora_layers(SimpleNamespace(net=self.teacher)).values() if trains == "student" else ():
                     lora.lora_A, lora.lora_B = (nn.Parameter(p.detach().to(dtype)) for p in (lora.lora_A, lora.lora_B))
             for net in (self.student, self.teacher):
                 net.train()
             per_sample = [t for t in tree_leaves(inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
-        self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in hgs_lora.packed_layers(self.student)]
-        self.least = least_bytes(self.layers, gradients)
+        self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in packed_layers(self.student)]
+        self.least = hessian.least_bytes(self.layers, gradients)
         self.sums = 8 * sum(K * K for _, K in self.layers), 8 * sum(O * O for O, _ in self.layers) * gradients  # of all H, all G
         self.most = max(self.least, -(-2 * max(self.sums) >> 20) << 20)  # .. of all; --hessian-mb has to say it
         self.guided = not hasattr(teacher, "transformer_blocks")  # FLUX embeds its guidance
@@ -286,7 +269,7 @@ class Footprint:
         self.network = sum(t.nbytes for t in tensors_of(self.teacher))
         # what a run writes: two states and one more at a time; the start with its anchor and the model, or the consistency LoRA
         self.files = 9 * self.factors + (2 * self.packed + 2 * self.factors if trains == "student" else self.factors)
-        sizes = [sum(t.nbytes for t in tensors_of(block)) for block in blocks(self.teacher)]
+        sizes = [sum(t.nbytes for t in tensors_of(block)) for block in transformer_blocks(self.teacher)]
         self.gathered = 2 * max(sizes, default=0) + self.network - sum(sizes)
         self.sample = sum(t.nbytes for t in per_sample) + STATES * 4 * math.prod(latent)
 
@@ -296,7 +279,7 @@ class Footprint:
         (H, G), half = self.sums, statistics // 2
         if max(H, G) > half:
             return statistics
-        factors = max((n for n in (factor_bytes(*layer) for layer in self.layers) if n <= half), default=0)
+        factors = max((n for n in (hgs_lora.factor_bytes(*layer) for layer in self.layers) if n <= half), default=0)
         return min(statistics, max(H, H // 2 + G, H // 2 + G // 2 + factors))
 
     def budget(self, room: int) -> int:
@@ -321,7 +304,7 @@ class Footprint:
 
 
 class Plan(NamedTuple):
-    peak: int  # bytes
+    peak_memory: int  # bytes
     moment: str  # start, train, teach or update
     parts: dict[str, int]  # bytes at that moment
     micro_batch: int
@@ -357,20 +340,7 @@ def main_memory(fp: Footprint, plan: Plan, factors: int, on_cpu: bool) -> int:
 
 def widest_factors(fp: Footprint, rounding: str) -> int:
     """Bytes of the factors of the layer whose split holds most."""
-    return max(factor_bytes(*shape, rounding) for shape in fp.layers)
-
-
-def available() -> float:
-    """Bytes of main memory that are free or can be freed (Linux); infinity where the system does not tell."""
-    try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):
-        return math.inf
-
-
-def peak(device: str) -> int:
-    """Bytes that this process held at most: of the GPU's memory, or (on a CPU) of main memory."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(hgs_lora.factor_bytes(*shape, rounding) for shape in fp.layers)
 
 
 TEACHERS = {"resident": "resident", "shard": "sharded", "offload": "offloaded"}
@@ -427,10 +397,7 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str =
     )
 
 
-# ------------------------------------------------------------------------------------------------ report
-
-
-def report(
+def print_plan(
     model: str, rank: int = 16, batch: int = 8, limit: str = "", world: int = 1, teacher: str = "resident", micro_batch: int = 1,
     checkpointing: bool = False, group_w: int = 64, build=None, shapes=None, fp: Footprint | None = None, statistics: int = 0,
     lora_bits: int = 8, merged: bool = False, training: bool = True, rounding: str = "gptq", on_cpu: bool = False,
@@ -442,7 +409,7 @@ def report(
     shapes: (latent, tokens), where the network is not the one of models.NETWORKS; fp: its Footprint. training=False: no plan.
     statistics: bytes, 0: what the limit leaves, or STATISTICS.
     UserError, after the table, if training does not fit the limit."""
-    build, shapes = build or (lambda: meta_network(model)), shapes or SHAPES[model]
+    build, shapes = build or (lambda: family.meta_network(model)), shapes or family.SHAPES[model]
     rows, without = (layer_table(build(), rank, lora_bits, group_w, merged) for merged in (False, True))
     print(f"{model}, rank {rank}, groups of {group_w}\n\n{format_table(rows, lora_bits)}")
     print(f"{'merged, without a branch':30s}{'':15s} {ratio(without):8.2%}\n")
@@ -460,11 +427,100 @@ def report(
     print(f"memory_ratio: {ratio(without if merged else rows):.3f}")
 
 
+def sizes(cfg) -> tuple:
+    """For memory.py: (build, (latent, tokens)), pictures of --resolution, and the micro-batch without --memory-limit."""
+    latent, tokens = family.SHAPES[cfg.model]
+    if cfg.resolution:
+        buckets(cfg.resolution)  # UserError
+    base = cfg.components if pretrained.is_file(cfg.teacher) else cfg.teacher
+    side = pretrained.latent_side(pretrained.skeleton(cfg.model, base), cfg.resolution)
+    return (
+        lambda: pretrained.skeleton(cfg.model, base),
+        ((latent[0], side, side), tokens),
+        cfg.micro or cfg.batch // process_count(),
+    )
+
+
+def teacher_of(cfg) -> str:
+    """Where the teacher is in training: one of memory.TEACHERS."""
+    return "shard" if cfg.shard_teacher and process_count() > 1 else "offload" if cfg.offload else "resident"
+
+
+def footprint(cfg, build, shapes) -> Footprint:
+    """Of the 4-bit student, or of the consistency model that --bits 16 trains."""
+    ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
+    gradients = hgs_lora.wants_gradients(cfg)
+    return Footprint(build, *shapes, **ranks, dtype=cfg.torch_dtype, group_w=cfg.group_w, gradients=gradients)
+
+
+def statistics_bytes(cfg, fp: Footprint) -> int | None:
+    """Bytes of --hessian-mb, at least what the widest layer needs; None: as there is room."""
+    return 0 if cfg.bits == 16 else max(cfg.hessian_mb << 20, fp.least) if cfg.hessian_mb else None
+
+
+def dry_run(cfg) -> None:
+    """The table of layers, the planned peak, and last the memory ratio."""
+    build, shapes, micro = sizes(cfg)
+    fp = footprint(cfg, build, shapes)
+    print_plan(
+        cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, process_count(), teacher_of(cfg), micro, cfg.checkpointing,
+        cfg.group_w, build, shapes, fp, statistics_bytes(cfg, fp) or 0, cfg.lora_bits, cfg.deploy == "merged",
+        rounding=cfg.rounding, on_cpu=cfg.device == "cpu",
+    )  # fmt: skip
+
+
+def planned(cfg):
+    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of
+    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak, but for runs
+    that go on without a limit: most of a minute would tell them what they know. UserError if nothing fits."""
+    build, shapes, micro = sizes(cfg)
+    goes_on = (Path(cfg.out) / "state.safetensors").exists() if cfg.bits == 16 else checkpoint.has_start(Path(cfg.out))
+    fp, teacher, world = footprint(cfg, build, shapes), teacher_of(cfg), process_count()
+    cfg, statistics = dataclasses.replace(cfg, micro=micro), statistics_bytes(cfg, fp)
+    if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
+        plan = choose(parse_bytes(cfg.memory_limit), fp, cfg.batch, world, teacher, statistics)
+        choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}
+        cfg, statistics, micro = dataclasses.replace(cfg, **choice), plan.statistics, plan.micro_batch
+        teacher = teacher_of(cfg)
+    elif statistics is None and not goes_on:
+        rest = sum(start_of(fp, micro, cfg.checkpointing).values())
+        room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else STATISTICS
+        fewest = torch.tensor(-room, device=cfg.device)
+        hessian.exchange(fewest, op="max")  # processes that sliced differently would add up different matrices
+        room = -int(fewest)
+        statistics = max(fp.budget(room), fp.least)
+    statistics = 0 if goes_on else statistics
+    cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
+    drawn = 2 * cfg.cached * (cfg.grid // 2 + 1) * math.prod(shapes[0])  # float16
+    written = fp.files + (drawn if cfg.rollout and cfg.trajectory == "teacher" else 0)
+    there = sum(file.stat().st_size for file in (*Path(cfg.out).glob("*.safetensors"), *Path(cfg.out).glob("trajectories/*")))
+    need, free = written - there, shutil.disk_usage(cfg.out).free
+    if free < need:
+        raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
+    if goes_on and not cfg.memory_limit:
+        return cfg
+    plan = plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, world, statistics)
+    if process_index() == 0:
+        print(plan)
+    if plan.statistics:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
+        need = processes * main_memory(fp, plan, widest_factors(fp, cfg.rounding), cfg.device == "cpu")
+        there = free_memory()
+        if process_index() == 0:
+            print(f"  main memory for the start       {need / 1e9:8.3f} GB")
+        if need > there:
+            raise UserError(
+                f"the start needs {need / 1e9:.1f} GB of main memory and {there / 1e9:.1f} GB are there: use a machine with more, "
+                "or --rounding rtn, which needs less"
+            )
+    return cfg
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        "memory.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "python -m models.memory", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", choices=tuple(SHAPES), default="tiny-flux")
+    parser.add_argument("--model", choices=tuple(family.SHAPES), default="tiny-flux")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--limit", default="", help="such as 24GB")
@@ -473,8 +529,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if min(args.rank, args.batch, args.world) < 1 or args.batch % args.world:
         raise UserError("--rank, --batch and --world must be at least 1, and --batch must divide among --world")
-    report(args.model, args.rank, args.batch, args.limit, args.world, "shard" if args.shard else "resident")
+    print_plan(args.model, args.rank, args.batch, args.limit, args.world, "shard" if args.shard else "resident")
 
 
 if __name__ == "__main__":
-    models.run_script("memory.py", main)
+    run_script("models.memory", main)

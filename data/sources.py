@@ -1,17 +1,7 @@
-"""Captioned pictures: procedural scenes without end, or the user's own.
+"""Where a user's own captioned pictures come from.
 
-The tiny models read theirs live, 32x32 (`Scenes`, `Folder`). Such a source has batch(n, gen) -> pictures (n, 3, 32, 32) in [-1, 1]
-and n captions, and captions(n, gen). All randomness comes from `step_generator(seed, step)`: what a step sees depends on nothing
-else, so no iterator state has to be saved to resume exactly, and R ranks that each keep every R-th sample see together what one
-rank sees alone.
-
-A scene is one or two objects on a textured background, 32x32 pixels:
-
-    a large striped red ring on the left and a small blue square on the right, wavy gray background
-      size  pattern colour shape     place                                     texture background
-
-Words for the defaults (plain pattern, smooth texture) are left out of captions. What a caption does not say, the picture draws
-at random: exact place, radius, angle, hue, lighting, grain, phases of stripes, dots and waves. A few-step solver blurs it.
+The tiny models read theirs live, 32x32 (`Folder`, which has the functions of scenes.Scenes: batch(n, gen) -> pictures
+(n, 3, 32, 32) in [-1, 1] and n captions, and captions(n, gen)).
 
 SDXL and FLUX read pictures of any size, once, into a cache (cache.py). `captioned(SPEC)` finds out what --data names:
 
@@ -39,141 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from models import ASSETS, SIDE, UserError, to_latents
-
-SHAPES = ("circle", "ring", "square", "triangle", "cross")
-COLORS = ("red", "yellow", "green", "blue", "purple", "white")
-SIZES = ("small", "large")
-PATTERNS = ("plain", "striped", "dotted")
-PLACES = ("left", "right", "top", "bottom", "center")
-BACKGROUNDS = ("gray", "black", "tan")
-TEXTURES = ("smooth", "wavy", "grainy")
-VOCABULARY = (*SHAPES, *COLORS, *SIZES, *PATTERNS, *PLACES, *BACKGROUNDS, *TEXTURES)
-UNCONDITIONAL = ""  # the caption of classifier-free guidance's unconditional branch
-
-RGB = torch.tensor([[0.90, 0.12, 0.12], [0.95, 0.85, 0.10], [0.10, 0.70, 0.20],
-                    [0.15, 0.30, 0.95], [0.62, 0.15, 0.75], [0.96, 0.96, 0.96]])  # fmt: skip
-BACKGROUND_RGB = torch.tensor([[0.50, 0.50, 0.50], [0.10, 0.10, 0.10], [0.78, 0.64, 0.44]])
-CENTER = torch.tensor([[8.5, 16.0], [23.5, 16.0], [16.0, 8.5], [16.0, 23.5], [16.0, 16.0]])  # (x, y) of each place, pixels
-RADIUS = torch.tensor([5.8, 8.4])  # small, large, pixels
-
-
-def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """All randomness of a training step: a CPU generator that depends on (seed, step, stream) alone."""
-    state = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scenes: attributes -> caption, attributes -> picture
-
-
-def random_scenes(n: int, gen: torch.Generator) -> dict[str, torch.Tensor]:
-    """Attributes of n scenes, int64: count (n,), background (n,), texture (n,), and shape, color, size, pattern, place (n, 2).
-
-    Two objects stand left and right or top and bottom, in either order; slot 1 is drawn over slot 0. One object stands anywhere.
-    """
-
-    def pick(k, *shape):
-        return torch.randint(k, shape, generator=gen)
-
-    scene = {
-        "count": 1 + (torch.rand(n, generator=gen) < 0.6).long(),
-        "background": pick(len(BACKGROUNDS), n),
-        "texture": pick(len(TEXTURES), n),
-        "shape": pick(len(SHAPES), n, 2),
-        "color": pick(len(COLORS), n, 2),
-        "size": pick(len(SIZES), n, 2),
-        "pattern": (pick(4, n, 2) - 1).clamp_min(0),  # half of all objects are plain
-    }
-    axis, flip, alone = 2 * pick(2, n), pick(2, n), pick(len(PLACES), n)
-    pair = torch.stack([axis + flip, axis + 1 - flip], 1)
-    scene["place"] = torch.where(scene["count"][:, None] == 2, pair, torch.stack([alone, alone], 1))
-    return scene
-
-
-def caption_of(scene: dict[str, torch.Tensor], i: int) -> str:
-    """The caption of scene i."""
-
-    def words(*parts):
-        return " ".join(part for part in parts if part not in ("plain", "smooth"))
-
-    objects = [
-        words("a", SIZES[scene["size"][i, s]], PATTERNS[scene["pattern"][i, s]], COLORS[scene["color"][i, s]],
-              SHAPES[scene["shape"][i, s]], "on the", PLACES[scene["place"][i, s]])
-        for s in range(int(scene["count"][i]))
-    ]  # fmt: skip
-    background = words(TEXTURES[scene["texture"][i]], BACKGROUNDS[scene["background"][i]], "background")
-    return " and ".join(objects) + ", " + background
-
-
-def _inside(shape_B, u_BHW, v_BHW):
-    """1 where a point (u, v), in units of the radius, lies inside the shape; (B, H, W) float."""
-    rho = (u_BHW**2 + v_BHW**2).sqrt()
-    au, av = u_BHW.abs(), v_BHW.abs()
-    cross = ((au < 0.34) & (av < 0.95)) | ((av < 0.34) & (au < 0.95))
-    triangle = (v_BHW < 0.72) & (v_BHW > 1.73 * au - 1.0)
-    options = (rho < 0.92, (rho < 1.0) & (rho > 0.45), torch.maximum(au, av) < 0.80, triangle, cross)
-    return torch.stack(options, 1)[torch.arange(len(shape_B)), shape_B].float()
-
-
-def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
-    """Draws the scenes: (n, 3, 32, 32) float32 in [-1, 1], 2x2 supersampled."""
-    n = len(scene["count"])
-
-    def rand(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=gen)
-
-    axis = (torch.arange(2 * SIDE) + 0.5) / 2
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-
-    # background: a lighting gradient, and, where the caption says so, upright waves of random length and phase, or faint grain,
-    # which a solver loses in few steps: what is fainter than the noise of its last step comes out as its mean
-    lighting = rand(0, 2 * torch.pi, 1, 1)
-    ramp = ((x - 16) * lighting.cos() + (y - 16) * lighting.sin()) / 16
-    wave = torch.sin(2 * torch.pi * (x / rand(5, 8, 1, 1) + rand(0, 1, 1, 1)))
-    grain = torch.randn(n, SIDE, SIDE, generator=gen).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    kind = scene["texture"][:, None, None]
-    shade = 0.06 * ramp + 0.09 * wave * (kind == 1) + 0.08 * grain * (kind == 2)
-    image = BACKGROUND_RGB[scene["background"]][:, :, None, None] + rand(-0.03, 0.03, 3, 1, 1) + shade[:, None]
-
-    for s in range(2):
-        center = CENTER[scene["place"][:, s]] + rand(-1.5, 1.5, 2)
-        radius = RADIUS[scene["size"][:, s]] * rand(0.94, 1.06)
-        dx, dy, turn = x - center[:, 0, None, None], y - center[:, 1, None, None], rand(-0.3, 0.3, 1, 1)
-        u = (dx * turn.cos() + dy * turn.sin()) / radius[:, None, None]
-        v = (dy * turn.cos() - dx * turn.sin()) / radius[:, None, None]
-        # patterns, period 4 pixels, random phase: level stripes in a darker shade, a lattice of dots in the complementary colour
-        p, q = x / 4 + rand(0, 1, 1, 1), y / 4 + rand(0, 1, 1, 1)
-        stripes, dots = (q % 1) < 0.45, ((p % 1) - 0.5) ** 2 + ((q % 1) - 0.5) ** 2 < 0.32**2
-        kind = scene["pattern"][:, s, None, None]
-        color = (RGB[scene["color"][:, s]][:, :, None, None] + rand(-0.04, 0.04, 3, 1, 1)).expand(n, 3, *x.shape)
-        surface = torch.where((stripes & (kind == 1))[:, None], 0.4 * color, color)
-        surface = torch.where((dots & (kind == 2))[:, None], 1 - color, surface) * (1 + 0.1 * (dx + dy) / 16)[:, None]
-        mask = _inside(scene["shape"][:, s], u, v) * (s < scene["count"])[:, None, None]
-        image = torch.where(mask[:, None] > 0, surface, image)
-
-    return F.avg_pool2d(image.clamp(0, 1), 2) * 2 - 1
-
-
-class Scenes:
-    """The procedural source: unlimited, deterministic."""
-
-    def batch(self, n: int, gen: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-        """n pictures (n, 3, 32, 32) in [-1, 1] and their captions."""
-        scene = random_scenes(n, gen)
-        return render(scene, gen), [caption_of(scene, i) for i in range(n)]
-
-    def captions(self, n: int, gen: torch.Generator) -> list[str]:
-        scene = random_scenes(n, gen)
-        return [caption_of(scene, i) for i in range(n)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The user's own pictures
+from data import scenes
+from run import files
+from run.common import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 UNREADABLE = (  # what PIL raises; the last three for EXIF that is none
@@ -194,7 +54,7 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
         return rgb(picture)
 
 
-def report(skipped: list[str]) -> None:
+def report_skipped(skipped: list[str]) -> None:
     """Names the first pictures that could not be read, and counts them."""
     for line in skipped[:5]:
         print(f"skipped unreadable picture {line}".encode(errors="replace").decode())  # names that are no UTF-8
@@ -244,7 +104,7 @@ class Folder:
                 self.skipped.append(f"{file.name}: {error}")
             else:
                 self.texts.append(text)
-        report(self.skipped)
+        report_skipped(self.skipped)
         if not pictures:
             raise UserError(f"no picture in {path} could be read ({len(self.skipped)} tried): check the files")
         self.pictures = torch.stack(pictures)
@@ -253,7 +113,7 @@ class Folder:
     def _square(picture: Image.Image) -> torch.Tensor:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        picture = picture.crop((left, top, left + side, top + side)).resize((scenes.SIDE, scenes.SIDE), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
     def batch(self, n: int, gen: torch.Generator) -> tuple[torch.Tensor, list[str]]:
@@ -265,24 +125,24 @@ class Folder:
         return self.batch(n, gen)[1]
 
 
-def source(path: str = "") -> Scenes | Folder:
+def source(path: str = "") -> scenes.Scenes | Folder:
     """--data of the tiny models: the procedural scenes, or a folder."""
-    return Folder(path) if path else Scenes()
+    return Folder(path) if path else scenes.Scenes()
 
 
-class Live:
+class LiveExamples:
     """Examples of a tiny model, drawn and encoded when they are asked for; cache.Cache has the same three functions.
 
     Every rank draws the whole batch of n from `gen` and keeps `mine` of it. cond: dict of tensors, batch first.
     """
 
-    def __init__(self, source: Scenes | Folder, network):
+    def __init__(self, source: scenes.Scenes | Folder, network):
         self.source, self.network = source, network
 
     def latents(self, n: int, gen: torch.Generator, mine: slice = slice(None)) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents (m, C, H, W) float32 of pictures, and their captions' cond."""
         pictures, captions = self.source.batch(n, gen)
-        return to_latents(pictures)[mine], self.network.encode(captions[mine])
+        return self.network.encode_pictures(pictures)[mine], self.network.encode(captions[mine])
 
     def conditions(self, n: int, gen: torch.Generator, mine: slice = slice(None)) -> dict[str, torch.Tensor]:
         """cond of captions alone."""
@@ -290,11 +150,7 @@ class Live:
 
     def null(self) -> dict[str, torch.Tensor]:
         """cond of the unconditional branch, batch 1."""
-        return self.network.encode([UNCONDITIONAL])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources of captioned pictures for SDXL and FLUX
+        return self.network.encode([scenes.UNCONDITIONAL])
 
 
 @dataclass(frozen=True)
@@ -319,14 +175,14 @@ class Source:
                 skipped.append(f"{key}: {error}")
             else:
                 yield key, caption, picture
-        report(skipped)
+        report_skipped(skipped)
 
 
 def captioned(spec: str = "") -> Source:
     """The source that --data names (module docstring); "" is our prompts. UserError: there is nothing of the kind."""
     path = Path(spec)
     if spec in ("", "prompts"):
-        return _prompts("prompts", ASSETS / "prompts.txt")
+        return _prompts("prompts", files.ASSETS / "prompts.txt")
     if path.suffix == ".txt":
         return _prompts(spec, path)
     if (path.suffix == ".tar" or glob.has_magic(spec)) and not path.is_dir():

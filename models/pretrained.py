@@ -19,12 +19,9 @@ is a UserError whose sentence names the command that helps.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
-import math
 import os
-import shutil
 import tempfile
 import zlib
 from pathlib import Path
@@ -38,40 +35,30 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-import cache
-import checkpoint
-import data
-import hessian
-import integrity
-import memory
-import models
-import student
 import tdpt
-from models import UserError
+from data import sources
+from data.cache import Cache
+from models import family
+from models.denoiser import (
+    Denoiser,
+    LoRA,
+    add_lora,
+    as_cm,
+    is_plain_lora,
+    load_tiny_cm,
+    lora_layers,
+    trainable_tiny_cm,
+    transformer_blocks,
+    wrap,
+)
+from run import files
+from run.common import UserError, process_count, process_index
 
-BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "flux": "black-forest-labs/FLUX.1-dev"}
-PART = {"sdxl": "unet", "flux": "transformer"}  # subfolder of the denoiser
-CM_EXAMPLES = {
-    "sdxl": "latent-consistency/lcm-lora-sdxl",
-    "flux": "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --phases 8",
-}
-FACTOR = 8  # pixels to a latent
 OF_LIBRARIES = (SafetensorError, SingleFileComponentError)
 
 
-def pipeline_class(name: str):
-    from transformers.utils import logging  # these imports take seconds, and only SDXL and FLUX need them
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # of image processors that want torchvision, which no part of ours calls
-    from diffusers import FluxPipeline, StableDiffusionXLPipeline
-
-    logging.set_verbosity(before)  # a text encoder whose file lacks weights must be heard of
-    return {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}[name]
-
-
 @contextlib.contextmanager
-def explained(what: str, base: str):
+def loading_errors(what: str, base: str):
     """Errors of diffusers, transformers and the hub -> UserError with the command that mends it."""
     try:
         yield
@@ -97,7 +84,7 @@ def explained(what: str, base: str):
             first = str(error).strip().split("\n")[0][:200]
             raise UserError(f"{what} could not be read from {base} ({first}): give the folder that `hf download` made") from None
         if os.path.isabs(base) or base.startswith((".", "~")) or base.count("/") != 1:
-            raise UserError(f"{base} does not exist: give a hub id such as {BASES['sdxl']}, a folder or a file") from None
+            raise UserError(f"{base} does not exist: give a hub id such as {family.BASES['sdxl']}, a folder or a file") from None
         raise UserError(
             f"{what} of {base} is not on this machine and could not be fetched: run `hf download {base}` where there is a network"
             " (and check the name), or give a local folder"
@@ -110,8 +97,8 @@ def is_file(base: str) -> bool:
 
 def check_folder(name: str, base: str) -> None:
     """UserError for a folder without the denoiser's."""
-    if Path(base).is_dir() and not (Path(base) / PART[name]).is_dir():
-        raise UserError(f"{base} has no {PART[name]} folder: it is no {name}, choose another --teacher or --model")
+    if Path(base).is_dir() and not (Path(base) / family.PART[name]).is_dir():
+        raise UserError(f"{base} has no {family.PART[name]} folder: it is no {name}, choose another --teacher or --model")
 
 
 def check_architecture(name: str, net: nn.Module | dict, base: str) -> None:
@@ -125,7 +112,7 @@ def check_architecture(name: str, net: nn.Module | dict, base: str) -> None:
 
 def load_network(
     name: str, base: str = "", weights: str = "", components: str = "", resolution: int = 0, dtype=torch.bfloat16, device="cpu"
-) -> models.Denoiser:
+) -> Denoiser:
     """The denoiser in `dtype` on the CPU, without gradients, without text encoders. weights "random": only configs are read, of a
     folder, or for base "" none at all; then they are drawn on `device` (a CPU takes two minutes for FLUX's, and draws others) and
     stay there. resolution: of pictures, in pixels; 0: the base's own."""
@@ -135,38 +122,38 @@ def load_network(
         torch.set_default_dtype(dtype)  # no float32 copy
         try:
             with torch.device(device):
-                net, scheduler = models.NETWORKS[name](), {}
+                net, scheduler = family.NETWORKS[name](), {}
         finally:
             torch.set_default_dtype(before)
     else:
-        base = base or BASES[name]
-        cls = models.NETWORK_CLASSES[name]
-        with explained("the denoiser", base):
+        base = base or family.BASES[name]
+        cls = family.NETWORK_CLASSES[name]
+        with loading_errors("the denoiser", base):
             if is_file(base):
                 if not Path(base).is_file():
                     raise UserError(f"{base} does not exist: give a hub id, a folder or a .safetensors file")
                 with tempfile.TemporaryDirectory() as folder:
                     config = components or official_config(name, Path(folder))
                     predicts_v = check_file(name, base, components)
-                    net = cls.from_single_file(base, config=config, subfolder=PART[name], torch_dtype=dtype)
+                    net = cls.from_single_file(base, config=config, subfolder=family.PART[name], torch_dtype=dtype)
             else:
                 check_folder(name, base)
-                config = cls.load_config(base, subfolder=PART[name])
+                config = cls.load_config(base, subfolder=family.PART[name])
                 check_architecture(name, config, base)
                 if weights == "random":
                     torch.manual_seed(0)
                     net = cls.from_config(config).to(dtype)
                 else:
-                    net = from_pretrained(cls, base, subfolder=PART[name], torch_dtype=dtype)
+                    net = from_pretrained(cls, base, subfolder=family.PART[name], torch_dtype=dtype)
         check_architecture(name, net, base)
         check_whole("the denoiser", net, base)
-        scheduler = load_scheduler(base if not is_file(base) else components or BASES[name])
+        scheduler = load_scheduler(base if not is_file(base) else components or family.BASES[name])
         if is_file(base) and predicts_v and scheduler.get("prediction_type") != "v_prediction":
             raise UserError(f"{base} predicts v: give --components whose scheduler says so")
     side = latent_side(net, resolution)
     channels = net.config.in_channels if name == "sdxl" else net.config.in_channels // 4
     try:
-        denoiser = models.wrap(name, net, None, scheduler, (channels, side, side))
+        denoiser = wrap(name, net, None, scheduler, (channels, side, side))
     except ValueError as error:
         raise UserError(f"the noise schedule of {base} cannot be used: {error}") from None
     denoiser.base = base
@@ -195,15 +182,15 @@ def check_file(name: str, base: str, components: str) -> bool:
 
 def latent_side(net: nn.Module, resolution: int) -> int:
     """Of square pictures of `resolution` pixels; 0: of the base's own."""
-    return resolution // FACTOR or int(getattr(net.config, "sample_size", 0) or 128)
+    return resolution // family.FACTOR or int(getattr(net.config, "sample_size", 0) or 128)
 
 
 def official_config(name: str, folder: Path) -> str:
     """A folder with the official architecture's config, which from_single_file would else ask the hub for."""
     config = {k: v for k, v in skeleton(name).config.items() if not k.startswith("_")}
-    (folder / PART[name]).mkdir()
-    about = config | {"_class_name": models.NETWORK_CLASSES[name].__name__}
-    (folder / PART[name] / "config.json").write_text(json.dumps(about))
+    (folder / family.PART[name]).mkdir()
+    about = config | {"_class_name": family.NETWORK_CLASSES[name].__name__}
+    (folder / family.PART[name] / "config.json").write_text(json.dumps(about))
     return str(folder)
 
 
@@ -218,27 +205,23 @@ def from_pretrained(cls, base: str, **options):
 
 
 def load_scheduler(base: str) -> dict:
-    with explained("the scheduler's config", base):
+    with loading_errors("the scheduler's config", base):
         config = DDIMScheduler.load_config(base, subfolder="scheduler")
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The consistency LoRA
-
-
-def add_cm(denoiser: models.Denoiser, cm: str, strength: float = 1.0) -> None:
+def add_cm(denoiser: Denoiser, cm: str, strength: float = 1.0) -> None:
     """Wraps the layers that the LoRA file, folder or hub id `cm` has factors for (`strength`, scale and alpha inside B). UserError
     as above, if none of its layers is in the network, or if it is more than B A (DoRA, biases)."""
     from peft.tuners.lora import LoraLayer  # slow
 
-    pipeline, part = pipeline_class(denoiser.name), PART[denoiser.name]
+    pipeline, part = family.pipeline_class(denoiser.name), family.PART[denoiser.name]
     where, options = cm, {"use_safetensors": True, "return_lora_metadata": True}
     options |= {"unet_config": denoiser.net.config} if denoiser.name == "sdxl" else {"return_alphas": True}
     if not Path(cm).exists() and cm.count("/") > 1 and not cm.startswith(("/", ".")):  # a file of a hub id
         owner, repository, options["weight_name"] = cm.split("/", 2)
         where = f"{owner}/{repository}"
-    with explained("the consistency LoRA", where):
+    with loading_errors("the consistency LoRA", where):
         state, alphas, about = pipeline.lora_state_dict(where, **options)
         if not any(k.startswith(part) for k in state):
             raise UserError(f"{cm} has no LoRA for a {part}: choose another --cm")
@@ -246,36 +229,38 @@ def add_cm(denoiser: models.Denoiser, cm: str, strength: float = 1.0) -> None:
     found = {k: v for k, v in denoiser.net.named_modules() if isinstance(v, LoraLayer)}
     if not found:
         raise UserError(f"{cm} fits no layer of {denoiser.base or denoiser.name}: choose another --cm or --teacher")
-    if other := next((k for k, v in found.items() if not models.is_plain_lora(v, "cm")), None):
+    if other := next((k for k, v in found.items() if not is_plain_lora(v, "cm")), None):
         raise UserError(f"{cm} is more than B A at {other} (DoRA, or a bias): choose a plain LoRA as --cm")
     for name, layer in found.items():
         A, B, scale = layer.lora_A["cm"].weight, layer.lora_B["cm"].weight, layer.scaling["cm"]
-        denoiser.net.set_submodule(name, models.LoRA.of(layer.get_base_layer(), A.float(), B.float() * scale * strength))
+        denoiser.net.set_submodule(name, LoRA.of(layer.get_base_layer(), A.float(), B.float() * scale * strength))
     denoiser.net.peft_config, denoiser.net._hf_peft_config_loaded = {}, False
     denoiser.requires_grad_(False)
 
 
-def random_cm(denoiser: models.Denoiser, rank: int = 4) -> None:
+def random_cm(denoiser: Denoiser, rank: int = 4) -> None:
     """A small random LoRA on every layer, for rehearsals."""
-    models.add_lora(denoiser, rank)
+    add_lora(denoiser, rank)
     gen = torch.Generator().manual_seed(1)
-    for layer in models.loras(denoiser).values():
+    for layer in lora_layers(denoiser).values():
         layer.lora_B.data = 1e-2 * torch.randn(layer.lora_B.shape, generator=gen)
     denoiser.requires_grad_(False)
 
 
-def save_cm(path: Path, denoiser: models.Denoiser) -> None:
+def save_cm(path: Path, denoiser: Denoiser) -> None:
     """The network's LoRA in diffusers' format, as any pipeline's load_lora_weights reads it; prints where."""
     tensors = {}
-    for name, layer in models.loras(denoiser).items():
+    for name, layer in lora_layers(denoiser).items():
         B = layer.lora_B.detach()
-        tensors[f"{PART[denoiser.name]}.{name}.lora_A.weight"] = layer.lora_A.detach().half()
-        tensors[f"{PART[denoiser.name]}.{name}.lora_B.weight"] = (B if layer.lora_A.dim() == 2 else B[:, :, None, None]).half()
-    checkpoint.write(path, tensors, {})
+        tensors[f"{family.PART[denoiser.name]}.{name}.lora_A.weight"] = layer.lora_A.detach().half()
+        tensors[f"{family.PART[denoiser.name]}.{name}.lora_B.weight"] = (
+            B if layer.lora_A.dim() == 2 else B[:, :, None, None]
+        ).half()
+    files.write_tensors(path, tensors, {})
     print(f"weights: {path}")
 
 
-def load_cm(name: str, base: str, cm: str, strength: float = 1.0, weights: str = "", **options) -> models.Denoiser:
+def load_cm(name: str, base: str, cm: str, strength: float = 1.0, weights: str = "", **options) -> Denoiser:
     """load_network with its consistency LoRA, switchable by models.as_teacher / as_cm."""
     denoiser = load_network(name, base, weights, **options)
     if cm:
@@ -283,7 +268,9 @@ def load_cm(name: str, base: str, cm: str, strength: float = 1.0, weights: str =
     elif weights == "random":
         random_cm(denoiser)
     else:
-        raise UserError(f"--cm is missing: name a consistency LoRA, such as {CM_EXAMPLES[name]}, or --cm self to train one first")
+        raise UserError(
+            f"--cm is missing: name a consistency LoRA, such as {family.CM_EXAMPLES[name]}, or --cm self to train one first"
+        )
     return denoiser
 
 
@@ -294,7 +281,7 @@ def fingerprint(*paths: str) -> str:
     for path in map(Path, filter(None, paths)):
         try:
             if path.is_file():
-                integrity.check(path)
+                files.checksum(path)
         except ValueError as error:
             raise UserError(f"{path} is truncated or damaged ({error}): copy it again, or delete it to train it again") from None
         for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []:
@@ -305,18 +292,14 @@ def fingerprint(*paths: str) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text encoders and VAE, by the pipelines' own methods
-
-
 def component(cls, what: str, name: str, base: str, components: str, **options):
     """cls of `base`; if that is a file of the denoiser alone, of `components` or the official base."""
-    base = base or BASES[name]
+    base = base or family.BASES[name]
     if is_file(base):
-        with explained(what, base), contextlib.suppress(SingleFileComponentError):
-            return cls.from_single_file(base, config=components or BASES[name], **options)
-        base = components or BASES[name]
-    with explained(what, base):
+        with loading_errors(what, base), contextlib.suppress(SingleFileComponentError):
+            return cls.from_single_file(base, config=components or family.BASES[name], **options)
+        base = components or family.BASES[name]
+    with loading_errors(what, base):
         return from_pretrained(cls, base, **options)
 
 
@@ -331,8 +314,8 @@ class Text:
 
     def __init__(self, name: str, base: str, components: str = "", resolution: int = 1024, device="cpu", dtype=torch.bfloat16):
         self.name, self.resolution, self.device = name, resolution, device
-        options = {PART[name]: None, "vae": None, "torch_dtype": dtype}
-        self.pipeline = component(pipeline_class(name), "the text encoders", name, base, components, **options)
+        options = {family.PART[name]: None, "vae": None, "torch_dtype": dtype}
+        self.pipeline = component(family.pipeline_class(name), "the text encoders", name, base, components, **options)
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -356,7 +339,7 @@ class VAE:
 
     def __init__(self, name: str, base: str, components: str = "", device="cpu"):
         vae = component(AutoencoderKL, "the VAE", name, base, components, subfolder="vae")
-        check_whole("the VAE", vae, base or BASES[name])
+        check_whole("the VAE", vae, base or family.BASES[name])
         self.vae, self.device = vae.float().to(device).eval().requires_grad_(False), device
         self.vae.enable_slicing()
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
@@ -373,7 +356,7 @@ class VAE:
 class RandomText:
     """Stands for text encoders where there are only random weights: cond is a function of the caption, of the right shape."""
 
-    def __init__(self, denoiser: models.Denoiser, resolution: int):
+    def __init__(self, denoiser: Denoiser, resolution: int):
         config, self.side, self.sdxl = denoiser.net.config, resolution, denoiser.name == "sdxl"
         if self.sdxl:
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -390,32 +373,28 @@ class RandomText:
         return cond | ({"time_ids": square(self.side, len(captions))} if self.sdxl else {})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What train.py asks for. cfg: its Config
-
-
-def open_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
+def open_cm(cfg, dtype: torch.dtype) -> Denoiser:
     """The teacher with its switchable consistency LoRA, on the CPU (random weights: where they are drawn)."""
-    if cfg.model in models.TINY:
-        return models.load_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
+    if cfg.model in family.TINY:
+        return load_tiny_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
     where = {"components": cfg.components, "resolution": cfg.resolution, "dtype": dtype, "device": cfg.device}
     network = load_cm(cfg.model, cfg.teacher, cfg.cm, cfg.cm_scale, cfg.weights, **where)
     network.guidance = None if network.guidance is None else cfg.guidance
     return network
 
 
-def examples_of(cfg, out: Path, network: models.Denoiser):
+def examples_of(cfg, out: Path, network: Denoiser):
     """What is trained on: examples.latents(n, gen, mine), .conditions(n, gen, mine), .null(); data.Live or cache.Cache."""
-    if cfg.model in models.TINY:
-        return data.Live(data.source(cfg.data), network)
+    if cfg.model in family.TINY:
+        return sources.LiveExamples(sources.source(cfg.data), network)
     return cached_examples(cfg, Path(cfg.cache) if cfg.cache else out / "cache", network)
 
 
-def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
+def cached_examples(cfg, folder: Path, network: Denoiser) -> Cache:
     """The cache of --data: text encoders and VAE are loaded if something is missing in it, and leave memory with this call.
     Captions without pictures get latents that the consistency model inside `network` draws, in the most steps of --phases, if TDPT
     asks for any; only then `network`, which is given on the CPU, goes to the device."""
-    source, resolution, parts = data.captioned(cfg.data), FACTOR * network.latent[1], {}
+    source, resolution, parts = sources.captioned(cfg.data), family.FACTOR * network.latent[1], {}
     random, steps = cfg.weights == "random" and not cfg.teacher, tdpt.most_steps(cfg.phases)
     dtype = network.dtype if cfg.device == "cuda" else torch.float32
 
@@ -437,33 +416,37 @@ def cached_examples(cfg, folder: Path, network: models.Denoiser) -> cache.Cache:
         x_T, parts = torch.randn(len(cond["tokens"]), *latent, generator=gen), []
         for rows in torch.arange(len(x_T)).split(cfg.micro or len(x_T)):
             cond_r = {k: v[rows].to(cfg.device) for k, v in cond.items()}
-            parts.append(tdpt.sample(models.as_cm(network), network.path, x_T[rows].to(cfg.device), cond_r, steps))
+            parts.append(tdpt.sample(as_cm(network), network.path, x_T[rows].to(cfg.device), cond_r, steps))
         return torch.cat(parts)
 
     if (first := next(iter(source.rows()), None)) is None:
         raise UserError(f"--data {cfg.data} has no captions: look at what it names")
     alone = first[2] is None
     base, components, cm = (Path(name).name if Path(name).exists() else name for name in (cfg.teacher, cfg.components, cfg.cm))
-    key = {"model": cfg.model, "base": base or cfg.weights or BASES[cfg.model], "components": components}  # local ones may move
+    key = {
+        "model": cfg.model,
+        "base": base or cfg.weights or family.BASES[cfg.model],
+        "components": components,
+    }  # local ones may move
     key["files of the base"] = fingerprint(cfg.teacher, cfg.components)
     if draws := alone and cfg.rollout < 1:
         key |= {"consistency model": cm, "its scale": cfg.cm_scale, "its steps": steps}
         key |= {"files of the consistency model": fingerprint(cfg.cm)}
-    return cache.Cache.build(
+    return Cache.build(
         folder, source, pictures, text, key, resolution, draw=draw if draws else None, latent=network.latent,
-        rank=checkpoint.rank(), world=checkpoint.world(),
+        rank=process_index(), world=process_count(),
     )  # fmt: skip
 
 
-def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
+def trainable_cm(cfg, dtype: torch.dtype) -> Denoiser:
     """The base in `dtype` with a float32 consistency LoRA to train: that of --cm, or a new one of --rank on every layer."""
-    if cfg.model in models.TINY:
-        return models.trainable_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, dtype)
+    if cfg.model in family.TINY:
+        return trainable_tiny_cm(cfg.model, cfg.teacher, cfg.cm, cfg.rank, cfg.seed, dtype)
     denoiser = load_network(cfg.model, cfg.teacher, cfg.weights, cfg.components, cfg.resolution, dtype, cfg.device)
     if cfg.cm:
         add_cm(denoiser, cfg.cm, cfg.cm_scale)
     else:
-        models.add_lora(denoiser, cfg.rank, cfg.seed)
+        add_lora(denoiser, cfg.rank, cfg.seed)
     denoiser.guidance = None if denoiser.guidance is None else cfg.guidance
     return denoiser.requires_grad_(False)
 
@@ -471,105 +454,20 @@ def trainable_cm(cfg, dtype: torch.dtype) -> models.Denoiser:
 def skeleton(name: str, base: str = "") -> nn.Module:
     """The float network on the meta device: of a folder's or hub id's config, or the official one ("")."""
     if not base:
-        return memory.meta_network(name)
-    with explained("the denoiser's config", base), torch.device("meta"):
+        return family.meta_network(name)
+    with loading_errors("the denoiser's config", base), torch.device("meta"):
         check_folder(name, base)
-        cls = models.NETWORK_CLASSES[name]
-        config = cls.load_config(base, subfolder=PART[name])
+        cls = family.NETWORK_CLASSES[name]
+        config = cls.load_config(base, subfolder=family.PART[name])
         check_architecture(name, config, base)
         return cls.from_config(config)
 
 
-def sizes(cfg) -> tuple:
-    """For memory.py: (build, (latent, tokens)), pictures of --resolution, and the micro-batch without --memory-limit."""
-    latent, tokens = memory.SHAPES[cfg.model]
-    if cfg.resolution:
-        cache.buckets(cfg.resolution)  # UserError
-    base = cfg.components if is_file(cfg.teacher) else cfg.teacher
-    side = latent_side(skeleton(cfg.model, base), cfg.resolution)
-    return lambda: skeleton(cfg.model, base), ((latent[0], side, side), tokens), cfg.micro or cfg.batch // checkpoint.world()
-
-
-def teacher_of(cfg) -> str:
-    """Where the teacher is in training: one of memory.TEACHERS."""
-    return "shard" if cfg.shard_teacher and checkpoint.world() > 1 else "offload" if cfg.offload else "resident"
-
-
-def footprint(cfg, build, shapes) -> memory.Footprint:
-    """Of the 4-bit student, or of the consistency model that --bits 16 trains."""
-    ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
-    gradients = student.wants_gradients(cfg)
-    return memory.Footprint(build, *shapes, **ranks, dtype=cfg.torch_dtype, group_w=cfg.group_w, gradients=gradients)
-
-
-def statistics_bytes(cfg, fp: memory.Footprint) -> int | None:
-    """Bytes of --hessian-mb, at least what the widest layer needs; None: as there is room."""
-    return 0 if cfg.bits == 16 else max(cfg.hessian_mb << 20, fp.least) if cfg.hessian_mb else None
-
-
-def dry_run(cfg) -> None:
-    """The table of layers, the planned peak, and last the memory ratio."""
-    build, shapes, micro = sizes(cfg)
-    fp = footprint(cfg, build, shapes)
-    memory.report(
-        cfg.model, cfg.rank, cfg.batch, cfg.memory_limit, checkpoint.world(), teacher_of(cfg), micro, cfg.checkpointing,
-        cfg.group_w, build, shapes, fp, statistics_bytes(cfg, fp) or 0, cfg.lora_bits, cfg.deploy == "merged",
-        rounding=cfg.rounding, on_cpu=cfg.device == "cpu",
-    )  # fmt: skip
-
-
-def planned(cfg):
-    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of
-    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak, but for runs
-    that go on without a limit: most of a minute would tell them what they know. UserError if nothing fits."""
-    build, shapes, micro = sizes(cfg)
-    goes_on = (Path(cfg.out) / "state.safetensors").exists() if cfg.bits == 16 else checkpoint.has_start(Path(cfg.out))
-    fp, teacher, world = footprint(cfg, build, shapes), teacher_of(cfg), checkpoint.world()
-    cfg, statistics = dataclasses.replace(cfg, micro=micro), statistics_bytes(cfg, fp)
-    if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
-        plan = memory.choose(memory.parse_bytes(cfg.memory_limit), fp, cfg.batch, world, teacher, statistics)
-        choice = {"micro": plan.micro_batch, "checkpointing": plan.checkpointing, "offload": plan.teacher == "offloaded"}
-        cfg, statistics, micro = dataclasses.replace(cfg, **choice), plan.statistics, plan.micro_batch
-        teacher = teacher_of(cfg)
-    elif statistics is None and not goes_on:
-        rest = sum(memory.start_of(fp, micro, cfg.checkpointing).values())
-        room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else memory.STATISTICS
-        fewest = torch.tensor(-room, device=cfg.device)
-        hessian.exchange(fewest, op="max")  # processes that sliced differently would add up different matrices
-        room = -int(fewest)
-        statistics = max(fp.budget(room), fp.least)
-    statistics = 0 if goes_on else statistics
-    cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
-    drawn = 2 * cfg.cached * (cfg.grid // 2 + 1) * math.prod(shapes[0])  # float16
-    written = fp.files + (drawn if cfg.rollout and cfg.trajectory == "teacher" else 0)
-    there = sum(file.stat().st_size for file in (*Path(cfg.out).glob("*.safetensors"), *Path(cfg.out).glob("trajectories/*")))
-    need, free = written - there, shutil.disk_usage(cfg.out).free
-    if free < need:
-        raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
-    if goes_on and not cfg.memory_limit:
-        return cfg
-    plan = memory.plan(fp, cfg.batch, micro, cfg.checkpointing, teacher, world, statistics)
-    if checkpoint.rank() == 0:
-        print(plan)
-    if plan.statistics:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
-        need = processes * memory.main_memory(fp, plan, memory.widest_factors(fp, cfg.rounding), cfg.device == "cpu")
-        there = memory.available()
-        if checkpoint.rank() == 0:
-            print(f"  main memory for the start       {need / 1e9:8.3f} GB")
-        if need > there:
-            raise UserError(
-                f"the start needs {need / 1e9:.1f} GB of main memory and {there / 1e9:.1f} GB are there: use a machine with more, "
-                "or --rounding rtn, which needs less"
-            )
-    return cfg
-
-
-def place(network: models.Denoiser, device: str, offload: bool, shard: bool) -> models.Denoiser:
+def place(network: Denoiser, device: str, offload: bool, shard: bool) -> Denoiser:
     """Where a frozen network's weights are: on the device; in main memory, coming layer by layer (`offload`); or a part on
     every process of the torchrun (`shard`, FSDP2), blocks gathered when they are used."""
     if shard:
-        for block in memory.blocks(network.net):
+        for block in transformer_blocks(network.net):
             fully_shard(block)
         fully_shard(network.net)
     elif offload and device != "cpu":

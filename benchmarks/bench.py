@@ -1,13 +1,13 @@
 """Speed, memory and error of the kernels on SDXL's and FLUX's layer shapes and networks, against what a user would run instead.
 
-    python bench.py kernels                          every shape, every implementation that is installed (five minutes)
-    python bench.py kernels --quick                  two shapes, under a minute
-    python bench.py kernels --json rows.json --plot benchmarks/kernels.png
-    python bench.py model --model sdxl               a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
+    python -m benchmarks.bench kernels                          every shape, every implementation that is installed (five minutes)
+    python -m benchmarks.bench kernels --quick                  two shapes, under a minute
+    python -m benchmarks.bench kernels --json rows.json --plot benchmarks/kernels.png
+    python -m benchmarks.bench model --model sdxl               a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
                                                      tiny also 4 steps against the teacher's 20 guided ones, and throughput
-    python bench.py train                            an update of training, W4A4 against a LoRA of the 16-bit network
-    python bench.py costs                            how time grows with tokens, width and rank
-    python bench.py gpu                              all of these on CUDA, and training at full size; what fails is named, the
+    python -m benchmarks.bench train                            an update of training, W4A4 against a LoRA of the 16-bit network
+    python -m benchmarks.bench costs                            how time grows with tokens, width and rank
+    python -m benchmarks.bench gpu                              all of these on CUDA, and training at full size; what fails is named, the
                                                      others go on; --parts kernels,tiny chooses, --minutes 5 bounds each
 
 One process, the same tensors for all: rounds in which every implementation runs once, in random order, after a warm-up that also
@@ -43,15 +43,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import hgs_lora
 import kernels
-import kernels_triton
-import memory
-import models
-import pretrained
 import quant
 import tdpt
-from models import UserError
+from backends import gpu
+from data import scenes
+from layers import W4A4Conv2d, W4A4Linear, packed_layers, set_backend
+from models import family, memory, pretrained, tiny
+from models.denoiser import Denoiser, LoRA, UNetDenoiser, float_layers, wrap
+from run.common import UserError, peak_memory, run_script
 
 # model, kind, M rows (tokens or pixels), K = taps * I, N outputs
 SDXL = [
@@ -84,7 +84,7 @@ class Layer:
         w_OK = quant.flatten_conv(self.float.weight) if kind == "conv" else self.float.weight
         gw = quant.quantize_weight(w_OK, taps=9 if kind == "conv" else 1)
         U, S, V = torch.svd_lowrank(w_OK - quant.dequantize(gw), RANK, niter=1)
-        packed = hgs_lora.W4A4Conv2d if kind == "conv" else hgs_lora.W4A4Linear
+        packed = W4A4Conv2d if kind == "conv" else W4A4Linear
         self.packed = packed.from_float(self.float, gw, S.sqrt()[:, None] * V.T, U * S.sqrt()).requires_grad_(False)
         self.W8 = kernels.weight_int8(self.packed.packed)
         self.X8 = torch.randint(-128, 113, (M, K), dtype=torch.int8, device=device)
@@ -105,12 +105,8 @@ class Layer:
         return nn.Sequential(copy.deepcopy(self.float))
 
 
-# ------------------------------------------------------------------------------------------------ implementations
-# name -> function(layer) -> callable; it may raise anything: then the row says why. Change this to add yours.
-
-
 def ours(layer: Layer, backend: str) -> Callable:
-    if backend == "native" and not (kernels_triton.available() if layer.x.is_cuda else kernels.load_native()):
+    if backend == "native" and not (gpu.available() if layer.x.is_cuda else kernels.load_native()):
         raise RuntimeError("there is no Triton" if layer.x.is_cuda else "kernels.cpp cannot be built here")
     packed = layer.packed
     fn = kernels.BACKENDS[backend](kernels.w4a4_conv2d if layer.kind == "conv" else kernels.w4a4_linear)
@@ -222,9 +218,6 @@ CUDA = {k: v for k, v in CPU.items() if k not in ("sdnq_uint4_openvino", "torcha
     "torchao_fp8": lambda layer: torchao(layer, lambda q: q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow())),
     "gemlite_a8w4": gemlite,
 }
-
-
-# ------------------------------------------------------------------------------------------------ measuring
 
 
 def clock(fn: Callable, cuda: bool) -> tuple[float, torch.Tensor]:
@@ -382,13 +375,10 @@ def bench_kernels(args: argparse.Namespace) -> list[dict]:
         torch.compiler.reset()
         keep(rows := rows + measure(Layer(kind, M, K, N, args.device, torch.bfloat16), chosen, args.rounds, cuda), args)
     print("\n".join(table(rows)))
-    print(f"\n{about(args)}; median of {args.rounds} rounds; peak memory {memory.peak('cpu') / 1e9:.1f} GB")
+    print(f"\n{about(args)}; median of {args.rounds} rounds; peak memory {peak_memory('cpu') / 1e9:.1f} GB")
     if args.plot:
         plot(rows, Path(args.plot))
     return rows
-
-
-# ------------------------------------------------------------------------------------------------ networks
 
 
 def fill(module: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
@@ -406,7 +396,7 @@ def fill(module: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> n
             tensor.fill_(1)  # norms
         else:
             tensor.normal_(0, 0.02, generator=gen)
-    for _, layer in hgs_lora.packed_layers(module):
+    for _, layer in packed_layers(module):
         if layer.rank:
             layer.lora_A.data, layer.lora_B.data = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
     return module.eval().requires_grad_(False)
@@ -415,13 +405,13 @@ def fill(module: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> n
 def networks(args: argparse.Namespace, part: str) -> tuple[nn.Module, nn.Module]:
     """bf16 denoiser and its W4A4 twin, or one `part` of them, random weights."""
     with torch.device("meta"):
-        dense, packed = (models.NETWORKS[args.model]() for _ in range(2))
+        dense, packed = (family.NETWORKS[args.model]() for _ in range(2))
         memory.packed_twin(packed, args.rank, under=part)
     dense, packed = (fill(net.get_submodule(part), args.device, torch.bfloat16) for net in (dense, packed))
     if not part:
-        dense, packed = (models.wrap(args.model, net) for net in (dense, packed))
-    hgs_lora.set_backend(packed, "native")
-    for _, layer in hgs_lora.packed_layers(packed) if args.lora_bits == 8 else ():
+        dense, packed = (wrap(args.model, net) for net in (dense, packed))
+    set_backend(packed, "native")
+    for _, layer in packed_layers(packed) if args.lora_bits == 8 else ():
         layer.store_8bit()  # as checkpoints of SDXL and FLUX are: factors and scales are computed in every call
     return dense, packed
 
@@ -448,12 +438,12 @@ def part_inputs(model: str, part: str) -> dict:
 
 
 CONDITION = {  # tokens and pooled text of one picture
-    "tiny": ((models.TOKENS, models.WIDTH), (models.WIDTH,)), "tiny-flux": ((models.TOKENS, models.WIDTH), (models.WIDTH,)),
+    "tiny": ((tiny.TOKENS, tiny.WIDTH), (tiny.WIDTH,)), "tiny-flux": ((tiny.TOKENS, tiny.WIDTH), (tiny.WIDTH,)),
     "sdxl": ((77, 2048), (1280,)), "flux": ((512, 4096), (768,)),
 }  # fmt: skip
 
 
-def compiled_denoiser(denoiser: models.Denoiser) -> models.Denoiser:
+def compiled_denoiser(denoiser: Denoiser) -> Denoiser:
     """The same one, its network through torch.compile."""
     fast = copy.copy(denoiser)
     fast._modules = denoiser._modules | {"net": torch.compile(denoiser.net)}
@@ -464,7 +454,7 @@ class Graphed:
     """A denoiser whose step is a CUDA graph, one for each shape and dtype: the kernels without the time that Python takes to launch
     them."""
 
-    def __init__(self, denoiser: models.Denoiser):
+    def __init__(self, denoiser: Denoiser):
         self.denoiser, self.path, self.graphs = denoiser, denoiser.path, {}
 
     def capture(self, inputs: dict[str, torch.Tensor], cond: dict) -> tuple:
@@ -494,13 +484,13 @@ class Graphed:
         return y.clone()
 
 
-def step_inputs(denoiser: models.Denoiser, batch: int, device: str) -> tuple:
+def step_inputs(denoiser: Denoiser, batch: int, device: str) -> tuple:
     """x, t, s, cond for a step of `batch` pictures."""
     tokens, pooled = CONDITION[denoiser.name]
     x = torch.randn(batch, *denoiser.latent, device=device, dtype=torch.bfloat16)
     cond = {"tokens": torch.randn(batch, *tokens, device=device), "pooled": torch.randn(batch, *pooled, device=device)}
-    if isinstance(denoiser, models.UNetDenoiser):
-        side = pretrained.FACTOR * denoiser.latent[1] if denoiser.name in models.REAL else models.SIDE
+    if isinstance(denoiser, UNetDenoiser):
+        side = family.FACTOR * denoiser.latent[1] if denoiser.name in family.REAL else scenes.SIDE
         cond["time_ids"] = pretrained.square(side, batch).to(device)
     times = denoiser.path.grid(4, device)
     return x, times[0].expand(batch), times[1].expand(batch), cond
@@ -606,9 +596,6 @@ def model_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ costs
-
-
 SWEEPS = {  # (M, K, N, rank)
     "tokens": [(M, 1280, 1280, RANK) for M in (256, 512, 1024, 2048, 4096, 8192, 16384)],
     "width": [(512, K, K, RANK) for K in (640, 1280, 2560, 5120, 10240, 15360)],
@@ -625,9 +612,9 @@ def bench_costs(args: argparse.Namespace) -> list[dict]:
         for M, K, N, r in points:
             with torch.device("meta"):
                 dense = nn.Linear(K, N)
-                packed = hgs_lora.W4A4Linear(dense, r)
+                packed = W4A4Linear(dense, r)
             dense, packed = (fill(layer, args.device, torch.bfloat16) for layer in (dense, packed))
-            hgs_lora.set_backend(packed, "native")
+            set_backend(packed, "native")
             x = torch.randn(M, K, device=args.device, dtype=torch.bfloat16)
             calls, _ = prepare({"bf16": lambda: lambda: dense(x), "ours": lambda: lambda: packed(x)}, cuda)  # noqa: B023
             for name, times in interleave(calls, args.rounds, cuda).items():
@@ -689,22 +676,19 @@ def plot_costs(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-# ------------------------------------------------------------------------------------------------ training
-
-
 def bench_train(args: argparse.Namespace) -> list[dict]:
     """One update on an on-policy rollout of 4 jumps, by a LoRA of the 16-bit network and by that of the W4A4 one: same layers, same
     rank, float32 factors, the same reference. "update" is everything, "learner" without drawing the reference."""
     dense, packed = networks(args, "")
     fp = copy.deepcopy(dense)
     gen = torch.Generator().manual_seed(0)
-    for name, layer in models.float_layers(dense.net).items():
-        if models.precision(name) != "16bit":
-            dense.net.set_submodule(name, models.LoRA(layer, args.rank, gen).to(args.device))
+    for name, layer in float_layers(dense.net).items():
+        if family.precision(name) != "16bit":
+            dense.net.set_submodule(name, LoRA(layer, args.rank, gen).to(args.device))
     _, _, _, cond = step_inputs(fp, args.batch, args.device)
     x_T, edges = torch.randn(args.batch, *fp.latent, device=args.device), fp.path.grid(4, args.device)
 
-    def update(learner: models.Denoiser, reference: bool) -> Callable:
+    def update(learner: Denoiser, reference: bool) -> Callable:
         params = [p for name, p in learner.named_parameters() if "lora_" in name]
         for p in params:
             p.data = p.data.float()
@@ -734,20 +718,19 @@ def bench_train(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
-
 def about(args: argparse.Namespace) -> str:
     cpu = f"{platform.machine()} CPU ({kernels.CPU.get('cpu_name')}), {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name() if args.device == 'cuda' else cpu}; torch {torch.__version__}"
 
 
 def gpu_jobs(out: Path, runs: Path) -> dict[str, str]:
-    """Name -> command of each part of `bench.py gpu`, the shortest first. Rows go to `out`, run folders to `runs`."""
+    """Name -> command of each part of `bench gpu`, the shortest first. Rows go to `out`, run folders to `runs`."""
     rows = {"kernels": "kernels", "tiny": "model --model tiny", "costs": "costs", "train": "train"}
     rows |= {model: f"model --model {model} --rounds 5 --lora-bits 8" for model in ("sdxl", "flux")}
-    jobs = {"layers": "benchmarks/gpu_layers.py", "tests": "-m pytest -q -m gpu"}
-    jobs |= {name: f"bench.py {job} --device cuda --json {shlex.quote(str(out))}/{name}.json" for name, job in rows.items()}
+    jobs = {"layers": "-m benchmarks.gpu_layers", "tests": "-m pytest -q -m gpu"}
+    jobs |= {
+        name: f"-m benchmarks.bench {job} --device cuda --json {shlex.quote(str(out))}/{name}.json" for name, job in rows.items()
+    }
     for model in ("sdxl", "flux"):  # statistics, ranks, split, 20 updates, packing, reloading, 4 steps, all with random weights
         flags = f"--model {model} --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --data {runs}/prompts.txt"
         jobs[f"train-{model}"] = f"train.py {flags} --out {runs}/{model}"
@@ -775,7 +758,7 @@ def run_parts(jobs: dict[str, str], args: argparse.Namespace) -> list[str]:
         print(f"\n## python {job}\n", flush=True)
         (out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
         with open(out / f"{name}.txt", "w") as file:
-            argv, where = [sys.executable, *shlex.split(job)], Path(__file__).parent
+            argv, where = [sys.executable, *shlex.split(job)], Path(__file__).parents[1]
             about = dict(stdout=file, stderr=subprocess.STDOUT, cwd=where)
             try:
                 end = f"exit code {subprocess.run(argv, **about, timeout=60 * args.minutes).returncode}"
@@ -846,4 +829,4 @@ def main(argv: list[str]) -> list:
 
 
 if __name__ == "__main__":
-    models.run_script("bench.py", main)
+    run_script("benchmarks.bench", main)

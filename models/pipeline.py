@@ -1,13 +1,13 @@
 """Checkpoints that travel: packed networks of SDXL and FLUX in diffusers' pipelines, and LoRAs in and out of them.
 
-    import pipeline
+    from models import pipeline
     pipe = pipeline.load_pipeline("runs/sdxl")            from a run folder, or from a folder that save_pretrained wrote
     image = pipe("a house by a river", num_inference_steps=4, guidance_scale=1.0).images[0]
 
-    python pipeline.py --checkpoint runs/sdxl --export diffusers --out FOLDER     a pipeline folder with a model card
-    python pipeline.py --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B for stock diffusers
-    python pipeline.py --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed: see export_lora
-    python pipeline.py --checkpoint runs/sdxl --export card                       README.md beside the weights
+    python -m models.pipeline --checkpoint runs/sdxl --export diffusers --out FOLDER     a pipeline folder with a model card
+    python -m models.pipeline --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B for stock diffusers
+    python -m models.pipeline --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed: see export_lora
+    python -m models.pipeline --checkpoint runs/sdxl --export card                       README.md beside the weights
 
 diffusers.  Importing this file adds the quantization method "cmquant" to the two mappings of diffusers.quantizers.auto. From
 then on `save_pretrained` of a packed network and `from_pretrained` of network or pipeline are diffusers' own; without the
@@ -51,17 +51,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 
-import checkpoint
-import hgs_lora
 import kernels
-import models
-import pretrained
 import quant
 import tdpt
-from models import UserError
-
-# ---------------------------------------------------------------------------------------------------------------------
-# diffusers' quantization interface
+from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
+from models import checkpoint, family, pretrained
+from models.denoiser import FAST, Denoiser, is_plain_lora
+from run import files
+from run.common import UserError, run_script
 
 
 class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a str)
@@ -102,7 +99,7 @@ class CMQuantQuantizer(DiffusersQuantizer):
         checkpoint.place_packed(model, self.quantization_config.layers)
 
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
-        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), hgs_lora.PackedLayer)
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedLayer)
 
     def check_quantized_param_shape(self, param_name, current_param, loaded_param):
         raise ValueError(
@@ -120,7 +117,7 @@ class CMQuantQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if absent := [k for k, v in model.state_dict().items() if v.is_meta]:
             raise ValueError(f"the weights lack {absent[0]} and {len(absent) - 1} more tensors: copy the whole folder again")
-        hgs_lora.set_backend(model, self.quantization_config.backend)
+        set_backend(model, self.quantization_config.backend)
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         floats = {k: v for k, v in state_dict.items() if k.endswith(".scale_O") and v.is_floating_point()}
@@ -141,14 +138,10 @@ def quantization_config(net: nn.Module) -> CMQuantConfig:
     return net.hf_quantizer.quantization_config
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pipelines
-
-
-def family(net: nn.Module):
+def pipeline_of(net: nn.Module):
     """(pipeline class, name of the denoiser in it)."""
     name = "sdxl" if isinstance(net, diffusers.UNet2DConditionModel) else "flux"
-    return pretrained.pipeline_class(name), pretrained.PART[name]
+    return family.pipeline_class(name), family.PART[name]
 
 
 def few_step_scheduler(scheduler: dict, path):
@@ -165,7 +158,7 @@ def few_step_scheduler(scheduler: dict, path):
 
 def read_run(folder: Path) -> dict:
     """config.json of a finished run on SDXL or FLUX. UserError for any other."""
-    about = checkpoint.read_config(folder)
+    about = files.read_config(folder)
     if "layers" not in about:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
     if not isinstance(about.get("network"), dict):
@@ -173,7 +166,7 @@ def read_run(folder: Path) -> dict:
     return about
 
 
-def load_denoiser(folder: Path, dtype: torch.dtype) -> models.Denoiser:
+def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError if the run is none, or damaged."""
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
@@ -193,17 +186,17 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     that is named, if one is: "reduce-overhead" makes CUDA graphs. Layers that a run compiled one by one are those of kernels.cpp on
     a CPU. UserError with what to do."""
     folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
-    dtype = dtype or (models.FAST if on_cpu else torch.bfloat16)
+    dtype = dtype or (FAST if on_cpu else torch.bfloat16)
     if (folder / "model_index.json").is_file():
         pipe = read_base(diffusers.DiffusionPipeline, str(folder), torch_dtype=dtype)
         part = next((part for part in ("unet", "transformer") if hasattr(pipe, part)), None)
-        if part is None or not any(hgs_lora.packed_layers(getattr(pipe, part))):
+        if part is None or not any(packed_layers(getattr(pipe, part))):
             raise UserError(
                 f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --teacher {folder}`"
             )
     else:
         denoiser = load_denoiser(folder, dtype)
-        cls, part = family(denoiser.net)
+        cls, part = pipeline_of(denoiser.net)
         base, scheduler = base or denoiser.base, few_step_scheduler(denoiser.scheduler, denoiser.path)
         if pretrained.is_file(base):
             components = components_of(folder)
@@ -216,7 +209,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
     pipe.to(device)
     if on_cpu and quantization_config(getattr(pipe, part)).backend == "compile":
-        hgs_lora.set_backend(getattr(pipe, part), "native")
+        set_backend(getattr(pipe, part), "native")
     if compile:
         getattr(pipe, part).compile(mode=compile if isinstance(compile, str) else None)
     return pipe
@@ -224,7 +217,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
 
 def components_of(folder: Path) -> str:
     """--components of a run folder; "" where there were none."""
-    return "" if (folder / "model_index.json").is_file() else checkpoint.read_config(folder)["config"].get("components", "")
+    return "" if (folder / "model_index.json").is_file() else files.read_config(folder)["config"].get("components", "")
 
 
 def is_hub_id(base: str) -> bool:
@@ -238,7 +231,7 @@ def read_base(cls, base: str, components: str = "", **kwargs):
         raise UserError(
             "the run was made from random weights, not from a base: name a folder with its text encoders and VAE by --base"
         )
-    with pretrained.explained("the pipeline", base):
+    with pretrained.loading_errors("the pipeline", base):
         if pretrained.is_file(base):
             return cls.from_single_file(base, **({"config": components} if components else {}), **kwargs)
         found = cls.load_config(base)["_class_name"]
@@ -247,18 +240,14 @@ def read_base(cls, base: str, components: str = "", **kwargs):
         return pretrained.from_pretrained(cls, base, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA
-
-
-def as_lora(layer: hgs_lora.PackedLayer, A_rK: torch.Tensor, B_Or: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def as_lora(layer: PackedLayer, A_rK: torch.Tensor, B_Or: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of `layer` as a LoRA of the float layer's geometry, float32: (r, I), (O, r) or (r, I, kh, kw), (O, r, 1, 1).
 
     Ours read x' = x * inv_smooth; this A reads x."""
     A_rK, B_Or = A_rK.detach().float(), B_Or.detach().float()
     if layer.inv_smooth is not None:
         A_rK = A_rK * layer.inv_smooth.repeat(layer.taps)
-    if not isinstance(layer, hgs_lora.W4A4Conv2d):
+    if not isinstance(layer, W4A4Conv2d):
         return A_rK, B_Or
     return quant.unflatten_conv(A_rK, layer.kernel_size), B_Or[:, :, None, None]
 
@@ -278,9 +267,9 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
     folder = Path(folder)
     denoiser, start, layers = load_denoiser(folder, torch.float32), {}, {}
     if update:
-        start = dict(hgs_lora.packed_layers(checkpoint.load_start(folder)[0].net))
-    cls, part = family(denoiser.net)
-    for name, layer in hgs_lora.packed_layers(denoiser.net):
+        start = dict(packed_layers(checkpoint.load_start(folder)[0].net))
+    cls, part = pipeline_of(denoiser.net)
+    for name, layer in packed_layers(denoiser.net):
         if layer.rank:
             A_rK, B_Or = layer.factors()
             if update:
@@ -292,7 +281,7 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
         raise UserError(f"{folder} was deployed merged and has no LoRA: train with --deploy branch")
     if all(torch.equal(t.bfloat16().float(), t) for t in layers.values()):
         layers = {k: t.bfloat16() for k, t in layers.items()}  # one dtype for all: PEFT multiplies B by A
-    with checkpoint.atomic(Path(out)) as file:
+    with files.atomic(Path(out)) as file:
         cls.save_lora_weights(file.parent, **{f"{part}_lora_layers": layers}, weight_name=file.name)
     return len(layers) // 2
 
@@ -308,7 +297,7 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
     pipeline's text encoders get theirs by PEFT. Remove styles before save_pretrained. UserError if the file fits no layer."""
     pipe = pipe_or_net if isinstance(pipe_or_net, diffusers.DiffusionPipeline) else None
     net = pipe_or_net if pipe is None else getattr(pipe, "unet", None) or pipe.transformer
-    (cls, part), name = family(net), f"style_{next(_STYLES)}"
+    (cls, part), name = pipeline_of(net), f"style_{next(_STYLES)}"
     shown, handles, texts = "the LoRA" if isinstance(file, dict) else str(file), [], []
 
     def remove() -> None:
@@ -341,7 +330,7 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
         raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
     for key, layer in twin.named_modules():
         if name in getattr(layer, "lora_A", {}):
-            if not models.is_plain_lora(layer, name):
+            if not is_plain_lora(layer, name):
                 remove()
                 raise UserError(f"{shown} is more than B A at {key} (DoRA, or a bias): choose a plain LoRA")
             target, A, B = net.get_submodule(key), layer.lora_A[name], layer.lora_B[name].weight.data
@@ -376,9 +365,6 @@ def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
     return style
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model card
-
 LICENSES = {  # of the base: YAML, sentence
     "stable-diffusion-xl": (
         "license: openrail++",
@@ -391,7 +377,6 @@ LICENSES = {  # of the base: YAML, sentence
     ),
 }
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
-
 CARD = """---
 {front}
 library_name: diffusers
@@ -441,7 +426,7 @@ def write_card(folder: str | Path) -> Path:
         table, base, guidance, steps = packed["layers"], packed["base"], packed.get("guidance"), packed.get("steps", 4)
         files, imports = (
             sorted(part.glob("*.safetensors")),
-            "from diffusers import DiffusionPipeline\n\nimport pipeline  # registers cmquant\n",
+            "from diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant\n",
         )
         load = f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)'
         imports = f"import torch\n{imports}"
@@ -449,7 +434,11 @@ def write_card(folder: str | Path) -> Path:
         about = read_run(folder)
         network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
         guidance, pixels, steps = about["network"].get("guidance"), "", tdpt.most_steps(about["config"]["phases"])
-        files, imports, load = [folder / "model.safetensors"], "import pipeline\n", f'pipeline.load_pipeline("{folder.name}")'
+        files, imports, load = (
+            [folder / "model.safetensors"],
+            "from models import pipeline\n",
+            f'pipeline.load_pipeline("{folder.name}")',
+        )
         report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
     call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"
     size, twin = _sizes(files, table)
@@ -465,7 +454,7 @@ def write_card(folder: str | Path) -> Path:
         counts=", ".join(f"{n} layers {kind.upper()}" for kind, n in sorted(kinds.items())) + ", the first and last ones 16 bit",
         use=f'{imports}\npipe = {load}\nimage = pipe("a large red house", num_inference_steps={steps}, {pixels}{call}).images[0]',
     )  # fmt: skip
-    with checkpoint.atomic(folder / "README.md") as file:
+    with files.atomic(folder / "README.md") as file:
         file.write_text(text)
     return folder / "README.md"
 
@@ -498,10 +487,6 @@ def _metrics(report: dict) -> str:
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
 def save_pipeline(pipe, out: str | Path) -> None:
     """save_pretrained and the card. UserError while a style LoRA is on, which is not saved."""
     net = getattr(pipe, "unet", None) or pipe.transformer
@@ -524,7 +509,7 @@ def finish(out: Path, export: str) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        "pipeline.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+        "python -m models.pipeline", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="folder that train.py wrote")
     parser.add_argument("--export", required=True, choices=("diffusers", "lora", "update", "card"))
@@ -543,4 +528,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    models.run_script("pipeline.py", main)
+    run_script("models.pipeline", main)

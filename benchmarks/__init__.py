@@ -1,0 +1,1 @@
+"""Programmes that make the tables of docs/: run them as `python -m benchmarks.NAME`."""

@@ -1,0 +1,1 @@
+"""Model families, their networks, files and pipelines, and the memory that they need."""

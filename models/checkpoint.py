@@ -1,0 +1,135 @@
+"""Packed students on disk: the start of a training with its anchor, and the deployed checkpoint.
+
+start.safetensors    the packed student before training, its anchor A0, B0 under anchor/
+model.safetensors    packed codes uint8, multipliers two to a byte, scales one byte, LoRA (bfloat16, or int8 with two scales a
+                     rank), the 16-bit layers and the text encoder bfloat16; config.json has the table of layers
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import kernels
+from layers import (
+    anchor_state,
+    load_anchor_state,
+    merged_layer,
+    packed_class,
+    packed_layers,
+    replace_layer,
+    set_backend,
+    store_8bit,
+)
+from models import family
+from models.denoiser import FAST, Denoiser, blueprint, from_blueprint, random_tiny
+from run import files
+from run.common import UserError
+
+
+def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
+    """Packed layers, contents uninitialised, where `table` says so. ValueError or AttributeError if it is not this network's."""
+    for name, row in table.items():
+        layer, shape = net.get_submodule(name), (row["rank"], row["group_w"], row["group_x"], row["smooth"], row.get("lora", 16))
+        net.set_submodule(name, packed_class(row["kind"], layer)(layer, *shape))
+
+
+def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> Denoiser:
+    """The architecture (name of a tiny one, or models.blueprint) with packed layers where `table` says so, and `tensors` loaded."""
+    student = random_tiny(name) if isinstance(name, str) else from_blueprint(name)
+    try:
+        place_packed(student.net, table)
+        state = student.state_dict()
+        tensors = {k: v.to(state[k].dtype) if isinstance(name, str) else v for k, v in tensors.items() if k in state}
+        student.load_state_dict(tensors, assign=not isinstance(name, str))
+    except (RuntimeError, KeyError, ValueError, AttributeError):
+        raise UserError(f"{where} does not fit its table of layers: restore both files, or train again") from None
+    student.told = True
+    return student.eval().requires_grad_(False)
+
+
+def network_of(student: Denoiser) -> str | dict:
+    """What _packed_model builds the architecture from."""
+    return student.name if student.name in family.TINY else blueprint(student)
+
+
+def save_start(out: Path, student: Denoiser, table: dict) -> None:
+    """The initialised student and its anchor, so that a killed run does not calibrate again."""
+    anchors = {f"anchor/{k}": v for k, v in anchor_state(student).items()}
+    about = {"layers": table, "network": network_of(student)}
+    files.write_tensors(out / "start.safetensors", student.state_dict() | anchors, about, files.run_digest(out))
+
+
+def has_start(out: Path) -> bool:
+    """Whether there is a good start. A damaged one is named; it is to be made again."""
+    return files.is_good(out / "start.safetensors", files.run_digest(out), "it is made again")
+
+
+def load_start(out: Path) -> tuple[Denoiser, dict]:
+    """Inverse of save_start. UserError for a missing or damaged file."""
+    path = out / "start.safetensors"
+    tensors, info = files.read_verified(path, "run the same command again, it will be made again", files.run_digest(out))
+    student = _packed_model(info["network"], info["layers"], tensors, path)
+    load_anchor_state(student, {k.removeprefix("anchor/"): v for k, v in tensors.items() if k.startswith("anchor/")})
+    return student, info["layers"]
+
+
+def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lora_bits: int = 16) -> None:
+    """model.safetensors and the table of layers in config.json. merged: Q(Q + BA) in place of the branch, rounded to nearest.
+    lora_bits 8: `student` takes its deployed form, LoRA in 8 bits and scales of a byte."""
+    table = {name: row | {"lora": lora_bits} for name, row in table.items()}
+    if merged:
+        for name, layer in list(packed_layers(student.net)):
+            replace_layer(student.net, name, merged_layer(layer))
+            table[name]["rank"] = 0
+    if lora_bits == 8:
+        store_8bit(student.net)
+
+    def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        if key.endswith(".scale_O") and tensor.dtype == torch.float32:
+            return kernels.pack_scales(tensor)
+        narrow = tensor.dtype == torch.float32 and not key.endswith((".inv_smooth", ".lora_scale"))
+        return tensor.bfloat16() if narrow else tensor
+
+    files.write_tensors(
+        out / "model.safetensors",
+        {k: stored(k, v) for k, v in student.state_dict().items()},
+        {"format": files.FORMAT},
+        files.run_digest(out),
+    )
+    files.write_config(out, files.read_config(out) | {"layers": table, "network": network_of(student)})
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Denoiser, dict]:
+    """(the packed student, config.json). Tiny ones in models.FAST, others in their run's dtype. UserError for a missing,
+    unfinished, truncated or foreign checkpoint."""
+    folder = Path(folder)
+    about = files.read_config(folder)
+    if about["config"].get("bits") == 16 or about["config"].get("stage") == "teacher":
+        raise UserError(f"{folder} holds 16-bit weights, no packed student: give them to train.py by --cm or --teacher")
+    hint = "the run is unfinished or damaged, run its train.py command again"
+    tensors, _ = files.read_verified(folder / "model.safetensors", hint, files.run_digest(folder))
+    if "layers" not in about:
+        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
+    floats = {f"net.{name}.scale_O" for name, row in about["layers"].items() if row.get("lora", 16) == 16}
+    tensors = {k: kernels.unpack_scales(v) if k in floats else v for k, v in tensors.items()}
+    student = _packed_model(about["network"], about["layers"], tensors, folder / "model.safetensors")
+    backend = about["config"].get("backend", "native")  # older folders name none
+    set_backend(student, "native" if backend == "compile" and student.name in family.TINY else backend)  # for the CPU
+    return student.to(FAST if student.name in family.TINY else getattr(torch, about["config"]["dtype"])), about
+
+
+def packed_size(student: Denoiser) -> dict[str, float]:
+    """Bits per weight of the quantized layers without LoRA, megabytes of the packed network and of its bf16 twin."""
+    packed = [layer for _, layer in packed_layers(student.net)]
+    values = sum(layer.out * layer.taps * layer.channels for layer in packed)
+    code_bytes = sum(layer.codes_OP.nbytes + layer.mult_P.nbytes + layer.scale_O.numel() for layer in packed)
+    factors = [t for layer in packed for t in (layer.lora_A, layer.lora_B) if t is not None]
+    lora = sum(t.numel() * (1 if t.dtype == torch.int8 else 2) for t in factors)
+    lora += sum(layer.lora_scale.nbytes for layer in packed if layer.lora_scale is not None)
+    inside = {id(t) for layer in packed for t in layer.state_dict(keep_vars=True).values()}
+    rest = sum(t.numel() for t in student.net.state_dict(keep_vars=True).values() if id(t) not in inside)
+    rest += sum(layer.bias.numel() for layer in packed if layer.bias is not None)
+    smooth = sum(layer.inv_smooth.nbytes for layer in packed if layer.inv_smooth is not None)
+    mb = (code_bytes + smooth + lora + 2 * rest) / 1e6
+    return {"bits_per_weight": 8 * code_bytes / values, "mb": mb, "mb_bf16": 2 * (values + rest) / 1e6, "mb_lora": lora / 1e6}

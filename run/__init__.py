@@ -1,0 +1,1 @@
+"""What serves a run: processes, errors, files that survive a kill, resuming."""

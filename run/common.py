@@ -1,0 +1,68 @@
+"""What every file may need and none of ours is needed for: errors that a user can mend, processes, randomness, memory."""
+
+import datetime
+import math
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is one sentence that says how."""
+
+
+def run_script(name: str, main) -> None:
+    """main(command line); a UserError becomes its sentence on stderr and exit code 2, and so does memory that is full."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        advice = "nothing that was saved is lost, ask for less at a time (train.py: --memory-limit, --micro)"
+        print(f"{name}: memory is full ({str(error).split('. ')[0]}): {advice}", file=sys.stderr)
+        sys.exit(2)
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """All randomness of a training step: a CPU generator that depends on (seed, step, stream) alone."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+def join_processes(device: str) -> None:
+    """Become a rank of the torchrun that started this process, if one did; each has a GPU of its own."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        hours = datetime.timedelta(hours=3)  # between two exchanges one rank may calibrate FLUX
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=hours)
+
+
+def process_index() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
+def free_memory() -> float:
+    """Bytes of main memory that are free or can be freed (Linux); infinity where the system does not tell."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return math.inf
+
+
+def peak_memory(device: str) -> int:
+    """Bytes that this process held at most: of the GPU's memory, or (on a CPU) of main memory."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

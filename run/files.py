@@ -1,0 +1,271 @@
+"""Files of a run: written so that a kill at any moment loses nothing, with their own checksum, and never as a pickle.
+
+    config.json          format version, every field of Config, versions; after training also the table of layers
+    start.safetensors    the packed student before training, with its anchor A0, B0
+    trajectories/        the teacher's, if rollouts follow them; cache/: latents and embeddings of real models (data/cache.py)
+    state.safetensors    what resuming needs (run/state.py); state-previous.safetensors is the one before
+    metrics.jsonl        a line per update
+    model.safetensors    the deployed checkpoint (models/checkpoint.py)
+    samples/*.png
+
+Every file is written under a temporary name, synced and renamed.
+
+Checksums. Near its beginning a file has the word `sha256` and 64 hexadecimal digits: SHA-256 of the whole file, with zeros in
+their place. In a safetensors file they are the first words of the metadata, in a JSON file those of the object. Nothing lies
+beside the file, so it is renamed, copied and deleted together with its checksum, and no kill comes between the two. Any bit that
+flips, anywhere, those of the header and of the digits included, is noticed; so is a file that was cut or has grown. 1.7 GB/s
+where the CPU has SHA instructions. A checksum is no signature: it notices accidents, not somebody who computes it anew.
+
+Damage. Safetensors files also carry their name and the run they belong to (a digest of its configuration), so a good file of
+another run or role is noticed too. What train.py can make again it makes again, and says so: the start (the state knows the
+checksum of the one it was trained from, and refuses any other), cached trajectories, config.json, and at its end the model.
+Instead of a damaged state it takes the previous one. Where that is damaged too, and in sample.py and evaluate.py, a UserError
+names the file.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from run.common import UserError, process_index
+
+ASSETS = Path(__file__).parents[1] / "assets"
+EMPTY = "0" * 64  # what a writer leaves for `seal`
+MARK = re.compile(rb"sha256\W{1,8}([0-9a-f]{64})")
+HEAD, CHUNK = 1 << 16, 1 << 24  # bytes
+
+
+def _digest(path: Path) -> tuple[re.Match | None, str]:
+    """(where the digits stand, SHA-256 of the file with zeros there)."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+        if not (found := MARK.search(head)):
+            return None, ""
+        digest = hashlib.sha256(head[: found.start(1)] + EMPTY.encode() + head[found.end(1) :])
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return found, digest.hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Write the checksum of a complete file over the zeros that its writer left."""
+    found, digest = _digest(path)
+    if not found or found[1] != EMPTY.encode():
+        raise ValueError(f"{path} has no place for a checksum")
+    with open(path, "r+b") as file:
+        file.seek(found.start(1))
+        file.write(digest.encode())
+
+
+def recorded_checksum(path: Path) -> str:
+    """The checksum that the file carries, unchecked; "" if it carries none or does not exist."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        found = MARK.search(file.read(HEAD))
+    return found[1].decode() if found else ""
+
+
+def checksum(path: Path) -> str:
+    """The checksum of an intact file; "" if it carries none. ValueError if the file is not what was written."""
+    found, digest = _digest(path)
+    if found and found[1] != digest.encode():
+        raise ValueError("its content does not fit its checksum")
+    return digest
+
+
+FORMAT = 3
+# how much is held at a time, written, or drawn at the end: a run may go on with others
+MAY_CHANGE = {"micro", "memory_limit", "checkpointing", "offload", "shard_teacher", "hessian_mb", "save_every", "eval_n", "export"}
+LEFTOVER = re.compile(r".*\.\d+\.tmp|\.tmp\w{6}|probe\.tmp")  # by a killed run; the second are safetensors' own
+
+
+@contextlib.contextmanager
+def atomic(path: Path):
+    """Inside, write the file that is handed out; afterwards it is synced and becomes `path`. UserError if the disk is full."""
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")  # two runs may make the same cache at a time
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name outlives a power cut too
+        os.close(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path} ({error}): free some space and run the same command again to resume") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def link_or_copy(path: Path, name: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict, run: str = "") -> None:
+    """A safetensors file; `info` (JSON), checksum, name and `run` go into its metadata. Equal contents are equal bytes."""
+    about = {"sha256": EMPTY, "file": path.name, "run": run}
+    with atomic(path) as file:
+        # one entry of metadata: several would stand in an order that differs between two writers
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, {"info": json.dumps(about | info)})
+        seal(file)
+
+
+def verify(path: Path, hint: str, run: str | None = None) -> dict:
+    """Info of a file that `write` wrote, all of which was compared with its checksum.
+
+    UserError if it is missing or damaged, or, where `run` is given, if it is another run's or has another name; `hint` says
+    what to do."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {hint}")
+    try:
+        with safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {}).get("info", "{}"))
+        if not checksum(path):
+            raise ValueError("it has no checksum")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): {hint}") from None
+    name, its = info.pop("file", ""), info.pop("run", "")
+    if run is not None and (name, its) != (path.name.replace("-previous", ""), run):
+        raise UserError(f"{path} was swapped (it is {name} of {'this' if its == run else 'another'} run): {hint}")
+    return {k: v for k, v in info.items() if k != "sha256"}
+
+
+def read_verified(path: Path, hint: str, run: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and info of a verified file."""
+    info = verify(path, hint, run)
+    return load_file(path), info
+
+
+def is_good(path: Path, run: str, otherwise: str) -> bool:
+    """Whether a file is there and good. One that is there and is not is named, with what happens otherwise."""
+    try:
+        return path.exists() and verify(path, otherwise, run) is not None
+    except UserError as error:
+        print(error)
+        return False
+
+
+def remove_leftovers(folder: Path, seconds: float = 0) -> None:
+    """Deletes what killed runs left half-written in a folder of ours, if it is older than that."""
+    for file in folder.glob("*"):
+        if LEFTOVER.fullmatch(file.name) and file.is_file() and time.time() - file.stat().st_mtime >= seconds:
+            file.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and info of a safetensors file. UserError if it is missing or damaged; `hint` says what to do."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {hint}")
+    try:
+        checksum(path)
+        with safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {}).get("info", "{}"))
+        return load_file(path), info
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}): {hint}") from None
+
+
+def refuse_another(out: Path, config: dict) -> None:
+    """UserError if the run in `out` cannot go on as `config`; Damaged as read_config."""
+    old = read_config(out)["config"]
+    asked = {k for k in config if k not in MAY_CHANGE and old.get(k, config[k]) != config[k]}  # older versions know fewer
+    moved = {k for k in ("teacher", "cm", "components") if config.get(k) and Path(config[k]).exists()}  # "files of .." has these
+    if changed := sorted(asked - moved):
+        raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
+
+
+def open_run(out: Path, config: dict, leader: bool) -> None:
+    """Make sure that `out` can be written before anything costly, and that it is no other configuration's. UserError if not."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if leader:
+            for name in ("", "trajectories", "cache", "samples") if (out / "config.json").exists() else ():
+                remove_leftovers(out / name)
+            with open(out / "probe.tmp", "wb") as probe:
+                probe.write(bytes(64 << 20))  # room for a state
+            (out / "probe.tmp").unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            (out / "probe.tmp").unlink()
+        raise UserError(f"cannot write to the run folder {out} ({error.strerror}): choose another --out or free 64 MB") from None
+    known = False
+    if any((out / f"{name}.safetensors").exists() for name in ("start", "state", "state-previous", "model")):
+        try:
+            refuse_another(out, config)
+            known = True
+        except DamagedConfig:  # all of it can be had again; if it was another configuration's, the other files know
+            if leader:
+                print(f"{out}/config.json is missing or damaged: it is written again")
+    if not known and leader:
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = ""
+        with contextlib.suppress(OSError):  # no git on this machine
+            commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip()
+        write_config(out, {"format": FORMAT, "config": config, "torch": torch.__version__, "commit": commit})
+    if dist.is_initialized():
+        dist.barrier()  # from here on every rank finds a good config.json
+        if not (out / "config.json").is_file():
+            where = f"process {process_index()} does not see {out.absolute()}"
+            raise UserError(f"{where}: give --out (and --cache) on a disk that all machines share")
+
+
+class DamagedConfig(UserError):
+    """config.json is missing or not what was written."""
+
+
+def write_json(path: Path, about: dict) -> None:
+    """A JSON file with its checksum as first entry."""
+    with atomic(path) as file:
+        file.write_text(json.dumps({"sha256": EMPTY} | about | {"sha256": EMPTY}, indent=1))
+        seal(file)
+
+
+def write_config(out: Path, about: dict) -> None:
+    write_json(out / "config.json", about)
+
+
+def read_config(folder: Path) -> dict:
+    """config.json. UserError if it is of another format version, Damaged if it is missing or damaged."""
+    try:
+        about = json.loads((folder / "config.json").read_text())
+        if about["format"] != FORMAT:
+            raise UserError(
+                f"{folder} has checkpoint format {about['format']}, this code reads {FORMAT}: use the version that wrote it"
+            )
+        if not checksum(folder / "config.json"):
+            raise ValueError
+        return about | {"config": dict(about["config"])}
+    except NotADirectoryError:
+        raise UserError(f"{folder} is a file: give the folder that train.py wrote") from None
+    except FileNotFoundError:
+        raise DamagedConfig(f"{folder} holds no checkpoint: train one with `python train.py --out {folder}`") from None
+    except UserError:  # is a ValueError too
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise DamagedConfig(f"{folder}/config.json is damaged: restore it, or run its train.py command again") from None
+
+
+def run_digest(folder: Path) -> str:
+    """What the files of a run folder have in common: a digest of its configuration; "" where there is no config.json."""
+    if not (folder / "config.json").exists():
+        return ""
+    return hashlib.sha256(json.dumps(read_config(folder)["config"], sort_keys=True).encode()).hexdigest()[:16]
