@@ -44,6 +44,7 @@ import kernels
 import sample
 import train
 from data.cache import Trajectories
+from layers import packed_layers
 from models import checkpoint, tiny
 from models.denoiser import add_lora, random_tiny
 from run import files
@@ -175,7 +176,7 @@ def poison(kind: str, step: int, at: int) -> None:
         return output
 
     def attach(student):
-        packed = [layer for _, layer in checkpoint.hgs_lora.packed_layers(student.net)]
+        packed = [layer for _, layer in packed_layers(student.net)]
         packed[at % len(packed)].register_forward_hook(hook)
 
     load = checkpoint.load_start
