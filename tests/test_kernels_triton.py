@@ -16,10 +16,9 @@ from test_kernels import UNIT, gen, grid_weight, operands
 import kernels
 import layers
 import quant
-
-triton = pytest.importorskip("triton")
 from backends import gpu
 
+triton = pytest.importorskip("triton")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
 linear, conv2d = (functools.partial(fn, run=gpu.run) for fn in (kernels.native_linear, kernels.native_conv2d))
