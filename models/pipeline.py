@@ -32,11 +32,7 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 
 import argparse
 import itertools
-import json
-import math
-import re
 import textwrap
-from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -47,7 +43,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import delete_adapter_layers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,7 +51,7 @@ import kernels
 import quant
 import tdpt
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
-from models import checkpoint, family, pretrained
+from models import card, checkpoint, family, pretrained
 from models.denoiser import FAST, Denoiser, is_plain_lora
 from run import files
 from run.common import UserError, run_script
@@ -220,10 +216,6 @@ def components_of(folder: Path) -> str:
     return "" if (folder / "model_index.json").is_file() else files.read_config(folder)["config"].get("components", "")
 
 
-def is_hub_id(base: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
-
-
 def read_base(cls, base: str, components: str = "", **kwargs):
     """cls.from_pretrained, or from_single_file with the configs of `components`, of a pipeline. UserError if that fails or it is of
     another class."""
@@ -365,126 +357,13 @@ def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
     return style
 
 
-LICENSES = {  # of the base: YAML, sentence
-    "stable-diffusion-xl": (
-        "license: openrail++",
-        "CreativeML Open RAIL++-M License (https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md)",
-    ),
-    "FLUX.1-dev": (
-        "license: other\nlicense_name: flux-1-dev-non-commercial-license\n"
-        "license_link: https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
-        "FLUX.1 [dev] Non-Commercial License (https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md)",
-    ),
-}
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
-CARD = """---
-{front}
-library_name: diffusers
-pipeline_tag: text-to-image
-tags:
-- cmquant
-- consistency-model
-- w4a4
-- quantized
----
-
-# {title}
-
-A few-step consistency model with 4-bit weights and 4-bit activations, made with CMQuant from {base}.
-
-- **Method.** Distilled while it was quantized (TDPT: targets by stage of the trajectory); the LoRA beside the packed
-  weights starts from a Hessian-guided split of each weight (HGS-LoRA) with ranks by layer (QRA). Pictures in 1 to {steps} steps.
-- **Base and licence.** {base}. Its licence holds for these weights too: {licence}.
-- **Number format.** Two-level INT4: weight = scale[row] * multiplier[row, group] * code, codes -8..7, multipliers 1..16, {groups};
-  activations the same way, at run time. {counts}. Computed as one int8 product with int32 sums.
-- **Memory.** {mb:.1f} MB of the {network} on disk, {ratio:.1%} of its {twin:.1f} MB in bfloat16.
-{metrics}
-## Use
-
-With CMQuant's files on the Python path:
-
-```python
-{use}
-image.save("picture.png")
-```
-
-The first call on a CPU compiles the kernels (20 seconds).
-"""
-
-
 def write_card(folder: str | Path) -> Path:
     """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
     folder = Path(folder)
-    report = {}
     if (folder / "model_index.json").is_file():
-        part = next((p.parent for p in folder.glob("*/config.json") if '"quant_method": "cmquant"' in p.read_text()), None)
-        if part is None:
-            raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --teacher {folder}`")
-        config = json.loads((part / "config.json").read_text())
-        network, packed = config["_class_name"], config["quantization_config"]
-        pixels = "height={}, width={}, ".format(*(8 * side for side in packed["latent"][1:]))  # not the base's
-        table, base, guidance, steps = packed["layers"], packed["base"], packed.get("guidance"), packed.get("steps", 4)
-        files, imports = (
-            sorted(part.glob("*.safetensors")),
-            "from diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant\n",
-        )
-        load = f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)'
-        imports = f"import torch\n{imports}"
-    else:
-        about = read_run(folder)
-        network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
-        guidance, pixels, steps = about["network"].get("guidance"), "", tdpt.most_steps(about["config"]["phases"])
-        files, imports, load = (
-            [folder / "model.safetensors"],
-            "from models import pipeline\n",
-            f'pipeline.load_pipeline("{folder.name}")',
-        )
-        report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
-    call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"
-    size, twin = _sizes(files, table)
-    yaml, licence = next((v for k, v in LICENSES.items() if k in base), ("license: other", f"see {base}"))
-    kinds = Counter(row["kind"] for row in table.values())
-    groups = sorted({(row["group_w"], row["group_x"]) for row in table.values()})
-    text = CARD.format(
-        front=yaml + (f"\nbase_model: {base}\nbase_model_relation: quantized" if is_hub_id(base) else ""),
-        title=f"{Path(base).name}, W4A4 in few steps",
-        base=base, licence=licence, network=network, steps=steps,
-        mb=size / 1e6, twin=twin / 1e6, ratio=size / twin, metrics=_metrics(report),
-        groups=" and ".join(f"groups of {w} (weights), {x} (activations)" for w, x in groups),
-        counts=", ".join(f"{n} layers {kind.upper()}" for kind, n in sorted(kinds.items())) + ", the first and last ones 16 bit",
-        use=f'{imports}\npipe = {load}\nimage = pipe("a large red house", num_inference_steps={steps}, {pixels}{call}).images[0]',
-    )  # fmt: skip
-    with files.atomic(folder / "README.md") as file:
-        file.write_text(text)
-    return folder / "README.md"
-
-
-def _sizes(files: list[Path], table: dict[str, dict]) -> tuple[int, int]:
-    """(bytes of the tensors in `files`, bytes of the network that was quantized in bfloat16), from the files' headers."""
-    size, twin = 0, sum(2 * math.prod(row["shape"]) for row in table.values())
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():
-                view = file.get_slice(key)
-                values = math.prod(view.get_shape())
-                size += values * BYTES[view.get_dtype()]
-                layer, _, name = key.removeprefix("net.").rpartition(".")
-                twin += 2 * values if layer not in table or name == "bias" else 0
-    return size, twin
-
-
-def _metrics(report: dict) -> str:
-    """report.json for the card: its numbers as a list, its rows of scores as a table; "" if there is none."""
-    if not report:
-        return ""
-    text = f"\n## Metrics\n\nMeasured by CMQuant's evaluate.py on {report['n']} pictures of {report['steps']} steps.\n\n"
-    text += "".join(f"- {name}: {value:.3f}\n" for name, value in report.items() if isinstance(value, float))
-    if rows := {name: row for name, row in report.items() if isinstance(row, dict)}:
-        names = list(dict.fromkeys(k for row in rows.values() for k in row))
-        cells = [[name, *(f"{row[k]:.3f}" if isinstance(row.get(k), float) else "" for k in names)] for name, row in rows.items()]
-        lines = [["", *names], ["---"] * (len(names) + 1), *cells]
-        text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return text
+        return card.write_for_pipeline(folder)
+    about = read_run(folder)
+    return card.write_for_run(folder, about, tdpt.most_steps(about["config"]["phases"]))
 
 
 def save_pipeline(pipe, out: str | Path) -> None:
