@@ -37,7 +37,7 @@ from torch.distributed.fsdp import fully_shard
 
 import tdpt
 from data import sources
-from data.cache import Cache
+from data.cache import Cache, CacheBuilder
 from models import family
 from models.denoiser import (
     Denoiser,
@@ -52,7 +52,7 @@ from models.denoiser import (
     wrap,
 )
 from run import files
-from run.common import UserError, process_count, process_index
+from run.common import UserError
 
 OF_LIBRARIES = (SafetensorError, SingleFileComponentError)
 
@@ -384,7 +384,7 @@ def open_cm(cfg, dtype: torch.dtype) -> Denoiser:
 
 
 def examples_of(cfg, out: Path, network: Denoiser):
-    """What is trained on: examples.latents(n, gen, mine), .conditions(n, gen, mine), .null(); data.Live or cache.Cache."""
+    """What is trained on: sources.Examples."""
     if cfg.model in family.TINY:
         return sources.LiveExamples(sources.source(cfg.data), network)
     return cached_examples(cfg, Path(cfg.cache) if cfg.cache else out / "cache", network)
@@ -411,9 +411,9 @@ def cached_examples(cfg, folder: Path, network: Denoiser) -> Cache:
             parts["vae"] = VAE(cfg.model, cfg.teacher, cfg.components, cfg.device)
         return parts["vae"].encode(x)
 
-    def draw(cond, latent, gen):
+    def draw(cond, gen):
         network.to(cfg.device)
-        x_T, parts = torch.randn(len(cond["tokens"]), *latent, generator=gen), []
+        x_T, parts = torch.randn(len(cond["tokens"]), *network.latent, generator=gen), []
         for rows in torch.arange(len(x_T)).split(cfg.micro or len(x_T)):
             cond_r = {k: v[rows].to(cfg.device) for k, v in cond.items()}
             parts.append(tdpt.sample(as_cm(network), network.path, x_T[rows].to(cfg.device), cond_r, steps))
@@ -432,10 +432,7 @@ def cached_examples(cfg, folder: Path, network: Denoiser) -> Cache:
     if draws := alone and cfg.rollout < 1:
         key |= {"consistency model": cm, "its scale": cfg.cm_scale, "its steps": steps}
         key |= {"files of the consistency model": fingerprint(cfg.cm)}
-    return Cache.build(
-        folder, source, pictures, text, key, resolution, draw=draw if draws else None, latent=network.latent,
-        rank=process_index(), world=process_count(),
-    )  # fmt: skip
+    return CacheBuilder(folder, source, pictures, text, key, resolution, draw=draw if draws else None).open_or_make()
 
 
 def trainable_cm(cfg, dtype: torch.dtype) -> Denoiser:

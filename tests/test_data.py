@@ -1,4 +1,4 @@
-"""data.py: scenes are what their captions say, batches depend on (seed, step) alone, every kind of --data is read with care."""
+"""data/: scenes are what their captions say, batches depend on (seed, step) alone, every kind of --data is read with care."""
 
 import io
 import json
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, case):
 
 
 @pytest.mark.parametrize("kind", ["scenes", "folder"])
-def test_live_examples_are_those_of_the_source_and_ranks_share_them(tmp_path, kind):
+def test_live_examples_are_those_of_the_source_and_processes_share_them(tmp_path, kind):
     """Catches another order of draws, by which every existing run would change its numbers, and overlapping shares."""
     source = scenes.Scenes() if kind == "scenes" else sources.Folder(str(write_folder(tmp_path / "a")))
     network = random_tiny("tiny")
