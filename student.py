@@ -35,7 +35,6 @@ import qra
 import quant
 import tdpt
 from layers import PackedLayer, packed_class, replace_layer
-from models import family
 from models.denoiser import Denoiser, float_layers
 from run.common import UserError, process_count, process_index, step_generator
 
@@ -58,7 +57,7 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
 
     cond, x_T: this process' calibration captions, encoded, and their noises, on the network's device. cfg: train.Config.
     UserError for a budget without room for the widest layer, and for statistics of which nothing can be made."""
-    kinds = {name: family.precision(name) for name in float_layers(base.net)}
+    kinds = {name: base.family.precision(name) for name in float_layers(base.net)}
     layers = {name: layer for name, layer in float_layers(base.net).items() if kinds[name] != "16bit"}
     for name, layer in layers.items():
         if cfg.rank > min(layer.weight.flatten(1).shape):

@@ -32,13 +32,15 @@ import hgs_lora
 import kernels
 import qra
 import quant
+import sample
 import student
 import tdpt
 from data import sources
 from data.cache import Trajectories
 from layers import as_anchor, set_backend
-from models import checkpoint, family, memory, pipeline, pretrained, teacher
+from models import checkpoint, encoders, pipeline, plan, pretrained, teacher
 from models.denoiser import FAST, Denoiser, as_cm, as_teacher, fuse
+from models.family import FAMILIES
 from run import files
 from run.common import UserError, join_processes, peak_memory, process_count, process_index, run_script, step_generator
 from run.state import TrainingState, stoppable
@@ -85,7 +87,7 @@ class Config:
     hessian: str = "kron"  # of hgs and ranks; kron: inputs, gradients at outputs, rounding noise; input: inputs alone (QERA, CLoQ)
     iters: int = 8  # alternations of hgs and loftq
     ranks: str = "qra"  # uniform, variation, spectrum, qra, shuffled
-    process_index: int = 16  # average rank at equal parameters
+    rank: int = 16  # average rank at equal parameters
     calibration: int = 64  # captions for Hessians and variation
     gradient_captions: int = 0  # of these, for G, whose passes take four times as long; 0: all
     hessian_mb: int = 4096  # bound of what statistics and factors hold at a time; 0 (sdxl, flux): what memory there is
@@ -126,10 +128,9 @@ REAL = {
     "steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "lora_bits": 8, "eval_n": 16, "dtype": "bfloat16",
     "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512,
 }  # fmt: skip
-MODELS = {"sdxl": {"guidance": 7.5}, "flux": {"guidance": 3.5, "gradient_captions": 8}}
 REAL_CM = {"lr": 1e-4, "steps": 1000}  # --bits 16; LCM-LoRA's figures
 CHOICES = {
-    "model": family.MODELS, "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
+    "model": tuple(FAMILIES), "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
     "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS), "bits": (4, 16),
     "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
     "dtype": ("bfloat16", "float32"), "optimizer": ("adamw", "muon"), "backend": tuple(kernels.BACKENDS),
@@ -150,7 +151,11 @@ def parse(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     stage = "teacher" if given.get("stage") == "teacher" else "cm" if given.get("bits") == 16 else "student"
     folder = {"out": f"runs/{given.get('model', 'tiny')}" + {"teacher": "-teacher", "cm": "-cm", "student": ""}[stage]}
-    scale = MODELS.get(given.get("model"), {}) and REAL | MODELS[given["model"]] | (REAL_CM if stage == "cm" else {})
+    scale = (
+        {}
+        if FAMILIES[given.get("model", "tiny")].embedded
+        else REAL | FAMILIES[given["model"]].preset | (REAL_CM if stage == "cm" else {})
+    )
     return Config(**(folder | STAGES.get(stage, {}) | scale | RECIPES[given.get("recipe", "cmquant")] | given))
 
 
@@ -159,7 +164,7 @@ def check(cfg: Config) -> None:
     for name in ("batch", "rank", "calibration", "edges", "grid", "eval_n", "save_every", "cached"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
-    real, shard, phases = cfg.model in family.REAL, cfg.shard_teacher, cfg.phases.split(",")
+    real, shard, phases = not FAMILIES[cfg.model].embedded, cfg.shard_teacher, cfg.phases.split(",")
     known = {"fp", "self", "teacher", "anchor" if cfg.bits == 4 or cfg.rollout == 1 else "fp"}
     points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
     for wrong, message in (
@@ -170,7 +175,7 @@ def check(cfg: Config) -> None:
         (not all(0 <= x <= 1 for x in (cfg.rollout, cfg.jitter, cfg.split)), "--rollout, --jitter and --split must be from 0 to 1"),
         (not cfg.lr >= 0 or min(cfg.seed, cfg.steps, cfg.iters, cfg.micro, cfg.gradient_captions) < 0,
          "--lr, --seed, --steps, --iters, --micro and --gradient-captions must be at least 0"),
-        (cfg.grid > 1000 and "flux" not in cfg.model, f"--grid {cfg.grid} is more than a noise schedule's 1000: choose fewer"),
+        (cfg.grid > 1000 and FAMILIES[cfg.model].path({}, FAMILIES[cfg.model].latent).start == 1000, f"--grid {cfg.grid} is more than a noise schedule's 1000: choose fewer"),
         (cfg.edges > cfg.grid, f"--edges {cfg.edges} is more than the {cfg.grid} points of --grid: choose fewer"),
         (not all(k.isdigit() and 1 <= int(k) <= points for k in phases),
          f"--phases {cfg.phases} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)"),
@@ -215,7 +220,7 @@ def rollout_start(cfg: Config, gen: torch.Generator, network: Denoiser, examples
 def distil(cfg: Config, out: Path, learner, params: dict[str, torch.Tensor], network: Denoiser, examples, anchor=None):
     """4. TDPT mixed with on-policy rollouts, on `params`. `network` is the teacher and the fp consistency model, by switch."""
     path, mine, cache = network.path, slice(process_index(), None, process_count()), None
-    null = {} if network.name == "flux" else examples.null()  # FLUX has its guidance as an input, [schnell] none
+    null = examples.null() if network.family.classifier_free else {}  # FLUX has its guidance as an input, [schnell] none
     null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
     guide = tdpt.guided(as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
     fp, grid, targets = as_cm(network), path.grid(cfg.grid, cfg.device), cfg.targets.split(",")
@@ -273,8 +278,8 @@ def to(cond: dict[str, torch.Tensor], device: str, rows=slice(None)) -> dict[str
 
 def train_student(cfg: Config, out: Path) -> None:
     if not checkpoint.has_start(out):  # 1. - 3. statistics, ranks, split: student.py
-        network = pretrained.open_cm(cfg, torch.float32 if cfg.model in family.TINY else cfg.torch_dtype)
-        examples = pretrained.examples_of(cfg, out, network)  # text encoders and VAE go before the network is on the device
+        network = pretrained.open_cm(cfg, torch.float32 if FAMILIES[cfg.model].embedded else cfg.torch_dtype)
+        examples = encoders.examples_of(cfg, out, network)  # text encoders and VAE go before the network is on the device
         network, mine = network.to(cfg.device), slice(process_index(), None, process_count())
         gen = step_generator(cfg.seed, 0, stream=1)
         cond = to(examples.conditions(cfg.calibration, gen, mine), cfg.device)
@@ -294,17 +299,19 @@ def train_student(cfg: Config, out: Path) -> None:
     if cfg.checkpointing:
         packed.net.train().enable_gradient_checkpointing()
     network = pretrained.open_cm(cfg, cfg.torch_dtype).to(cfg.torch_dtype)  # its LoRA too
-    examples = pretrained.examples_of(cfg, out, network)
+    examples = encoders.examples_of(cfg, out, network)
     pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
     distil(cfg, out, packed, params, network, examples, as_anchor(packed))
     if process_index() == 0:  # 5. pack, reload, draw, measure
         checkpoint.save_checkpoint(out, packed, table, cfg.deploy == "merged", cfg.lora_bits)
-    if cfg.model in family.REAL:
+    if not FAMILIES[cfg.model].embedded:
         evaluate.latent_report(out, network, dataclasses.asdict(cfg), examples, leader=process_index() == 0)
         if process_index() == 0:
             pipeline.finish(out, cfg.export)
     elif process_index() == 0:
-        evaluate.closing_report(out, network.to("cpu", FAST), dataclasses.asdict(cfg))
+        network, config = network.to("cpu", FAST), dataclasses.asdict(cfg)
+        sample.closing_pictures(out, network, config)
+        evaluate.closing_report(out, network, config)
 
 
 def ship(cfg, path: Path, tensors: dict[str, torch.Tensor], network: Denoiser, cm: bool) -> None:
@@ -318,14 +325,14 @@ def ship(cfg, path: Path, tensors: dict[str, torch.Tensor], network: Denoiser, c
 
 def train_cm(cfg: Config, out: Path) -> None:
     """The same objective at 16 bits: the LoRA of the full-precision consistency model, MODEL-cm.safetensors."""
-    network = pretrained.trainable_cm(cfg, cfg.torch_dtype)
-    examples = pretrained.examples_of(cfg, out, network)
+    network = pretrained.open_trainable_cm(cfg, cfg.torch_dtype)
+    examples = encoders.examples_of(cfg, out, network)
     params = {k: p.requires_grad_() for k, p in network.to(cfg.device).named_parameters() if "lora_" in k}
     if cfg.checkpointing:
         network.net.train().enable_gradient_checkpointing()
     distil(cfg, out, as_cm(network), params, network, examples)
     path = out / f"{cfg.model}-cm.safetensors"
-    if process_index() == 0 and cfg.model in family.TINY:
+    if process_index() == 0 and FAMILIES[cfg.model].embedded:
         ship(cfg, path, {k.removeprefix("net."): p for k, p in params.items()}, network, cm=True)
     elif process_index() == 0:
         pretrained.save_cm(path, network)
@@ -337,7 +344,7 @@ def main(argv: list[str]) -> None:
     check(cfg)
     print("\n".join(f"{k:12} {v}" for k, v in dataclasses.asdict(cfg).items()))
     if cfg.dry_run:
-        return memory.dry_run(cfg) if cfg.model in family.REAL else None
+        return plan.dry_run(cfg) if not FAMILIES[cfg.model].embedded else None
     join_processes(cfg.device)
     began, out = time.time(), Path(cfg.out)
     if cfg.cm == "self":  # the consistency model first, in a folder of its own
@@ -346,14 +353,14 @@ def main(argv: list[str]) -> None:
         cached = ["--cache", f"{Path(cfg.cache)}-cm"] if cfg.cache else []
         first = [*argv, *first, "--cm", "", "--export", "", "--out", str(out / "cm"), *cached]
         if path.exists():
-            weights = pretrained.fingerprint(cfg.teacher, cfg.components)
+            weights = files.fingerprint(cfg.teacher, cfg.components)
             files.refuse_another(out / "cm", dataclasses.asdict(parse(first)) | {"out": "", "files of teacher and cm": weights})
         else:
             main(first)
         cfg = dataclasses.replace(cfg, cm=str(path), cm_scale=1.0)
-    weights = pretrained.fingerprint(cfg.teacher, cfg.cm, cfg.components)
+    weights = files.fingerprint(cfg.teacher, cfg.cm, cfg.components)
     files.open_run(out, dataclasses.asdict(cfg) | {"out": "", "files of teacher and cm": weights}, leader=process_index() == 0)
-    cfg = memory.planned(cfg) if cfg.model in family.REAL else cfg
+    cfg = cfg if FAMILIES[cfg.model].embedded else plan.planned(cfg)
     if cfg.stage == "teacher":
         network = teacher.train(cfg, out, sources.source(cfg.data))
         if process_index() == 0:

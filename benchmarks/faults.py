@@ -46,7 +46,7 @@ import train
 from data.cache import Trajectories
 from layers import packed_layers
 from models import checkpoint, tiny
-from models.denoiser import add_lora, random_tiny
+from models.denoiser import add_lora, random_denoiser
 from run import files
 from run.common import run_script
 from run.state import TrainingState
@@ -257,7 +257,7 @@ FAULTS = {"kill": kill, "bit flip": flip, "truncation": truncate, "disk full": f
 def random_weights(folder: Path) -> None:
     """A teacher and a consistency LoRA of random numbers."""
     torch.manual_seed(0)
-    teacher = random_tiny("tiny")
+    teacher = random_denoiser("tiny")
     files.write_tensors(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
     add_lora(teacher, 4)
     lora = {k: v.half() for k, v in teacher.net.state_dict().items() if "lora_" in k}
@@ -323,8 +323,10 @@ def main() -> None:
     kernels.load_native()  # built before anything is killed
     # inherited by every run
     real_pictures, draw, sample.PROMPTS, Trajectories.SHARD = evaluate.real_pictures, sample.draw, sample.PROMPTS[:2], 8
-    evaluate.real_pictures = lambda reader, n: real_pictures(reader, min(n, 64))
-    sample.draw = lambda model, denoiser, captions, steps, *more: draw(model, denoiser, captions, min(steps, 4), *more)
+    evaluate.real_pictures = lambda classifier, n: real_pictures(classifier, min(n, 64))
+    sample.draw = evaluate.draw = lambda model, denoiser, captions, steps, *more: draw(
+        model, denoiser, captions, min(steps, 4), *more
+    )
     plan = [(kind, list(RUNS)[k % 2]) for kind, count in KINDS.items() for k in range(count)]
     random.Random(args.seed).shuffle(plan)
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:

@@ -15,18 +15,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from models.family import FAMILIES, Family, family_of
 from run import files
 from run.common import UserError
 
-SDXL_LICENSE = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
-FLUX_LICENSE = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
-LICENSES = {  # part of a base's name -> entries of the front matter, and the licence in words
-    "stable-diffusion-xl": ({"license": "openrail++"}, f"CreativeML Open RAIL++-M License ({SDXL_LICENSE})"),
-    "FLUX.1-dev": (
-        {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "license_link": FLUX_LICENSE},
-        f"FLUX.1 [dev] Non-Commercial License ({FLUX_LICENSE})",
-    ),
-}
 CARD = """---
 {front}
 ---
@@ -61,8 +53,10 @@ The first call on a CPU compiles the kernels (20 seconds).
 def write_for_run(folder: Path, about: dict, steps: int) -> Path:
     """README.md of a run folder whose config.json is `about`; steps: the most that it was trained for."""
     network, report = about["network"], folder / "report.json"
+    family = FAMILIES[network["model"]]
     return _write(
         folder,
+        family,
         base=network["base"],
         network=network["class"],
         layers=about["layers"],
@@ -70,7 +64,7 @@ def write_for_run(folder: Path, about: dict, steps: int) -> Path:
         steps=steps,
         imports="from models import pipeline",
         load=f'pipeline.load_pipeline("{folder.name}")',
-        arguments=f"num_inference_steps={steps}, {_guidance(network['class'], network.get('guidance'))}",
+        arguments=f"num_inference_steps={steps}, guidance_scale={family.few_step_guidance(network.get('guidance'))}",
         metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",
     )
 
@@ -81,32 +75,28 @@ def write_for_pipeline(folder: Path) -> Path:
     if config is None:
         raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --teacher {folder}`")
     about = json.loads(config.read_text())
-    network, packed = about["_class_name"], about["quantization_config"]
+    family, packed = family_of(about), about["quantization_config"]
     steps, (height, width) = packed.get("steps", 4), (8 * side for side in packed["latent"][1:])  # not the base's own size
-    size = f"height={height}, width={width}"
+    size, guidance = f"height={height}, width={width}", family.few_step_guidance(packed.get("guidance"))
     return _write(
         folder,
+        family,
         base=packed["base"],
-        network=network,
+        network=about["_class_name"],
         layers=packed["layers"],
         weights=sorted(config.parent.glob("*.safetensors")),
         steps=steps,
         imports="import torch\nfrom diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant",
         load=f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
-        arguments=f"num_inference_steps={steps}, {size}, {_guidance(network, packed.get('guidance'))}",
+        arguments=f"num_inference_steps={steps}, {size}, guidance_scale={guidance}",
         metrics="",
     )
 
 
-def _guidance(network: str, guidance: float | None) -> str:
-    """The argument guidance_scale: FLUX takes what it was trained with, an SDXL student has its guidance distilled into it."""
-    return f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"
-
-
-def _write(folder: Path, base: str, network: str, layers: dict[str, dict], weights: list[Path], **texts) -> Path:
+def _write(folder: Path, family: Family, base: str, network: str, layers: dict[str, dict], weights: list[Path], **texts) -> Path:
     """Fills in CARD. base: hub id or path of what was quantized; network: its class; layers: the table of layers of the checkpoint;
     weights: the network's files; texts: entries of CARD that are written as they are."""
-    licence, in_words = next((v for k, v in LICENSES.items() if k in base), ({"license": "other"}, f"see {base}"))
+    licence, in_words = next((v for k, v in family.licences.items() if k in base), ({"license": "other"}, f"see {base}"))
     origin = {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
     tags = ["cmquant", "consistency-model", "w4a4", "quantized"]
     front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin)

@@ -6,7 +6,7 @@
 
     python -m models.pipeline --checkpoint runs/sdxl --export diffusers --out FOLDER     a pipeline folder with a model card
     python -m models.pipeline --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B for stock diffusers
-    python -m models.pipeline --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed: see export_lora
+    python -m models.pipeline --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed (export_lora)
     python -m models.pipeline --checkpoint runs/sdxl --export card                       README.md beside the weights
 
 diffusers.  Importing this file adds the quantization method "cmquant" to the two mappings of diffusers.quantizers.auto. From
@@ -51,8 +51,9 @@ import kernels
 import quant
 import tdpt
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
-from models import card, checkpoint, family, pretrained
+from models import card, checkpoint, pretrained
 from models.denoiser import FAST, Denoiser, is_plain_lora
+from models.family import FAMILIES, family_of_network
 from run import files
 from run.common import UserError, run_script
 
@@ -134,22 +135,10 @@ def quantization_config(net: nn.Module) -> CMQuantConfig:
     return net.hf_quantizer.quantization_config
 
 
-def pipeline_of(net: nn.Module):
-    """(pipeline class, name of the denoiser in it)."""
-    name = "sdxl" if isinstance(net, diffusers.UNet2DConditionModel) else "flux"
-    return family.pipeline_class(name), family.PART[name]
-
-
-def few_step_scheduler(scheduler: dict, path):
-    """The scheduler whose steps are `path.jump`s over path.grid; `scheduler`: the configuration of the base's own, {}: SDXL's."""
-    if isinstance(path, tdpt.FlowPath):
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=path.shift)
-    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": path.start}
-    schedule["rescale_betas_zero_snr"] = False
-    return diffusers.DDIMScheduler(
-        **{k: scheduler.get(k, v) for k, v in schedule.items()}, prediction_type=path.prediction,
-        timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
-    )  # fmt: skip
+def denoiser_of(pipe) -> nn.Module:
+    """The denoiser of a pipeline of any family, or None."""
+    parts = (getattr(pipe, family.part, None) for family in FAMILIES.values() if family.part)
+    return next((net for net in parts if net is not None), None)
 
 
 def read_run(folder: Path) -> dict:
@@ -174,7 +163,7 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
 
 
 def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False, dtype: torch.dtype | None = None, base: str = ""):
-    """StableDiffusionXLPipeline or FluxPipeline with the packed denoiser and a scheduler for few steps.
+    """The family's pipeline (StableDiffusionXLPipeline, FluxPipeline ..) with the packed denoiser and a scheduler for few steps.
 
     folder: a run folder of train.py, whose other components come from the base that it names (`base`: another copy of it, a
     hub id, folder or single file), or a pipeline folder of save_pretrained. dtype: of everything that is not packed; default
@@ -185,35 +174,40 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     dtype = dtype or (FAST if on_cpu else torch.bfloat16)
     if (folder / "model_index.json").is_file():
         pipe = read_base(diffusers.DiffusionPipeline, str(folder), torch_dtype=dtype)
-        part = next((part for part in ("unet", "transformer") if hasattr(pipe, part)), None)
-        if part is None or not any(packed_layers(getattr(pipe, part))):
+        net = denoiser_of(pipe)
+        if net is None or not any(packed_layers(net)):
             raise UserError(
                 f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --teacher {folder}`"
             )
     else:
         denoiser = load_denoiser(folder, dtype)
-        cls, part = pipeline_of(denoiser.net)
-        base, scheduler = base or denoiser.base, few_step_scheduler(denoiser.scheduler, denoiser.path)
+        family, net, base = denoiser.family, denoiser.net, base or denoiser.base
+        ours = {family.part: net, "scheduler": family.few_step_scheduler(denoiser.scheduler, denoiser.path)}
         if pretrained.is_file(base):
             components = components_of(folder)
-            pipe = pretrained.Text(denoiser.name, base, components, dtype=dtype).pipeline
-            vae = pretrained.VAE(denoiser.name, base, components).vae.to(dtype)
-            pipe.register_modules(vae=vae, scheduler=scheduler, **{part: denoiser.net})
-            pipe.set_progress_bar_config(disable=False)
+            pipe = pretrained.load_text_pipeline(family, base, components, dtype)
+            pipe.register_modules(vae=pretrained.load_vae(family, base, components).to(dtype), **ours)
         else:
-            pipe = read_base(cls, base, torch_dtype=dtype, scheduler=scheduler, **{part: denoiser.net})
-    pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
+            pipe = read_base(family.pipeline(), base, torch_dtype=dtype, **ours)
+    config = quantization_config(net)
+    pipe.default_sample_size = max(config.latent[1:])  # where a call names no size
     pipe.to(device)
-    if on_cpu and quantization_config(getattr(pipe, part)).backend == "compile":
-        set_backend(getattr(pipe, part), "native")
+    if on_cpu and config.backend == "compile":
+        set_backend(net, "native")
     if compile:
-        getattr(pipe, part).compile(mode=compile if isinstance(compile, str) else None)
+        net.compile(mode=compile if isinstance(compile, str) else None)
     return pipe
 
 
 def components_of(folder: Path) -> str:
     """--components of a run folder; "" where there were none."""
     return "" if (folder / "model_index.json").is_file() else files.read_config(folder)["config"].get("components", "")
+
+
+def _stem(name: str) -> str:
+    """What the pipelines of one family begin with: StableDiffusionXL of StableDiffusionXLInpaintPipeline."""
+    stems = [family.pipeline_name.removesuffix("Pipeline") for family in FAMILIES.values() if family.pipeline_name]
+    return max((stem for stem in stems if name.startswith(stem)), key=len, default=name)
 
 
 def read_base(cls, base: str, components: str = "", **kwargs):
@@ -227,7 +221,7 @@ def read_base(cls, base: str, components: str = "", **kwargs):
         if pretrained.is_file(base):
             return cls.from_single_file(base, **({"config": components} if components else {}), **kwargs)
         found = cls.load_config(base)["_class_name"]
-        if cls is not diffusers.DiffusionPipeline and not found.startswith(cls.__name__.removesuffix("Pipeline")):
+        if cls is not diffusers.DiffusionPipeline and _stem(found) != _stem(cls.__name__):
             raise UserError(f"{base} is a {found}, not a {cls.__name__}: name the one that was quantized by --base")
         return pretrained.from_pretrained(cls, base, **kwargs)
 
@@ -260,7 +254,7 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
     denoiser, start, layers = load_denoiser(folder, torch.float32), {}, {}
     if update:
         start = dict(packed_layers(checkpoint.load_start(folder)[0].net))
-    cls, part = pipeline_of(denoiser.net)
+    family = denoiser.family
     for name, layer in packed_layers(denoiser.net):
         if layer.rank:
             A_rK, B_Or = layer.factors()
@@ -274,7 +268,7 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
     if all(torch.equal(t.bfloat16().float(), t) for t in layers.values()):
         layers = {k: t.bfloat16() for k, t in layers.items()}  # one dtype for all: PEFT multiplies B by A
     with files.atomic(Path(out)) as file:
-        cls.save_lora_weights(file.parent, **{f"{part}_lora_layers": layers}, weight_name=file.name)
+        family.pipeline().save_lora_weights(file.parent, **{f"{family.part}_lora_layers": layers}, weight_name=file.name)
     return len(layers) // 2
 
 
@@ -288,8 +282,9 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
     No tensor of the network changes: the branch is a forward hook, on packed and on 16-bit layers, and several add up. A
     pipeline's text encoders get theirs by PEFT. Remove styles before save_pretrained. UserError if the file fits no layer."""
     pipe = pipe_or_net if isinstance(pipe_or_net, diffusers.DiffusionPipeline) else None
-    net = pipe_or_net if pipe is None else getattr(pipe, "unet", None) or pipe.transformer
-    (cls, part), name = pipeline_of(net), f"style_{next(_STYLES)}"
+    net = pipe_or_net if pipe is None else denoiser_of(pipe)
+    family, name = family_of_network(net), f"style_{next(_STYLES)}"
+    cls, part = family.pipeline(), family.part
     shown, handles, texts = "the LoRA" if isinstance(file, dict) else str(file), [], []
 
     def remove() -> None:
@@ -310,12 +305,9 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
         for prefix in ("text_encoder", "text_encoder_2"):
             text = getattr(pipe, prefix, None)
             if text is not None and any(key.startswith(f"{prefix}.") for key in state):
-                cls.load_lora_into_text_encoder(state, text_encoder=text, prefix=prefix, **about)
                 texts.append(text)
-                for layer in text.modules():
-                    if name in getattr(layer, "lora_A", {}):
-                        layer.set_adapter([*layer.lora_A])  # beside earlier styles
-                        layer.set_scale(name, scale)
+                cls.load_lora_into_text_encoder(state, text_encoder=text, prefix=prefix, **about)
+                _beside_others(text, name, scale)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         remove()
         why = textwrap.shorten(str(error), 200, placeholder=" ..")
@@ -332,6 +324,14 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
     if net._compiled_call_impl is not None:
         torch.compiler.reset()
     return remove
+
+
+def _beside_others(text: nn.Module, name: str, scale: float) -> None:
+    """The adapter `name` of a text encoder acts at `scale`, beside those that are on already."""
+    for layer in text.modules():
+        if name in getattr(layer, "lora_A", {}):
+            layer.set_adapter([*layer.lora_A])
+            layer.set_scale(name, scale)
 
 
 def weightless(net: nn.Module) -> nn.Module:
@@ -368,7 +368,7 @@ def write_card(folder: str | Path) -> Path:
 
 def save_pipeline(pipe, out: str | Path) -> None:
     """save_pretrained and the card. UserError while a style LoRA is on, which is not saved."""
-    net = getattr(pipe, "unet", None) or pipe.transformer
+    net = denoiser_of(pipe)
     hooks = (hook for layer in net.modules() for hook in layer._forward_hooks.values())
     if any(getattr(hook, "__name__", "") == "style" for hook in hooks):
         raise UserError("styles are not saved with a pipeline: remove them (call what add_style_lora returned), then save")

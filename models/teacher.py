@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 from data import scenes
 from models import tiny
-from models.denoiser import Denoiser, load_teacher, random_tiny
+from models.denoiser import Denoiser, random_denoiser
+from models.pretrained import load_teacher
 from run.common import process_count, process_index, step_generator
 from run.state import TrainingState
 
@@ -15,7 +16,7 @@ from run.state import TrainingState
 def train(cfg, out: Path, pictures) -> Denoiser:
     """Plain diffusion training: squared error at stratified times, 10% of captions dropped, EMA 0.999. Returns the average."""
     torch.manual_seed(cfg.seed)
-    model = load_teacher(cfg.model, cfg.teacher).requires_grad_() if cfg.teacher else random_tiny(cfg.model)
+    model = load_teacher(cfg.model, cfg.teacher).requires_grad_() if cfg.teacher else random_denoiser(cfg.model)
     params = dict(model.to(cfg.device).named_parameters())
     state = TrainingState(out, params, cfg)
     start, saved = state.load()

@@ -184,6 +184,24 @@ def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}): {hint}") from None
 
 
+def fingerprint(*paths: str) -> str:
+    """Digest of local files and folders of weights: names, sizes and the ends of every safetensors file. Hub ids say nothing.
+    UserError for a file of ours that does not fit its checksum."""
+    digest = hashlib.sha256()
+    for path in map(Path, filter(None, paths)):
+        try:
+            if path.is_file():
+                checksum(path)
+        except ValueError as error:
+            raise UserError(f"{path} is truncated or damaged ({error}): copy it again, or delete it to train it again") from None
+        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []:
+            with open(file, "rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                ends = [opened.read(1 << 20) for at in (0, max(0, size - (1 << 20))) if opened.seek(at) >= 0]
+            digest.update(f"{file.relative_to(path.parent)} {size} ".encode() + b"".join(ends))
+    return digest.hexdigest()[:16]
+
+
 def refuse_another(out: Path, config: dict) -> None:
     """UserError if the run in `out` cannot go on as `config`; Damaged as read_config."""
     old = read_config(out)["config"]

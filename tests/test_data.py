@@ -16,7 +16,7 @@ from PIL import Image
 
 from data import scenes, sources
 from models import tiny
-from models.denoiser import random_tiny
+from models.denoiser import random_denoiser
 from run import files
 from run.common import UserError, step_generator
 
@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, case):
 def test_live_examples_are_those_of_the_source_and_processes_share_them(tmp_path, kind):
     """Catches another order of draws, by which every existing run would change its numbers, and overlapping shares."""
     source = scenes.Scenes() if kind == "scenes" else sources.Folder(str(write_folder(tmp_path / "a")))
-    network = random_tiny("tiny")
+    network = random_denoiser("tiny")
     live, gen, same = sources.LiveExamples(source, network), step_generator(1, 2), step_generator(1, 2)
     pictures, captions = source.batch(6, gen)
     x0, cond = live.latents(6, same, slice(1, None, 2))

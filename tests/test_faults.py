@@ -23,7 +23,7 @@ import train
 from data import scenes, sources
 from data.cache import Trajectories
 from models import checkpoint
-from models.denoiser import random_tiny
+from models.denoiser import random_denoiser
 from run import files
 from run.common import UserError
 from run.state import EXIT_CODES, TrainingState
@@ -313,7 +313,7 @@ def test_a_start_other_than_the_one_that_was_trained_from_is_refused(tmp_path, c
 
 
 def draw(out: Path, teacher, monkeypatch, n: int = 5) -> Trajectories:
-    network = random_tiny("tiny")
+    network = random_denoiser("tiny")
     network.encode = lambda captions: {"length": torch.tensor([len(caption) for caption in captions])}
     monkeypatch.setattr(Trajectories, "SHARD", 2)
     examples = sources.LiveExamples(scenes.Scenes(), network)
@@ -606,11 +606,11 @@ def closing_report(out: Path, patch) -> None:
 
     sheet = sample.grid({"": torch.zeros(1, 3, 32, 32)})
     patch.setattr(evaluate, "Judge", Judge)
-    patch.setattr(checkpoint, "load_checkpoint", lambda out: (random_tiny("tiny"), {}))
+    patch.setattr(checkpoint, "load_checkpoint", lambda out: (random_denoiser("tiny"), {}))
     patch.setattr(sample, "draw", lambda *args: torch.zeros(1, 3, 32, 32))
     patch.setattr(sample, "compare", lambda *args: sheet)
     patch.setattr(checkpoint, "packed_size", lambda *args: dict.fromkeys(("bits_per_weight", "mb", "mb_bf16", "mb_lora"), 1.0))
-    evaluate.closing_report(out, random_tiny("tiny"), {"seed": 0, "guidance": 1.0, "eval_n": 4, "data": ""})
+    evaluate.closing_report(out, random_denoiser("tiny"), {"seed": 0, "guidance": 1.0, "eval_n": 4, "data": ""})
 
 
 # ------------------------------------------------------------------------------------------------ promises about the code

@@ -480,13 +480,13 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
 def test_sample_draws_picture_i_from_the_noise_of_seed_plus_i(runs, tmp_path, name, monkeypatch):
     """Catches noise that depends on the batch, and a base row that is drawn with the few-step scheduler."""
     pipe = load(runs[name])
-    two = sample.draw_real(pipe, [PROMPT, "a cat"], 2, seed=5)
-    assert two.shape == (2, 3, 64, 64) and torch.equal(two[1:], sample.draw_real(pipe, ["a cat"], 2, seed=6))
+    two = sample.draw_with_pipeline(pipe, [PROMPT, "a cat"], 2, seed=5)
+    assert two.shape == (2, 3, 64, 64) and torch.equal(two[1:], sample.draw_with_pipeline(pipe, ["a cat"], 2, seed=6))
     twin = sample.real_base(pipe, str(files.read_config(runs[name])["network"]["base"]))
     assert not any(packed_layers(denoiser_of(twin))) and twin.vae is pipe.vae
     assert twin.scheduler.config.get("use_dynamic_shifting", False) == (name == "flux")
     assert type(twin.scheduler).__name__ == ("EulerDiscreteScheduler" if name == "sdxl" else "FlowMatchEulerDiscreteScheduler")
-    monkeypatch.setattr(sample, "REAL_PROMPTS", (PROMPT,))
+    monkeypatch.setattr(sample, "PIPELINE_PROMPTS", (PROMPT,))
     sample.main(["--checkpoint", str(runs[name]), "--steps", "1", "--compare", "--out", str(tmp_path / "grid.png")])
     assert sample.Image.open(tmp_path / "grid.png").size == (96 + 68, 2 * 68)
 

@@ -11,8 +11,8 @@ from torch import nn
 import student
 import train
 from benchmarks import bench
-from models import family
 from models.denoiser import Denoiser, float_layers
+from models.family import FAMILIES, sdxl_unet
 
 BUDGET_MB = 560  # half of it is for the float64 sums of H: the 5,760 wide convolution's alone are 265 MB
 
@@ -20,10 +20,12 @@ BUDGET_MB = 560  # half of it is for the float64 sums of H: the 5,760 wide convo
 class Block(nn.Module):
     """down_blocks.1 of SDXL (640 channels, 2 ResNets, 2 x 2 transformer layers, downsampler) between two convolutions."""
 
+    config = None  # of a diffusers network
+
     def __init__(self):
         super().__init__()
         with torch.device("meta"):
-            block = family.sdxl_unet().down_blocks[1]
+            block = sdxl_unet().down_blocks[1]
         self.conv_in, self.block, self.conv_out = (
             nn.Conv2d(4, 320, 3, padding=1),
             block.to_empty(device="cpu"),
@@ -39,15 +41,15 @@ class Block(nn.Module):
         return self.conv_out(F.interpolate(h, scale_factor=2.0))
 
 
-class Denoiser(Denoiser):
-    def _call(self, x, t, s, cond):
+class BlockDenoiser(Denoiser):
+    def forward(self, x, t, s, cond):
         return self.net(x, cond["tokens"])
 
 
 @pytest.fixture(scope="module")
 def built():
     """(network, table, passes over the calibration set, bytes by which resident memory grew at most, or None)"""
-    denoiser, calls = Denoiser("sdxl", Block(), None, family.noise_path("sdxl", {}, (4, 8, 8)), (4, 8, 8)), []
+    denoiser, calls = BlockDenoiser(FAMILIES["sdxl"], Block(), latent=(4, 8, 8)), []
     forward = denoiser.net.forward
     denoiser.net.forward = lambda *args: calls.append(0) or forward(*args)
     flags = "--model sdxl --ranks uniform --rank 16 --init qera --rounding rtn --hessian input --phases 1 --micro 1"

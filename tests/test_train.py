@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import miniature
 import numpy as np
 import pytest
 import torch
@@ -28,8 +29,9 @@ import student
 import tdpt
 import train
 from data import scenes, sources
-from models import checkpoint, family, teacher
-from models.denoiser import add_lora, as_cm, fuse, load_tiny_cm, lora_layers, random_tiny
+from models import checkpoint, teacher
+from models.denoiser import add_lora, as_cm, draw, fuse, lora_layers, random_denoiser, start_noise
+from models.pretrained import load_embedded_cm
 from run import files
 from run.common import UserError, step_generator
 from run.state import TrainingState
@@ -45,7 +47,7 @@ QUICK = (
 def random_weights(folder: Path, model: str) -> str:
     """Flags that name a random teacher and a random consistency LoRA."""
     torch.manual_seed(0)
-    teacher = random_tiny(model)
+    teacher = random_denoiser(model)
     files.write_tensors(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
     add_lora(teacher, 4)
     lora = {k: v.half() for k, v in teacher.net.state_dict().items() if "lora_" in k}
@@ -154,7 +156,7 @@ def test_muon_resumes_bit_for_bit_and_leaves_convolutions_to_adamw(tmp_path, mon
     """Catches momentum that is not saved, a parameter that no optimizer has, and one that two have."""
     flags = f"--model {model} --batch 4 --optimizer muon --stage teacher --seed 3".split()
     config = train.parse([*flags, "--steps", "4", "--save-every", "2"])
-    pictures, network = sources.source(""), random_tiny(model)
+    pictures, network = sources.source(""), random_denoiser(model)
     state = TrainingState(tmp_path, dict(network.named_parameters()), config)
     held = [p for optimizer in state.optimizers for p in optimizer.param_groups[0]["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(network.parameters()))
@@ -191,7 +193,7 @@ def test_tiny_flux_goes_the_whole_way(tmp_path):
     student, about = checkpoint.load_checkpoint(tmp_path / "r")
     kinds = [row["kind"] for row in about["layers"].values()]
     assert kinds.count("w4a16") == 2 * 2 + 4 + 2 and kinds.count("w4a4") == len(kinds) - 10
-    assert sample.draw(student, student, list(PAIR), 1).std() > 0
+    assert draw(student, student, list(PAIR), 1).std() > 0
 
 
 @pytest.fixture
@@ -203,14 +205,14 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("model", family.TINY)
+@pytest.mark.parametrize("model", miniature.EMBEDDED)
 def test_teacher_then_consistency_lora_are_files_that_the_next_stage_loads(pictures, tmp_path, model):
     """Catches a stage whose output no other stage can read, and a LoRA that is rounded with the network it was scored in."""
     flags = f"--model {model} --data {pictures} --batch 4"
     train.main(f"{flags} --stage teacher --steps 2 --out {tmp_path}/t".split())
     teacher = f"--teacher {tmp_path}/t/{model}.safetensors"
     train.main(f"{flags} {teacher} --bits 16 --steps 2 --cached 4 --grid 8 --out {tmp_path}/c".split())
-    network = load_tiny_cm(model, f"{tmp_path}/t/{model}.safetensors", f"{tmp_path}/c/{model}-cm.safetensors")
+    network = load_embedded_cm(model, f"{tmp_path}/t/{model}.safetensors", f"{tmp_path}/c/{model}-cm.safetensors")
     state, _ = files.read_tensors(tmp_path / "c" / "state.safetensors", "")
     for name, layer in lora_layers(network).items():
         assert torch.equal(layer.lora_A, state[f"p.net.{name}.lora_A"].half().float())
@@ -229,7 +231,7 @@ def test_scores_of_16_bit_weights_are_those_of_what_they_draw(monkeypatch):
         return scenes.render(scenes.random_scenes(512, step_generator(4321, 0 if name == "fp" else 1)), step_generator(5, 0))
 
     monkeypatch.setattr(evaluate.Judge, "draw", real)
-    rows = evaluate.network_report(random_tiny("tiny"), {"data": "", "eval_n": 512, "guidance": 3.0}, cm=True)
+    rows = evaluate.network_report(random_denoiser("tiny"), {"data": "", "eval_n": 512, "guidance": 3.0}, cm=True)
     assert list(rows) == [
         "real",
         "teacher, guided, 25 steps",
@@ -291,11 +293,11 @@ def test_pictures_of_a_new_process_equal_those_at_the_end_of_training(finished, 
 def test_a_picture_depends_on_its_seed_and_not_on_its_place_in_the_batch(finished):
     """Catches noise drawn for a whole batch at once."""
     student, _ = checkpoint.load_checkpoint(finished)
-    noise = sample.start_noise(3, student.latent, 5)
-    assert torch.equal(noise[2:], sample.start_noise(1, student.latent, 7))
+    noise = start_noise(3, student.latent, 5)
+    assert torch.equal(noise[2:], start_noise(1, student.latent, 7))
     both, alone = (
-        sample.draw(student, student, list(sample.PROMPTS[:2]), 1, 3),
-        sample.draw(student, student, [sample.PROMPTS[1]], 1, 4),
+        draw(student, student, list(sample.PROMPTS[:2]), 1, 3),
+        draw(student, student, [sample.PROMPTS[1]], 1, 4),
     )
     torch.testing.assert_close(both[1:], alone, atol=0.05, rtol=0)
 
@@ -322,12 +324,12 @@ def test_merged_deployment_has_no_branch_and_draws(weights, finished, tmp_path):
     merged, about = checkpoint.load_checkpoint(out)
     assert all(row["rank"] == 0 for row in about["layers"].values())
     assert not any("lora_" in k for k in merged.state_dict())
-    assert sample.draw(merged, merged, [sample.PROMPTS[0]], 2).isfinite().all()
+    assert draw(merged, merged, [sample.PROMPTS[0]], 2).isfinite().all()
 
 
 def test_evaluate_writes_the_rows_it_prints(finished, tmp_path, monkeypatch, capsys):
     """Catches a JSON without the promised fields, and a PSNR of something else than the fp model's pictures."""
-    monkeypatch.setattr(evaluate, "load_reader", lambda: evaluate.Reader().eval().requires_grad_(False))
+    monkeypatch.setattr(evaluate, "load_classifier", lambda: evaluate.SceneClassifier().eval().requires_grad_(False))
     evaluate.main(
         ["--checkpoint", str(finished), "--steps", "1", "--n", "256", "--teacher", "none", "--json", str(tmp_path / "q.json")]
     )
@@ -339,7 +341,7 @@ def test_evaluate_writes_the_rows_it_prints(finished, tmp_path, monkeypatch, cap
 def test_kept_fp_pictures_are_of_the_same_model_prompts_and_steps(weights, tmp_path):
     """Catches a PSNR to pictures of another noise, number of steps or consistency LoRA."""
     path, config = str(tmp_path / "fp.safetensors"), {"model": "tiny", "teacher": "", "cm": ""}
-    judge, network = evaluate.Judge(2, 5, reference=2), load_tiny_cm("tiny", *weights.split()[3::2])
+    judge, network = evaluate.Judge(2, 5, reference=2), load_embedded_cm("tiny", *weights.split()[3::2])
     drawn = evaluate.fp_pictures(path, judge, network, 1, config)
     assert torch.equal(drawn, judge.draw("fp", as_cm(network), network, 1))
     judge.draw = None  # not called again
@@ -366,7 +368,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
 
 def test_the_shipped_classifier_reads_real_pictures():
     """Catches a classifier that does not fit the pictures: more than 0.97 of scenes with every attribute right."""
-    accuracy, features = evaluate.real_pictures(evaluate.load_reader(), 1024)
+    accuracy, features = evaluate.real_pictures(evaluate.load_classifier(), 1024)
     assert accuracy > 0.97 and features.shape == (1024, 128)
 
 
@@ -495,7 +497,7 @@ def test_a_rounding_and_an_initialisation_of_ones_own_are_one_line_each(weights,
     monkeypatch.setattr(hgs_lora, "READS_G", hgs_lora.READS_G | {"mine"})
     monkeypatch.setitem(train.CHOICES, "rounding", tuple(quant.ROUNDINGS))
     monkeypatch.setitem(train.CHOICES, "init", tuple(hgs_lora.METHODS))
-    network = load_tiny_cm("tiny", *weights.split()[3::2])
+    network = load_embedded_cm("tiny", *weights.split()[3::2])
     cond = sources.LiveExamples(sources.source(""), network).conditions(2, step_generator(0, 0), slice(None))
     x_T, base, built = torch.randn(2, *network.latent, generator=step_generator(1, 0)), fuse(network), []
     for names in ("--rounding gptq --init hgs", "--rounding mine --init mine"):
