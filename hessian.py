@@ -31,8 +31,8 @@ tensors part ways in a later call, that is an error and not a silently wrong H.
 
 Memory [O]. `budget_bytes` bounds the float64 totals that are alive in one pass: 8 K^2 bytes for each group, 8 O^2 for each G. What
 does not fit waits for the next pass, in which the same calibration set is driven through the model again. `collect_passes` and
-`collect_output_passes` yield each pass's layers as soon as they are ready, and `Slices` joins the two, so that a big model can be
-decomposed slice by slice; `collect` and `collect_outputs` keep all layers (float32).
+`collect_output_passes` yield each pass's layers as soon as they are ready, in float32, and `Slices` joins the two, so that a big
+model can be decomposed slice by slice.
 
 Where torch.distributed is initialised, each process drives its own part of the calibration set, in the same order of layers. Sums,
 counts and maxima are exchanged before a result is handed out, so that all processes get the same.
@@ -117,7 +117,7 @@ class Stats:
     H_KK: Tensor  # mean of x x^T over rows; float32 (the float64 sum while it is accumulated)
     absmax_BinI: Tensor  # float32, max |x| per timestep bin and input channel (also for convolutions)
     calls_Bin: Tensor  # int64, forward calls seen in each bin: 0 marks a row of absmax without data
-    noise_I: Tensor  # float32, E[(x_i - q(x)_i)^2] of the 4-bit grid per channel; zeros where collect was given no group_x
+    noise_I: Tensor  # float32, E[(x_i - q(x)_i)^2] of the 4-bit grid per channel; zeros where no group_x was given
     count: int = 0  # rows
     pixels: int = 0  # tokens or input pixels, which are not the rows where a convolution has a stride
     layers: list[str] = field(default_factory=list)  # names of the layers that share this input
@@ -126,11 +126,6 @@ class Stats:
     def xmax_I(self) -> Tensor:
         """max |x| per input channel over all timesteps: what smoothing needs."""
         return self.absmax_BinI.amax(0)
-
-    @property
-    def mean_square_I(self) -> Tensor:
-        """E[x_i^2] per input channel (for a convolution, averaged over taps)."""
-        return self.H_KK.diagonal().reshape(-1, self.absmax_BinI.shape[1]).mean(0)
 
     def update(self, rows_TK: Tensor) -> None:
         """Add one block of rows to the running sum."""
@@ -372,14 +367,6 @@ def collect_passes(
     yield from _InputCollector(model, layer_names, budget_bytes, bins, group_x).passes(run)
 
 
-def collect(model, layer_names, run, budget_bytes: int = 2 << 30, bins: int = 4, group_x: int = 0) -> dict[str, Stats]:
-    """All passes of `collect_passes` in one dict, in the order of `layer_names`. Same arguments, same errors."""
-    found = {}
-    for part in collect_passes(model, layer_names, run, budget_bytes, bins, group_x):
-        found.update(part)
-    return {name: found[name] for name in layer_names}
-
-
 # ---------------------------------------------------------------- streaming: gradients of outputs
 
 
@@ -452,14 +439,6 @@ def collect_output_passes(
     Raises ValueError for layers that are unknown, over budget or that no gradient reaches, and for gradients of inf or nan.
     """
     yield from _OutputCollector(model, layer_names, budget_bytes).passes(run)
-
-
-def collect_outputs(model, layer_names, run, budget_bytes: int = 2 << 30) -> dict[str, Tensor]:
-    """All passes of `collect_output_passes` in one dict, in the order of `layer_names`. Same arguments, same errors."""
-    found = {}
-    for part in collect_output_passes(model, layer_names, run, budget_bytes):
-        found.update(part)
-    return {name: found[name] for name in layer_names}
 
 
 # ---------------------------------------------------------------- both, a slice of the layers at a time

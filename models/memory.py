@@ -59,6 +59,7 @@ from torch.utils._pytree import tree_leaves
 
 import hessian
 import hgs_lora
+import qra
 from data.cache import buckets
 from layers import packed_class, packed_layers, replace_layer
 from models import checkpoint, family, pretrained
@@ -449,7 +450,7 @@ def teacher_of(cfg) -> str:
 def footprint(cfg, build, shapes) -> Footprint:
     """Of the 4-bit student, or of the consistency model that --bits 16 trains."""
     ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
-    gradients = hgs_lora.wants_gradients(cfg)
+    gradients = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
     return Footprint(build, *shapes, **ranks, dtype=cfg.torch_dtype, group_w=cfg.group_w, gradients=gradients)
 
 
