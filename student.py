@@ -75,11 +75,20 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
     # 3. Split: W ~ Q + B A, HGS-LoRA
     packed, table = {}, {}
     for layer in tqdm(calibration, f"split ({cfg.init}, {cfg.rounding})", total=len(layers), disable=process_index() > 0):
-        rank, how = ranks[layer.name], (cfg.init, cfg.group_w, layer.taps, cfg.rounding, cfg.iters)
-        random_rows = step_generator(cfg.seed, layer.index, stream=2)
-        gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, *how, generator=random_rows)
+        gw, A_rK, B_Or = hgs_lora.decompose(
+            layer.w_OK,
+            layer.white,
+            ranks[layer.name],
+            method=cfg.init,
+            group=cfg.group_w,
+            taps=layer.taps,
+            rounding=cfg.rounding,
+            iters=cfg.iters,
+            generator=step_generator(cfg.seed, layer.index, stream=2),
+        )
         packed[layer.name] = layer.pack(gw, A_rK, B_Or, cfg.group_x)
-        table[layer.name] = layer.row(rank, cfg) | {"error": hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)}
+        error = hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)
+        table[layer.name] = layer.row(cfg, ranks[layer.name]) | {"error": error}
 
     # The packed layers take the float layers' places
     for layer in layers:
@@ -126,7 +135,7 @@ class Layer:
         """The packed twin, in main memory."""
         return packed_class(self.kind, self.module).from_float(self.module, gw, A_rK, B_Or, self.smooth_I, group_x).cpu()
 
-    def row(self, rank: int, cfg) -> dict:
+    def row(self, cfg, rank: int) -> dict:
         """Its row of the table of layers."""
         groups = {"group_w": cfg.group_w, "group_x": cfg.group_x}
         return {"kind": self.kind, "shape": self.shape, "rank": rank, "smooth": self.smooth_I is not None} | groups
