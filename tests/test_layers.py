@@ -406,10 +406,11 @@ def test_8_bits_of_lora_add_less_than_2_percent_to_the_error_of_4_bits(rank, smo
     assert (eight - exact).norm() < 1.02 * (four - exact).norm()
 
 
-def test_native_backend_runs_the_deployed_form():
-    """Catches: bytes of scales or int8 factors handed to C++."""
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 5])
+def test_native_backend_runs_the_deployed_form_at_any_rank(rank):
+    """Catches: bytes of scales or int8 factors handed to C++, ranks that do not fill its registers."""
     for kind in KINDS:
-        _, layer, x = make_layer(kind)
+        _, layer, x = make_layer(kind, rank=rank)
         layer.store_8bit()
         eager = layer(x)
         set_backend(layer, "native")
