@@ -87,7 +87,10 @@ class Config:
     hessian: str = "kron"  # of hgs and ranks; kron: inputs, gradients at outputs, rounding noise; input: inputs alone (QERA, CLoQ)
     iters: int = 8  # alternations of hgs and loftq
     ranks: str = "qra"  # uniform, variation, spectrum, qra, shuffled
-    rank: int = 16  # average rank at equal parameters
+    rank: int = 16  # average LoRA rank at equal parameters
+    rank_granule: int = 0  # ranks are rank_least + a multiple of this; 0: max(1, rank / 4)
+    rank_least: int = -1  # least rank of a layer, 0: it may have no branch; -1: rank / 4
+    rank_most: int = 0  # largest rank of a layer; 0: max(64, 4 rank)
     calibration: int = 64  # captions for Hessians and variation
     gradient_captions: int = 0  # of these, for G, whose passes take four times as long; 0: all
     hessian_mb: int = 4096  # bound of what statistics and factors hold at a time; 0 (sdxl, flux): what memory there is
@@ -131,7 +134,7 @@ REAL = {
 REAL_CM = {"lr": 1e-4, "steps": 1000}  # --bits 16; LCM-LoRA's figures
 CHOICES = {
     "model": tuple(FAMILIES), "stage": ("student", "teacher"), "hessian": ("kron", "input"), "recipe": tuple(RECIPES),
-    "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": ("uniform", *qra.METHODS), "bits": (4, 16),
+    "rounding": tuple(quant.ROUNDINGS), "init": tuple(hgs_lora.METHODS), "ranks": tuple(qra.METHODS), "bits": (4, 16),
     "trajectory": ("fp", "teacher"), "deploy": ("branch", "merged"), "group_w": quant.GROUPS, "group_x": quant.GROUPS,
     "dtype": ("bfloat16", "float32"), "optimizer": ("adamw", "muon"), "backend": tuple(kernels.BACKENDS),
     "weights": ("", "random"), "export": ("", "lora"), "lora_bits": (8, 16),
