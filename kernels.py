@@ -4,9 +4,9 @@
     X   = m_x q_x   int8,  s_x float32                    dynamic, groups of group_x      (quant.py: x' ~= s_x m_x q_x)
     y   = s_x s_w (X W^T)  + bias + (x' A^T) B^T          W = m_w q_w int8;  X W^T is one int8 GEMM, int32, exact
 
-The low-rank branch sees x' before quantization. Casts, in order: x to float32; x' and its quantization in float32; the
-branch in x.dtype (its GEMMs accumulate in float32); int32 -> float32 (rounds once, above 2^24); epilogue in float32; y in
-x.dtype. int32 cannot overflow up to Kp = 131,071.
+The low-rank branch A (r, K), B (O, r) sees x' before quantization. Casts, in order: x to float32; x' and its quantization in
+float32; the branch in x.dtype (its GEMMs accumulate in float32); int32 -> float32 (rounds once, above 2^24); scaling, bias and
+the sum in float32; y in x.dtype. int32 cannot overflow up to Kp = 131,071.
 
 Storage of a weight (O, Kp), 4 + 4/group bits a value and one byte per row:
 
@@ -23,14 +23,16 @@ Unpacking works on four codes at once: bytes are viewed as int32 lanes; since m 
 Convolutions: pixels are quantized once (one float scale per sample, multipliers per pixel and group along channels), then
 im2col copies int8 codes; spatial padding is the code 0. K is tap-major, channel fastest, as in quant.py.
 
-The eager function is the documentation and the oracle. Two backends compute the same:
+The branch may have any rank: 1, 2, 3, .. up to min(O, K); A and B that are None, or empty, are no branch.
 
-    compiled(f)   torch.compile of that function with dynamic sizes: equal to it bit for bit on CPU. On CUDA, Inductor may
-                  contract the epilogue's multiply-add; the int32 sums are exact.
-    native(f)     kernels.cpp, for x86 CPUs (AVX512-VNNI or AVX2) with a C++ compiler, and kernels_triton.py for NVIDIA GPUs: codes,
-                  sums and scaling bit for bit (GPUs contract the epilogue's multiply-add); the branch is summed in another
-                  order, always the same one, whatever the batch and the threads. (bfloat16 outputs below 2^-126 are zero
-                  where the CPU has units for bfloat16.)
+The eager function is the documentation and the oracle. BACKENDS has two others that compute the same:
+
+    compile   torch.compile of that function with dynamic sizes: equal to it bit for bit on a CPU. On CUDA, Inductor may
+              contract the multiply-add at the end; the int32 sums are exact.
+    native    kernels written by hand: backends/cpu.cpp for x86 CPUs (AVX512-VNNI or AVX2) with a C++ compiler, backends/gpu.py
+              (Triton) for NVIDIA GPUs. Codes, int32 sums and scaling are equal bit for bit (GPUs contract the multiply-add at
+              the end); the branch is summed in another order, which is always the same one, whatever the batch and the
+              threads. (bfloat16 outputs below 2^-126 are zero where the CPU has units for bfloat16.)
 
 Left out on purpose: quantized outputs.
 Dimension key: see quant.py; P packed bytes of a row.          W4A4 [A]; branch on unquantized input as in SVDQuant [R]; layout [O]
@@ -39,28 +41,23 @@ Dimension key: see quant.py; P packed bytes of a row.          W4A4 [A]; branch 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import os
-import shlex
-import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends import cpu, gpu
+from backends.cpu import CPU
 from quant import SCALE_SHIFT, ZERO, GridWeight, activation_int8, dequantize_activation, quantize_activation, quantize_weight
 from quant import dequantize as dequantize_grid
 
 SCALE_BIAS = (127 - 26) << (23 - SCALE_SHIFT)  # code 0 is quant.SCALE_MIN = 2^-26
 EXACT = 1024  # columns whose products sum exactly in float32
-CPU = getattr(torch.cpu, "get_capabilities", dict)()  # units of this machine by name; {} before torch has the list
 VNNI = CPU.get("avx512_vnni", False)
 NIBBLES, ONES, SIGNS = 0x0F0F0F0F, 0x01010101, 0x80808080 - 2**32  # four byte lanes of an int32
 
@@ -104,6 +101,8 @@ def unpack_scales(code_O: Tensor) -> Tensor:
 
 
 class PackedWeight(NamedTuple):
+    """A quant.GridWeight as it is stored: tensors of the layout above, channels without padding, taps (1: linear), group size."""
+
     codes_OP: Tensor
     mult_P: Tensor
     scale_O: Tensor
@@ -113,6 +112,7 @@ class PackedWeight(NamedTuple):
 
 
 def pack(gw: GridWeight) -> PackedWeight:
+    """The storage of a weight; its scales stay float32."""
     return PackedWeight(pack_codes(gw.codes_OK), pack_multipliers(gw.mult_OG), gw.scale_O, gw.channels, gw.taps, gw.group)
 
 
@@ -136,7 +136,7 @@ def weight_int8(pw: PackedWeight) -> Tensor:
     return lanes.flatten(1).view(torch.int8)
 
 
-# ------------------------------------------------------------------------------------------------ kernels
+# ------------------------------------------------------------------------------------------------ eager kernels
 
 
 @torch.library.custom_op("cmquant::int8_matmul_in_float", mutates_args=())
@@ -155,15 +155,24 @@ def _(X_TK: Tensor, W_OK: Tensor) -> Tensor:
 
 
 def int8_matmul(X_TK: Tensor, W_OK: Tensor) -> Tensor:
-    """X W^T, int8 -> int32 (T, O), exact. CUDA's _int_mm wants T > 16 and O a multiple of 8: padded with zeros there."""
-    if not (X_TK.is_cuda or VNNI):
-        return int8_matmul_in_float(X_TK, W_OK)
-    T, O = X_TK.shape[0], W_OK.shape[0]
-    X_TK = X_TK.contiguous() if X_TK.is_cuda else X_TK  # a transposed view, as diffusers makes of one picture, is not cuBLAS' order
-    if X_TK.is_cuda and (T <= 16 or O % 8):
+    """X W^T, int8 (T, K) x (O, K) -> int32 (T, O), exact."""
+    if X_TK.is_cuda:
+        return _int8_matmul_cuda(X_TK, W_OK)
+    return torch._int_mm(X_TK, W_OK.t()) if VNNI else int8_matmul_in_float(X_TK, W_OK)
+
+
+def _int8_matmul_cuda(X_TK: Tensor, W_OK: Tensor) -> Tensor:
+    """int8_matmul by cuBLAS, which wants T > 16, O a multiple of 8 and rows that are contiguous: diffusers makes a transposed view
+    of one picture's tokens."""
+    X_TK, T, O = X_TK.contiguous(), X_TK.shape[0], W_OK.shape[0]
+    if T <= 16 or O % 8:
         X_TK, W_OK = F.pad(X_TK, (0, 0, 0, max(0, 17 - T))), F.pad(W_OK, (0, 0, 0, -O % 8))
         return torch._int_mm(X_TK, W_OK.t())[:T, :O]
     return torch._int_mm(X_TK, W_OK.t())
+
+
+def _has_branch(lora_A_rK: Tensor | None) -> bool:
+    return lora_A_rK is not None and len(lora_A_rK) > 0
 
 
 def _fit(X: Tensor, width: int) -> Tensor:
@@ -184,19 +193,19 @@ def w4a4_linear(
     inv_smooth_I: Tensor | None = None,
     group_x: int = 16,
 ) -> Tensor:
-    """x (..., I) float32 / bf16 / fp16 -> (..., O) in x.dtype. bias, A, B float of any dtype. NaN or inf in a row: NaN."""
+    """x (..., I) float32 / bf16 / fp16 -> (..., O) in x.dtype. bias, A, B float of any dtype. A row with NaN or inf gives NaN."""
     x_TI = x.flatten(0, -2) if x.dim() > 1 else x[None]
     x1_TI = _smooth(x_TI, inv_smooth_I)
     X_TK, s_T = activation_int8(x1_TI, group_x)
     W_OK = weight_int8(pw)
     acc_TO = int8_matmul(_fit(X_TK, W_OK.shape[1]), W_OK)
-    low_Tr = None if lora_A_rI is None else x1_TI.to(x.dtype) @ lora_A_rI.to(x.dtype).t()
+    low_Tr = x1_TI.to(x.dtype) @ lora_A_rI.to(x.dtype).t() if _has_branch(lora_A_rI) else None
     y_TO = _epilogue(acc_TO, s_T, pw.scale_O, bias, low_Tr, lora_B_Or, x.dtype)
     return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
 
 def _epilogue(acc_TO, s_T, scale_O, bias, low_Tr, lora_B_Or, dtype) -> Tensor:
-    """s_x s_w acc + bias + low B^T, float32, in place (a fresh temporary costs more than the arithmetic), then dtype."""
+    """s_x s_w acc + bias + low B^T in float32, then in dtype; in place, because fresh memory costs more than the arithmetic."""
     y_TO = acc_TO * s_T[:, None]  # int32 * float32 -> float32
     y_TO.mul_(scale_O)
     if bias is not None:
@@ -218,7 +227,8 @@ def w4a4_conv2d(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """(N, I, H, W) -> (N, O, H', W') in x.dtype and channels-last memory. lora_A is a convolution flattened like W."""
+    """(N, I, H, W) -> (N, O, H', W') in x.dtype and channels-last memory. lora_A is a convolution that is flattened like W. A
+    sample with NaN or inf gives NaN."""
     x1_NHWC = _smooth(x_NCHW.permute(0, 2, 3, 1).contiguous(), inv_smooth_I)  # no copy of channels-last memory
     X_NHWC, s_N = activation_int8(x1_NHWC, group_x, per_sample=True)
     W_OK = weight_int8(pw)
@@ -227,7 +237,7 @@ def w4a4_conv2d(
     acc_TO = int8_matmul(X_NHWK.flatten(0, 2), W_OK)
     s_T = s_N.repeat_interleave(X_NHWK.shape[1] * X_NHWK.shape[2])
     low_Tr = None
-    if lora_A_rK is not None:
+    if _has_branch(lora_A_rK):
         A_rIhw = lora_A_rK.to(x_NCHW.dtype).unflatten(1, (*kernel_size, -1)).permute(0, 3, 1, 2)
         low = F.conv2d(x1_NHWC.to(x_NCHW.dtype).permute(0, 3, 1, 2), A_rIhw, None, stride, padding)
         low_Tr = low.permute(0, 2, 3, 1).flatten(0, 2)
@@ -236,7 +246,7 @@ def w4a4_conv2d(
 
 
 def im2col(X_NHWC: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """int8 windows (N, H', W', kh*kw*C), tap-major, zero padding. C is a multiple of 8."""
+    """int8 (N, H, W, C), C a multiple of 8 -> windows (N, H', W', kh*kw*C), tap-major, zero padding."""
     if kernel_size == (1, 1) and padding == (0, 0):
         return X_NHWC[:, :: stride[0], :: stride[1]]
     X = X_NHWC.view(torch.int32)  # four codes at once; the view also stops Inductor from quantizing inside of the gather
@@ -253,20 +263,24 @@ def w4a16_linear(
     lora_A_rI: Tensor | None = None,
     lora_B_Or: Tensor | None = None,
 ) -> Tensor:
-    """4-bit weights, unquantized activations (modulation layers: many parameters, no compute). y in x.dtype."""
+    """4-bit weights, unquantized activations: for modulation layers, which have many parameters and little to compute.
+    x (..., I) -> (..., O) in x.dtype."""
     y = F.linear(x, dequantize(pw).to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if lora_A_rI is not None:
+    if _has_branch(lora_A_rI):
         y = y + F.linear(F.linear(x, lora_A_rI.to(x.dtype)), lora_B_Or.to(x.dtype))
     return y
+
+
+# ------------------------------------------------------------------------------------------------ backends
 
 
 @functools.cache
 def compiled(fn: Callable) -> Callable:
     """torch.compile of fn, cached per function. Without a working C++ compiler: fn itself, after one warning.
 
-    Linear kernels get one graph for layers of all sizes (tensor sizes dynamic, ints such as the group constants). The
-    convolution gets one graph for each geometry and rank and any batch size: with symbolic channels im2col compiles to integer
-    divisions for every element, 12 times slower."""
+    Linear kernels get one graph for layers of all sizes (sizes of tensors are dynamic; ints, such as the group, are constants).
+    The convolution gets one graph for each geometry and rank, for any batch: with symbolic channels im2col compiles to integer
+    divisions for every element, which is 12 times slower."""
     from torch._inductor.exc import InductorError, InvalidCxxCompiler  # slow import, needed here only
 
     is_conv = fn is w4a4_conv2d
@@ -294,128 +308,62 @@ def compiled(fn: Callable) -> Callable:
     return call
 
 
-def _in_cpp(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, *geometry) -> Tensor:
-    bias, inv_smooth = (None if t is None else t.detach().float().contiguous() for t in (bias, inv_smooth))
-    A, B = (None if t is None else t.detach().to(x_NHWC.dtype).contiguous() for t in (A, B))
-    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, A, B, inv_smooth)
-    return torch.ops.cmquant.w4a4(x_NHWC.contiguous(), *operands, pw.group, group_x, per_sample, *geometry)
-
-
 def _check_channels(channels: int, pw: PackedWeight) -> None:
     if channels != pw.channels:  # kernels by hand would read beyond the factors of the branch
         raise ValueError(f"x has {channels} channels, its weight {pw.channels}")
 
 
-def native_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16, run=_in_cpp) -> Tensor:
-    """w4a4_linear by hand: run is kernels.cpp's or kernels_triton's, for which its rows are pictures of one pixel."""
+def native_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16, w4a4=cpu.w4a4) -> Tensor:
+    """w4a4_linear by w4a4, a kernel of backends/ for pictures: each row is a picture of one pixel. ValueError for a wrong width."""
     _check_channels(x.shape[-1], pw)
     pixels = x.reshape(math.prod(x.shape[:-1]), 1, 1, x.shape[-1])
-    y = run(pixels, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, False, (1, 1), (1, 1), (0, 0))
+    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, lora_A_rI, lora_B_Or, inv_smooth_I, pw.group, group_x)
+    y = w4a4(pixels, *operands, False, (1, 1), (1, 1), (0, 0))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def native_conv2d(
     x_NCHW, pw, bias=None, lora_A_rK=None, lora_B_Or=None, inv_smooth_I=None, group_x=16,
-    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), run=_in_cpp,
+    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), w4a4=cpu.w4a4,
 ) -> Tensor:  # fmt: skip
-    """w4a4_conv2d by hand."""
+    """w4a4_conv2d by w4a4, a kernel of backends/. ValueError for a wrong number of channels."""
     _check_channels(x_NCHW.shape[1], pw)
-    geometry = (kernel_size, stride, padding)
-    x_NHWC = x_NCHW.permute(0, 2, 3, 1)
-    return run(x_NHWC, pw, bias, lora_A_rK, lora_B_Or, inv_smooth_I, group_x, True, *geometry).permute(0, 3, 1, 2)
+    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, lora_A_rK, lora_B_Or, inv_smooth_I, pw.group, group_x)
+    y_NHWO = w4a4(x_NCHW.permute(0, 2, 3, 1), *operands, True, kernel_size, stride, padding)
+    return y_NHWO.permute(0, 3, 1, 2)
 
 
-@functools.cache
-def load_native() -> bool:
-    """Build kernels.cpp for this CPU, once (20 seconds, kept in ~/.cache/cmquant), and load it. False, after one warning, where
-    that cannot be: the eager function does the same work."""
-    from torch.utils import cpp_extension
-
-    if not all(CPU.get(unit) for unit in ("avx2", "fma3", "f16c")):
-        return False
-    source = Path(__file__).parent / "backends" / "cpu.cpp"
-    compiler = os.environ.get("CXX", "c++")
-    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fopenmp", "-std=c++20", "-fPIC", "-shared"]
-    about = (source.read_bytes(), compiler, flags, torch.__version__, sorted(CPU.items()))
-    library = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cmquant")
-    library /= f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
-    try:
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # several processes may build at once
-                paths = [f"-I{path}" for path in cpp_extension.include_paths()]
-                paths += [f"-L{path}" for path in cpp_extension.library_paths()]
-                paths += [str(source), "-o", f"{folder}/kernels.so", "-lc10", "-ltorch_cpu"]
-                command = [*shlex.split(compiler), *flags, *paths]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                os.replace(f"{folder}/kernels.so", library)
-        torch.ops.load_library(library)
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = getattr(error, "stderr", "").splitlines()
-        why = next((line for line in lines if "error" in line), error)
-        warnings.warn(f"kernels.cpp was not built, the slower eager kernels run ({why})", stacklevel=2)
-        return False
-
-    @torch.library.register_fake("cmquant::w4a4")
-    def _(x, codes, mult, scale, bias, A, B, inv_smooth, group, group_x, per_sample, kernel, stride, padding):
-        size = [(x.shape[i + 1] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
-        return x.new_empty(x.shape[0], *size, codes.shape[0])
-
-    return True
-
-
-@torch.compiler.assume_constant_result  # or torch.compile traces through functools.cache into the build
-def _has_native() -> bool:
-    return load_native()
-
-
-@functools.cache
-def load_triton() -> bool:
-    """Whether kernels_triton.py runs here. False, after one warning, on other GPUs and without Triton."""
-
-    from backends import gpu
-
-    if not (found := gpu.available()):
-        warnings.warn("no Triton, or no NVIDIA GPU since Ampere: eager kernels run, --backend compile may be faster", stacklevel=2)
-    return found
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return load_triton()
+@torch.compiler.assume_constant_result  # or torch.compile would trace through functools.cache into the build
+def _has_native(device: str) -> bool:
+    return cpu.is_available() if device == "cpu" else gpu.is_available()
 
 
 def native(fn: Callable) -> Callable:
-    """The twin of w4a4_linear or w4a4_conv2d that is written for the device, C++ on the CPU and Triton on a GPU; fn itself where
-    there is none. A GPU's w4a16_linear is compiled: eager, it would write W in float32."""
+    """fn's twin that is written by hand for the device of x: C++ on a CPU, Triton on a GPU; fn itself where there is none. A GPU's
+    w4a16_linear is compiled, because the eager one would write W in float32."""
     twin = {w4a4_linear: native_linear, w4a4_conv2d: native_conv2d}.get(fn)
 
     def call(x: Tensor, *args) -> Tensor:
-        if x.device.type == "cpu":
-            return (twin if twin and _has_native() else fn)(x, *args)
-        if not (x.is_cuda and _has_triton()):
-            return fn(x, *args)
-        if twin is None:
-            return backend_compile(fn)(x, *args)
-
-        from backends import gpu
-
-        return twin(x, *args, run=gpu.run)
+        if x.device.type == "cpu" and twin and _has_native("cpu"):
+            return twin(x, *args, w4a4=cpu.w4a4)
+        if x.is_cuda and _has_native("cuda"):
+            return twin(x, *args, w4a4=gpu.w4a4) if twin else compiled_once(fn)(x, *args)
+        return fn(x, *args)
 
     return call
 
 
-def backend_compile(fn: Callable) -> Callable:
+def compiled_once(fn: Callable) -> Callable:
     """compiled(fn); fn itself inside of a model that is being compiled as a whole."""
     return fn if torch.compiler.is_compiling() else compiled(fn)
 
 
-BACKENDS = {"eager": lambda fn: fn, "compile": backend_compile, "native": native}
+BACKENDS = {"eager": lambda fn: fn, "compile": compiled_once, "native": native}  # an eager kernel -> the one that runs
 
 # ------------------------------------------------------------------------------------------------ demo
 
 
-def _demo() -> None:
+def main() -> None:
     gen = torch.Generator().manual_seed(0)
     print(f"{'layer':28s}{'bits/weight':>12s}{'vs dequantized':>16s}{'vs float':>10s}{'float ms':>10s}{'W4A4 ms':>9s}   (eager)")
     for name, T, I, O in (("linear 4096 x 128 -> 128", 4096, 128, 128), ("linear 1024 x 1024 -> 1024", 1024, 1024, 1024)):
@@ -445,4 +393,4 @@ def _milliseconds(f: Callable, repeats: int = 9) -> float:
 
 
 if __name__ == "__main__":
-    _demo()
+    main()

@@ -1,57 +1,64 @@
-"""The two-level INT4 grid of CMQuant: weights, activations, rounding, fake quantization.
+"""The two-level INT4 grid of CMQuant: weights, activations and the two ways of rounding.
 
     x[t, k] ~= s[t] * m[t, g(k)] * q[t, k]         q in {-8..7},  m in {1..16},  s float32 > 0       [O]
 
-|m q| <= 128, so m*q is an exact int8 in [-128, 112], and the product of two quantized operands is one int8 GEMM with
+q is the 4-bit code of a value, m the multiplier of its group of neighbours along the reduction axis, and s the scale of its
+row. Since |m q| <= 128, m*q is an exact int8 in [-128, 112], and the product of two quantized operands is one int8 GEMM with
 int32 accumulation and one float scale per row of each side, with no rescaling per group (kernels.py):
 
     Y[t, o] = s_x[t] * s_w[o] * sum_k (m q)_x[t, k] * (m q)_w[o, k]
 
-Zero is the code 0 and there is no zero point; codes are stored with +ZERO only when packed. The grid reaches one code
+Zero is the code 0 and there is no zero point; only packed storage adds ZERO to a code (kernels.py). The grid reaches one code
 further down than up. Counting the half step that rounding forgives, a group spans [-8.5, 7.5] steps, so the smallest step
-that clips none of its values by more than rounding would move them is
+that moves none of its values by more than half a step is
 
     b_g = max(max_k x / 7.5, max_k -x / 8.5),     s = max_g b_g / 16,     m_g = ceil(b_g / s)          |x - x^| <= s m / 2
 
-Activations use exactly this rule (dynamic, one pass for b, one to round; groups of 16 by default: they are never stored).
-Against b = absmax / 7.5 it lowers the error by 5% on Gaussian groups of 16; trying a second multiplier for every group
-lowers it by 1.5% more and doubles the cost; clip < 1 helps groups of 64 only (1.4% at 0.94).
-Weights (groups of 64) search every m in 1..16 for the least squared error, weighted by diag H if there is one. With that
-search the exact row scale hardly matters: trying several gained 0.2% and was dropped, and rounding it up to a float of 8
-bits (5 exponent, 3 mantissa: 2^-26 .. 60) costs less than 0.1%, so a weight row's scale is one byte of storage.
+Activations use exactly this rule. It is dynamic: one pass over the row finds b, a second one rounds. Their groups hold 16
+values by default, because activations are never stored. Compared with b = absmax / 7.5 the rule lowers the error of Gaussian
+groups of 16 by 5%. Trying a second multiplier for every group would lower it by 1.5% more and double the cost, and clipping
+the tails helps only groups of 64 (1.4% with steps of 0.94 b): neither is done. Because nothing is clipped, a
+straight-through gradient needs no mask (layers.py).
 
-Rounding is `rtn` (nearest) or `gptq`: columns in order, each one's rounding error is pushed into the columns to come,
+Weights have groups of 64 by default and try every m in 1..16 for the least squared error, weighted by diag H where there is a
+Hessian H. With that search the exact row scale hardly matters: trying several scales gained 0.2% and was dropped. Rounding
+the scale up to a float of 8 bits (5 of exponent, 3 of mantissa: 2^-26 .. 60) costs less than 0.1%, so the scale of a weight's
+row is one byte of storage.
 
-    E_k = (w_k - w^_k) / U_kk,    w_j -= E_k U_kj  (j > k),    U upper with U^T U = H^-1,    H = E[x x^T]   (GPTQ, 2210.17323)
+Rounding is `rtn` (to nearest) or `gptq`, which takes the columns in order and pushes each one's rounding error into the
+columns that follow, with the multipliers of a group chosen from the updated columns when the group begins, weighted by
+1 / U_kk^2 (GPTQ, 2210.17323 [R]):
 
-with the multipliers of a group chosen from the updated columns when the group starts, weighted by 1 / U_kk^2.
+    E_k = (w_k - w^_k) / U_kk,    w_j -= E_k U_kj  (j > k),    U upper triangular with U^T U = H^-1,    H = E[x x^T]
 
 Dimension key (whole project): B batch, T tokens (rows), I input channels, O output channels, K flattened reduction axis
-(linear: K = I; conv: K = kh*kw*I, tap-major, channel fastest), G groups, r rank, N H W C as usual. Channels are padded with
-zeros to a multiple of `group` inside each tap, so a group never straddles taps: Kp = taps * ceil(I/group) * group, padded
-codes are 0 and a group of zeros has m = 1. Rows are independent; an all-zero row stays zero.
+(linear: K = I; conv: K = kh*kw*I, tap-major, channel fastest), G groups, g values of a group, r LoRA rank, N H W C as usual.
+Channels are padded with zeros to a multiple of `group` inside each tap, so a group never straddles taps:
+Kp = taps * ceil(I/group) * group. Padded codes are 0, and a group of zeros has m = 1. Rows are independent of each other.
 
-Inf or NaN: weights raise ValueError; an activation row that holds one gets s = NaN, hence a NaN output row (never silently
-a number), or ValueError with check=True. Activation scales have a floor of 1e-30 (rows below it become zeros).
+Inf or NaN: weights raise ValueError; an activation row (a sample, for convolutions) that holds one gets s = NaN, hence a NaN
+output, never silently a number. Activation scales have a floor of 1e-30; smaller rows become zeros.
 Left out on purpose: zero points, FP4, static activation scales, GPTQ's column reordering.
 The grid, its search and the choice of groups are ours [O]; W4A4 is the paper's [A].
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QMIN, QMAX, MMAX, ZERO = -8, 7, 16, 8  # codes, largest multiplier, offset of a stored code (kernels.py): u = q + ZERO
-LO, HI = QMIN - 0.5, QMAX + 0.5  # what rounds into the grid, in steps
-TINY = 1e-30
-SCALE_MIN, SCALE_MAX, SCALE_SHIFT = 2.0**-26, 1.875 * 2.0**5, 20  # of weights; low bits of a float32 that are zero
-GROUPS = (8, 16, 32, 64, 128)  # sizes of a group
-BLOCK = 128  # GPTQ: columns between two updates of everything to the right
+from backends import gptq_gpu
+
+QMIN, QMAX, MMAX, ZERO = -8, 7, 16, 8  # smallest and largest code, largest multiplier; packed codes are q + ZERO
+LO, HI = QMIN - 0.5, QMAX + 0.5  # in steps: what rounds to a code without clipping
+TINY = 1e-30  # the smallest scale
+SCALE_MIN, SCALE_MAX = 2.0**-26, 1.875 * 2.0**5  # of a weight's row
+SCALE_SHIFT = 20  # low bits of a float32 that are zero in such a scale: 3 of its 23 bits of mantissa are left
+GROUPS = (8, 16, 32, 64, 128)  # group sizes
+BLOCK = 128  # GPTQ updates the columns inside a block one by one, and everything to the right of it once per block
 
 # ------------------------------------------------------------------------------------------------ reference math
 
@@ -64,8 +71,8 @@ def check_group(group: int) -> None:
 
 @dataclass
 class GridWeight:
-    """A weight on the grid. codes_OK int8 in -8..7 (O, Kp), mult_OG uint8 in 1..16 (O, Kp/group), scale_O float32
-    with 3 mantissa bits (round_scale)."""
+    """A weight on the grid: codes_OK int8 in -8..7 (O, Kp), mult_OG uint8 in 1..16 (O, Kp/group), scale_O float32 (O,)
+    with 3 bits of mantissa (round_scale)."""
 
     codes_OK: Tensor
     mult_OG: Tensor
@@ -94,6 +101,7 @@ def pad_taps(w_OK: Tensor, group: int, taps: int) -> Tensor:
 
 
 def unpad_taps(w_OK: Tensor, channels: int, taps: int) -> Tensor:
+    """Inverse of pad_taps: (O, Kp) -> (O, taps*channels)."""
     return w_OK.unflatten(1, (taps, -1))[..., :channels].flatten(1)
 
 
@@ -108,8 +116,8 @@ def unflatten_conv(w_OK: Tensor, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def step_bound(x_Gg: Tensor) -> Tensor:
-    """(..., G, group) -> (..., G): the smallest step at which no value lies over half a step outside of the grid."""
-    x_gG = x_Gg.movedim(-1, 0).contiguous()  # short inner reductions are 3x slower in eager mode; no difference compiled
+    """b: (..., G, group) -> (..., G), the smallest step at which no value moves by more than half a step."""
+    x_gG = x_Gg.movedim(-1, 0).contiguous()  # eager reductions over a short last axis take 3 times as long
     return torch.maximum(x_gG.amax(0) * (1 / HI), x_gG.amin(0) * (1 / LO))
 
 
@@ -117,7 +125,8 @@ def step_bound(x_Gg: Tensor) -> Tensor:
 
 
 def choose_multipliers(w_OGg: Tensor, scale_O: Tensor, weight_Gg: Tensor | None = None, search: bool = True) -> Tensor:
-    """m (O, G), float: the best of 1..16 by (weighted) squared error, ties to the smaller; or the activations' rule."""
+    """m (O, G), float: the one of 1..16 with the least squared error, weighted by weight_Gg (G, group) if it is given; the
+    smaller of two that are equal. search=False: the activations' rule, m = ceil(b / s)."""
     v = w_OGg / scale_O[:, None, None]
     if not search:
         return step_bound(v).ceil_().clamp_(1, MMAX)
@@ -132,7 +141,7 @@ def choose_multipliers(w_OGg: Tensor, scale_O: Tensor, weight_Gg: Tensor | None 
 
 
 def round_scale(scale_O: Tensor) -> Tensor:
-    """Up to the next float with 3 mantissa bits, from SCALE_MIN on. ValueError above SCALE_MAX."""
+    """Up to the next float with 3 bits of mantissa, at least SCALE_MIN. ValueError above SCALE_MAX."""
     bits = scale_O.clamp_min(SCALE_MIN).view(torch.int32) + (1 << SCALE_SHIFT) - 1
     scale_O = (bits >> SCALE_SHIFT << SCALE_SHIFT).view(torch.float32)
     if (scale_O > SCALE_MAX).any():
@@ -140,23 +149,20 @@ def round_scale(scale_O: Tensor) -> Tensor:
     return scale_O
 
 
-def _round(w_OGg: Tensor, m_OG: Tensor, scale_O: Tensor) -> Tensor:
+def _nearest(w_OGg: Tensor, m_OG: Tensor, scale_O: Tensor) -> Tensor:
     return (w_OGg / (m_OG * scale_O[:, None])[..., None]).round_().clamp_(QMIN, QMAX)
 
 
 def round_rtn(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Nearest code of the grid that was chosen: (q, m), float."""
-    return _round(w_OGg, m_OG, scale_O), m_OG
+    """The nearest code for the multipliers that were chosen: (q (O, G, group), m (O, G)), float."""
+    return _nearest(w_OGg, m_OG, scale_O), m_OG
 
 
 def round_gptq(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor) -> tuple[Tensor, Tensor]:
-    """GPTQ with the row scale fixed and each group's multiplier chosen again when its first column is reached."""
-    if w_OGg.is_cuda and search:  # one launch per block of columns instead of some 7 per column
-        with contextlib.suppress(ModuleNotFoundError):  # this file does without
-            from backends import gptq_gpu  # which imports this one
-
-            if gptq_gpu.available():
-                return gptq_gpu.round_gptq(w_OGg, scale_O, m_OG, search, U_KK)
+    """GPTQ with the row scale fixed and the multipliers of a group chosen again when its first column is reached. Arguments and
+    result as round_rtn's; U_KK upper triangular with U^T U = H^-1 (inverse_factor)."""
+    if search and w_OGg.is_cuda and gptq_gpu.is_available():  # one launch per block of columns instead of some 7 per column
+        return gptq_gpu.round_gptq(w_OGg, scale_O, U_KK, QMIN, QMAX, MMAX, BLOCK)
     O, G, g = w_OGg.shape
     w_KO = w_OGg.flatten(1).t().clone(memory_format=torch.contiguous_format)  # a column of W is a contiguous row here
     q_KO, m_OG = torch.empty_like(w_KO), m_OG.clone()
@@ -181,20 +187,21 @@ ROUNDINGS = {"rtn": round_rtn, "gptq": round_gptq}  # change this to try yours
 
 
 def inverse_factor(H_KK: Tensor, group: int = 64, taps: int = 1) -> tuple[Tensor, Tensor]:
-    """H (K, K) -> (H (Kp, Kp), U upper with U^T U = H^-1), float32, padded; computed in float64.
+    """H (K, K) -> (H (Kp, Kp), U (Kp, Kp) upper triangular with U^T U = H^-1), both float32 and padded; computed in float64.
 
-    With R upper and H = R R^T (a Cholesky factorization from the last column to the first), U = R^-1. Columns that never
-    fire (H_kk = 0: dead channels, padding) are decoupled and get H_kk = 1: they are rounded to nearest and disturb nobody.
-    Raises ValueError if H is not positive definite then (damp it)."""
+    Factorize H = V V^T with V upper triangular, which is a Cholesky factorization from the last column to the first; then
+    U = V^-1. Columns that never fire (H_kk = 0: dead channels, padding) are decoupled from the others and get H_kk = 1, so
+    that they are rounded to nearest and change no other column. Raises ValueError if H is not positive definite then."""
     H = pad_taps(pad_taps(H_KK.double(), group, taps).t(), group, taps)
     dead_K = H.diagonal() == 0
     H = H.masked_fill(dead_K[:, None] | dead_K, 0) + torch.diag(dead_K.double())
-    single, H = H.float(), H.flip(0, 1)  # one name for what is large: at most three such matrices at a time
+    H_single, H = H.float(), H.flip(0, 1)  # H keeps its name through the steps, so that at most three such matrices are alive
     H, info = torch.linalg.cholesky_ex(H)
     if info != 0 or not H.isfinite().all():
         raise ValueError("the Hessian is not positive definite; damp it (e.g. + 0.01 * mean(diag) on the diagonal)")
-    H = H.flip(0, 1)  # R
-    return single, torch.linalg.solve_triangular(H, torch.eye(len(H), dtype=H.dtype, device=H.device), upper=True).float()
+    H = H.flip(0, 1)  # V
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return H_single, torch.linalg.solve_triangular(H, eye, upper=True).float()
 
 
 def quantize_weight(
@@ -206,12 +213,16 @@ def quantize_weight(
     search: bool = True,
     factor: tuple[Tensor, Tensor] | None = None,
 ) -> GridWeight:
-    """Weights (O, K) -> grid. One signature for all roundings.
+    """Weights (O, K), any float dtype -> the grid. One signature for every rounding.
 
-    H_KK: second moments of the layer's input (K, K), damped by the caller; rtn weights its search by diag H if it is
-    given, all others need it. factor: inverse_factor(H_KK, group, taps), to pay for it once when one H serves several calls.
-    search=False takes s and m from the activations' rule. All others keep, row by row, the better of themselves and
-    rtn in the H-norm sum_o e_o H e_o^T, so none is worse. Raises ValueError for a bad group, shape, NaN/inf or unusable H."""
+    taps       kernel positions of a convolution's flattened weight, 1 for a linear layer
+    H_KK       second moments of the layer's input (K, K), damped by the caller. `rtn` weights its search by diag H if H is
+               given; every other rounding needs H, or:
+    factor     inverse_factor(H_KK, group, taps), so that one factorization serves several calls
+    search     False: s and m by the activations' rule
+
+    Every rounding but `rtn` keeps, row by row, the better of its result and rtn's by the error sum_o e_o H e_o^T, e = W - W^.
+    Raises ValueError for a group size, a shape, NaN/inf or a Hessian that cannot be used."""
     check_group(group)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
@@ -233,29 +244,31 @@ def quantize_weight(
     scale_O = round_scale(step_bound(w_OGg).amax(1) * (1 / MMAX))
     m_OG = choose_multipliers(w_OGg, scale_O, weight_Gg, search)
     U_KK = factor[1] if factor else None
+
     q, m = ROUNDINGS[rounding](w_OGg, scale_O, m_OG, search, U_KK)
-    if rounding != "rtn":  # rows where the other rounding lost to rtn go back to it
+    if rounding != "rtn":  # rows where it lost to rtn go back to it
         q0, m0 = round_rtn(w_OGg, scale_O, m_OG, search, U_KK)
         lost_O = _h_error(w_OGg, q, m, scale_O, factor[0]) > _h_error(w_OGg, q0, m0, scale_O, factor[0])
         q, m = torch.where(lost_O[:, None, None], q0, q), torch.where(lost_O[:, None], m0, m)
     return GridWeight(q.to(torch.int8).flatten(1), m.to(torch.uint8), scale_O, K // taps, taps, group)
 
 
-def _h_error(w_OGg: Tensor, q: Tensor, m: Tensor, scale_O: Tensor, H: Tensor) -> Tensor:
-    e_OK = (w_OGg - q * (m * scale_O[:, None])[..., None]).flatten(1)
-    return ((e_OK @ H) * e_OK).sum(1)
+def _h_error(w_OGg: Tensor, q_OGg: Tensor, m_OG: Tensor, scale_O: Tensor, H_KK: Tensor) -> Tensor:
+    """e H e^T of every row (O,), e = W - W^."""
+    e_OK = (w_OGg - q_OGg * (m_OG * scale_O[:, None])[..., None]).flatten(1)
+    return ((e_OK @ H_KK) * e_OK).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------ activations
 
 
-def _quantize(x: Tensor, group: int, per_sample: bool, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """codes (..., G, group) int8, mult (..., G) float32, scale float32 (..., 1), or (N, 1, 1, 1) per sample of x_NHWC."""
+def _quantize(x: Tensor, group: int, per_sample: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """codes (..., G, group) int8, multipliers (..., G) float, scale float32 (..., 1), or (N, 1, 1, 1) per sample of x_NHWC."""
     x = x.float()  # bf16 / fp16 inputs are quantized in float32
     if x.shape[-1] % group:
         x = F.pad(x, (0, -x.shape[-1] % group))
     x_Gg = x.unflatten(-1, (-1, group))
-    b_G = step_bound(x_Gg) * clip
+    b_G = step_bound(x_Gg)
     s = b_G.amax((-3, -2, -1) if per_sample else -1, keepdim=True) * (1 / MMAX)
     s = torch.where(s < torch.inf, s, torch.nan).clamp_min(TINY)  # inf becomes nan, nan stays
     m_G = (b_G / s).ceil().clamp(1, MMAX)
@@ -263,68 +276,34 @@ def _quantize(x: Tensor, group: int, per_sample: bool, clip: float) -> tuple[Ten
     return q.to(torch.int8), m_G, s
 
 
-def activation_int8(x: Tensor, group: int = 16, per_sample: bool = False, clip: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What the kernels use: m*q int8 (..., Kp) and the float scale, per token, or per sample for x_NHWC."""
-    q, m_G, s = _quantize(x, group, per_sample, clip)
+def activation_int8(x: Tensor, group: int = 16, per_sample: bool = False) -> tuple[Tensor, Tensor]:
+    """What the kernels multiply: m*q int8 (..., Kp), and the float32 scale (..., T) per token, or (N,) per sample of x_NHWC."""
+    q, m_G, s = _quantize(x, group, per_sample)
     return (q * m_G.to(torch.int8)[..., None]).flatten(-2), s.flatten() if per_sample else s.squeeze(-1)
 
 
-def quantize_activation(x_TI: Tensor, group: int = 16, clip: float = 1.0, check: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., T, I), any float dtype -> codes (..., T, Kp) int8, mult (..., T, G) uint8, scale (..., T) float32, per token.
-
-    clip < 1 shrinks every step and clips the tails. check=True raises ValueError for inf/NaN (costs a synchronization)."""
-    q, m_G, s = _quantize(x_TI, group, False, clip)
-    return _checked(q, m_G, s.squeeze(-1), check)
+def quantize_activation(x_TI: Tensor, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., T, I), any float dtype -> codes (..., T, Kp) int8, mult (..., T, G) uint8, scale (..., T) float32, per token."""
+    q, m_G, s = _quantize(x_TI, group, False)
+    return q.flatten(-2), m_G.to(torch.uint8), s.squeeze(-1)
 
 
-def quantize_activation_per_sample(x_NHWC: Tensor, group: int = 16, clip: float = 1.0, check: bool = False):
+def quantize_activation_per_sample(x_NHWC: Tensor, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """The grid for convolutions: multipliers per pixel and group, one float scale per sample, because a window mixes
-    pixels and one GEMM can apply one scale per row only. codes (N,H,W,Cp) int8, mult (N,H,W,G) uint8, scale (N)."""
-    q, m_G, s = _quantize(x_NHWC, group, True, clip)
-    return _checked(q, m_G, s.flatten(), check)
-
-
-def _checked(q: Tensor, m_G: Tensor, s: Tensor, check: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if check and not torch.isfinite(s).all():
-        raise ValueError("activations contain inf or NaN")
-    return q.flatten(-2), m_G.to(torch.uint8), s
+    pixels and one GEMM can apply one scale per row only. codes (N,H,W,Cp) int8, mult (N,H,W,G) uint8, scale (N) float32."""
+    q, m_G, s = _quantize(x_NHWC, group, True)
+    return q.flatten(-2), m_G.to(torch.uint8), s.flatten()
 
 
 def dequantize_activation(codes: Tensor, mult: Tensor, scale: Tensor, channels: int) -> Tensor:
-    """float32 (..., I) from either granularity."""
+    """float32 (..., I), padding removed; takes what either of the two quantizers returns."""
     step_G = mult.float() * scale.reshape(scale.shape + (1,) * (mult.dim() - scale.dim()))
     return (codes.unflatten(-1, (mult.shape[-1], -1)) * step_G[..., None]).flatten(-2)[..., :channels]
 
 
-def activation_clip_mask(x: Tensor, group: int = 16, per_sample: bool = False, clip: float = 1.0) -> Tensor:
-    """True where x lies inside of [-8.5, 7.5] steps (0.1% of slack for float rounding). All true at clip = 1."""
-    _, m_G, s = _quantize(x, group, per_sample, clip)
-    step = (m_G * s * 1.001).repeat_interleave(group, dim=-1)[..., : x.shape[-1]]
-    return (x <= HI * step) & (x >= LO * step)
-
-
-class _FakeQuant(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, per_sample, clip):
-        if clip < 1:  # nothing lies outside at clip = 1, the mask would be all ones
-            ctx.save_for_backward(activation_clip_mask(x, group, per_sample, clip))
-        quantize = quantize_activation_per_sample if per_sample else quantize_activation
-        return dequantize_activation(*quantize(x, group, clip), x.shape[-1]).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None, None
-
-
-def fake_quant_activation(x: Tensor, group: int = 16, per_sample: bool = False, clip: float = 1.0) -> Tensor:
-    """Quantize and dequantize; straight-through gradient, zero where x lies outside of the clip range."""
-    return _FakeQuant.apply(x, group, per_sample, clip)
-
-
 def smoothing_factors(xmax_I: Tensor, wmax_I: Tensor, alpha: float) -> Tensor:
-    """lambda_I = max|x|^a / max|w|^(1-a), float32 (SmoothQuant, 2211.10438). Use x / lambda and w * lambda.
-
-    Channels with a zero or non-finite factor get 1."""
+    """lambda_I = max|x|^a / max|w|^(1-a), float32 (SmoothQuant, 2211.10438 [R]), from the largest magnitudes of each input
+    channel: the layer then quantizes x / lambda and W * lambda. A factor that would be zero or not finite is 1."""
     lam = xmax_I.float().pow(alpha) / wmax_I.float().pow(1 - alpha)
     return torch.where(torch.isfinite(lam) & (lam > TINY) & (xmax_I > 0) & (wmax_I > 0), lam, 1.0)
 
@@ -333,7 +312,7 @@ def smoothing_factors(xmax_I: Tensor, wmax_I: Tensor, alpha: float) -> Tensor:
 
 
 def quantize_per_row(w_OK: Tensor, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain absmax grid, one float scale per row: (dequantized (O, K), codes int8, scale (O, 1))."""
+    """Plain absmax grid with one float scale per row: (dequantized (O, K), codes (O, K) int8, scale (O, 1))."""
     top = 2 ** (bits - 1) - 1
     scale = (w_OK.float().abs().amax(1, keepdim=True) / top).clamp_min(TINY)
     codes = (w_OK.float() / scale).round().clamp(-top - 1, top)
@@ -341,10 +320,9 @@ def quantize_per_row(w_OK: Tensor, bits: int = 4) -> tuple[Tensor, Tensor, Tenso
 
 
 def quantize_group_float(w_OK: Tensor, group: int = 64, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain absmax grid, one float scale per group: (dequantized (O, K), codes int8 (O, G, group), scale (O, G, 1))."""
+    """Plain absmax grid with one float scale per group: (dequantized (O, K), codes (O, G, group) int8, scale (O, G, 1))."""
     check_group(group)
-    w_RG = pad_taps(w_OK.float(), group, 1).reshape(-1, group)
-    deq, codes, scale = quantize_per_row(w_RG, bits)
+    deq, codes, scale = quantize_per_row(pad_taps(w_OK.float(), group, 1).reshape(-1, group), bits)  # a group is a row here
     O, K = w_OK.shape
     return deq.reshape(O, -1)[:, :K], codes.reshape(O, -1, group), scale.reshape(O, -1, 1)
 
@@ -352,44 +330,44 @@ def quantize_group_float(w_OK: Tensor, group: int = 64, bits: int = 4) -> tuple[
 # ------------------------------------------------------------------------------------------------ demo
 
 
-def _demo() -> None:
+def main() -> None:
     gen = torch.Generator().manual_seed(0)
     plain = torch.randn(256, 1024, generator=gen)
     outlier = plain.clone()
     outlier[:, ::64] *= 20  # a 20x channel in every group of 64
     heavy = plain * torch.randn(256, 1024, generator=gen).abs().sqrt()
 
-    def err(x: Tensor, x_hat: Tensor) -> float:
+    def error(x: Tensor, x_hat: Tensor) -> float:
         return float((x_hat - x).norm() / x.norm())
 
-    def act(x: Tensor, group: int) -> Tensor:
+    def activation(x: Tensor, group: int) -> Tensor:
         return dequantize_activation(*quantize_activation(x, group), x.shape[1])
 
-    rows = [
-        ("one float scale per row", lambda x: quantize_per_row(x)[0]),
-        ("float scale per group of 64", lambda x: quantize_group_float(x)[0]),
-        ("two-level, 64, no search", lambda x: dequantize(quantize_weight(x, search=False))),
-        ("two-level, 64, searched  (weights)", lambda x: dequantize(quantize_weight(x))),
-        ("two-level, 16, dynamic   (activations)", lambda x: act(x, 16)),
-        ("two-level, 8, dynamic", lambda x: act(x, 8)),
-    ]
-    print(f"relative error{'':28s}{'Gaussian':>10s}{'heavy tail':>12s}{'20x outliers':>14s}")
-    for name, f in rows:
-        print(f"{name:42s}" + "".join(f"{err(x, f(x)):{n}.4f}" for x, n in ((plain, 10), (heavy, 12), (outlier, 14))))
+    grids = {
+        "one float scale per row": lambda x: quantize_per_row(x)[0],
+        "float scale per group of 64": lambda x: quantize_group_float(x)[0],
+        "two-level, 64, no search": lambda x: dequantize(quantize_weight(x, search=False)),
+        "two-level, 64, searched  (weights)": lambda x: dequantize(quantize_weight(x)),
+        "two-level, 16, dynamic   (activations)": lambda x: activation(x, 16),
+        "two-level, 8, dynamic": lambda x: activation(x, 8),
+    }
+    print(f"{'relative error':42s}{'Gaussian':>10s}{'heavy tail':>12s}{'20x outliers':>14s}")
+    for name, grid in grids.items():
+        print(f"{name:42s}" + "".join(f"{error(x, grid(x)):{n}.4f}" for x, n in ((plain, 10), (heavy, 12), (outlier, 14))))
 
     x = plain @ torch.randn(1024, 1024, generator=gen).mul_(torch.linspace(0, 2, 1024).exp() / 32)
     H = x.t() @ x / len(x)
     H += 0.01 * H.diagonal().mean() * torch.eye(1024)
-    print(f"\noutput error |(W - Q) x| / |W x|, correlated inputs{'':4s}")
+    print("\noutput error |(W - Q) x| / |W x|, correlated inputs")
     for rounding in ROUNDINGS:
-        q = quantize_weight(plain, H_KK=H, rounding=rounding)
-        print(f"{rounding:42s}{err(x @ plain.t(), x @ dequantize(q).t()):10.4f}")
-        assert -128 <= int(q.int8().min()) and int(q.int8().max()) <= 112
+        gw = quantize_weight(plain, H_KK=H, rounding=rounding)
+        print(f"{rounding:42s}{error(x @ plain.t(), x @ dequantize(gw).t()):10.4f}")
+
     codes, mult, scale = quantize_activation(outlier, 16)
-    bound = (mult.float() * scale[:, None]).repeat_interleave(16, 1) * 0.5
-    assert ((outlier - dequantize_activation(codes, mult, scale, 1024)).abs() <= bound * 1.0001).all()
+    half_step = (mult.float() * scale[:, None]).repeat_interleave(16, 1) * 0.5
+    assert ((outlier - dequantize_activation(codes, mult, scale, 1024)).abs() <= half_step * 1.0001).all()
     print("\ninvariant holds: no activation moves by more than half a step of its group")
 
 
 if __name__ == "__main__":
-    _demo()
+    main()

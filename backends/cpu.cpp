@@ -399,218 +399,328 @@ static Tensor output(at::IntArrayRef size, const at::TensorOptions& options) {
   return at::from_blob(block.data, size, release, options);
 }
 
-// low = x' A^T, (T, R) of Low: two registers of columns at a time, one for small ranks
-template <class T, class Low, class Dot> struct Projection {
-  const Shape& s;
-  const int64_t Cl, R, lanes, step;
-  V* panel;
-  Low* low;
+// --------------------------------------------------------------------------------------------------- the steps
 
-  Projection(const Shape& s, int64_t Cl, const optional<Tensor>& A, int64_t R)
-      : s(s), Cl(Cl), R(R), lanes(s.kh * s.kw * Cl / (4 / sizeof(Low))), step(R > LANES ? 2 : 1) {
-    const int64_t taps = s.kh * s.kw, rank = R ? A->size(0) : 0;
-    panel = scratch<V>(A_PANEL, up(R, step * LANES) / LANES * lanes), low = scratch<Low>(LOW, up(s.T(), MR) * R);
-    at::parallel_for(0, up(R, step * LANES) / LANES, 1, [&](int64_t v0, int64_t v1) {
-      Low* rows = scratch<Low>(A_ROWS, LANES * taps * Cl);
+struct Call {  // the arguments of w4a4, those that have one type only as pointers, and the sizes that follow from them
+  const Tensor& x;
+  const uint8_t *codes, *mult;
+  const float *scale, *bias, *inv_smooth;
+  const optional<Tensor>&A, &B;
+  const int64_t group, group_x;
+  const bool per_sample;
+  const Shape s;
+  const int64_t O, K;
+  const int64_t taps = s.kh * s.kw, C = K / taps, rank = A ? A->size(0) : 0;
+};
+
+// Steps 1 and 2 fill this: codes of x, multipliers of their chunks (AVX2), scales, and x' for the branch, in padded pictures
+template <class T, class Low> struct Input {  // Low: what the branch multiplies in, 4 / sizeof(Low) to a lane
+  const Call& call;
+  const Shape& s = call.s;
+  const int64_t pixels = s.N * s.H * s.W, padded_pixels = s.N * s.Hp() * s.Wp();
+  const int64_t Ix = up(s.I, call.group_x), Gx = Ix / call.group_x;  // channels in whole groups
+  const int64_t Cx = std::min(Ix, call.C);                           // of which the product reads these
+  const int64_t Cl = up(s.I, 4 / (int64_t)sizeof(Low));              // channels in whole lanes of the branch
+  const int64_t chunk = (call.group_x | call.C | 32) & -(call.group_x | call.C | 32);  // largest power of two in all three
+  const int64_t chunks = VNNI ? 0 : call.C / chunk;
+  const bool border = s.ph || s.pw;
+  const T* const x = call.x.const_data_ptr<T>();
+  const float* const inv = call.inv_smooth;
+  const bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
+  uint8_t* const codes = scratch<uint8_t>(CODES, padded_pixels * call.C);
+  int32_t* const mult = scratch<int32_t>(CHUNKS, padded_pixels * chunks);
+  float* const scale = scratch<float>(SCALES, pixels);
+  Low* const branch = call.rank && !as_is ? scratch<Low>(BRANCH, padded_pixels * Cl) : nullptr;
+
+  explicit Input(const Call& c) : call(c) {
+    if (border || call.C > Ix) {
+      std::fill_n(codes, padded_pixels * call.C, OFFSET);
+      std::fill_n(mult, padded_pixels * chunks, 0);
+    }
+    if (branch && (border || Cl > s.I)) std::fill_n(branch, padded_pixels * Cl, Low(0.f));
+  }
+
+  Rows branch_rows() const { return s.rows(as_is ? (const void*)x : branch, Cl * sizeof(Low)); }
+
+  // each(pixel, x' (Ix), bounds of its groups, the largest of them); after(i) when pixels i MR .. (i + 1) MR are done
+  template <class Each, class After> void for_pixels(Each each, After after) const {
+    at::parallel_for(0, up(pixels, MR) / MR, 1, [&](int64_t i0, int64_t i1) {
+      std::vector<float> row(Ix), b(2 * up(Gx, 8));
+      for (int64_t i = i0; i < i1; i++) {
+        for (int64_t p = i * MR; p < std::min((i + 1) * MR, pixels); p++) {
+          smoothed(x + p * s.I, inv, s.I, row.data());
+          each(p, row.data(), b.data(), bounds(row.data(), Gx, call.group_x, b.data()));
+        }
+        after(i);
+      }
+    });
+  }
+
+  void quantize_pixel(int64_t p, const float* row, float* b) const {
+    const int64_t at = s.padded(p);
+    float* inv_m = b + up(Gx, 8);
+    multipliers(b, scale[p], Gx, inv_m);
+    const auto quantize_row = (call.group_x | Cx) % LANES ? quantize<V8, F8> : quantize<V, F>;
+    quantize_row(row, b, inv_m, Cx, call.group_x, codes + at * call.C, (const char*)(x + (p + 1) * s.I));
+    for (int64_t k = 0; k < Cx && !VNNI; k += chunk) mult[at * chunks + k / chunk] = (int32_t)b[k / call.group_x] * 0x10001;
+  }
+
+  void keep_for_branch(int64_t p, const float* row) const {
+    Low* to = branch + s.padded(p) * Cl;
+    if (!inv) convert(x + p * s.I, s.I, to);
+    for (int64_t k = 0; k < s.I && inv; k++) to[k] = rounded<T, Low>(row[k]);
+  }
+
+  void share_scales() const {  // from a bound for every pixel to the scale of its sample
+    const int64_t size = s.H * s.W;
+    for (int64_t n = 0; n < s.N; n++) {
+      uint32_t most = 0;
+      for (int64_t p = n * size; p < (n + 1) * size; p++) most = std::max(most, bits<uint32_t>(scale[p]));
+      std::fill_n(scale + n * size, size, scale_of(bits<float>(most)));
+    }
+  }
+
+  template <class After> void quantize_all(After after) const {
+    const auto first = [&](int64_t p, const float* row, float* b, float bound) {
+      scale[p] = call.per_sample ? bound : scale_of(bound);
+      if (!call.per_sample) quantize_pixel(p, row, b);
+      if (branch) keep_for_branch(p, row);
+    };
+    for_pixels(first, after);
+    if (!call.per_sample) return;
+    share_scales();  // known only now: a second pass over x
+    for_pixels([&](int64_t p, const float* row, float* b, float) { quantize_pixel(p, row, b); }, [](int64_t) {});
+  }
+};
+
+// Step 2: low = x' A^T, (T, Rp) of Low, Rp the rank in whole lanes: two registers of columns at a time, one for small ranks
+template <class T, class Low, class Dot> struct Projection {
+  const Call& call;
+  const Shape& s = call.s;
+  const int64_t Cl, rank = call.rank, Rp = up(rank, 4 / (int64_t)sizeof(Low));
+  const int64_t lanes = call.taps * Cl / (4 / sizeof(Low)), step = Rp > LANES ? 2 : 1;
+  const int64_t registers = up(Rp, step * LANES) / LANES;
+  V* const panel = scratch<V>(A_PANEL, registers * lanes);
+  Low* const low = scratch<Low>(LOW, up(s.T(), MR) * Rp);
+
+  Projection(const Call& c, int64_t Cl) : call(c), Cl(Cl) {
+    const T* A = rank ? call.A->const_data_ptr<T>() : nullptr;
+    at::parallel_for(0, registers, 1, [&](int64_t v0, int64_t v1) {
+      Low* rows = scratch<Low>(A_ROWS, LANES * call.taps * Cl);
       for (int64_t v = v0; v < v1; v++) {
-        std::fill_n(rows, LANES * taps * Cl, Low(0.f));
+        std::fill_n(rows, LANES * call.taps * Cl, Low(0.f));
         for (int64_t r = v * LANES; r < std::min((v + 1) * LANES, rank); r++)
-          for (int64_t tap = 0; tap < taps; tap++)
-            convert(A->const_data_ptr<T>() + (r * taps + tap) * s.I, s.I, rows + ((r % LANES) * taps + tap) * Cl);
+          for (int64_t tap = 0; tap < call.taps; tap++)
+            convert(A + (r * call.taps + tap) * s.I, s.I, rows + ((r % LANES) * call.taps + tap) * Cl);
         interleave(rows, lanes, panel + v / step * lanes * step + v % step, step);
       }
     });
   }
+
   template <int N> void columns(const char* const at[MR], const Rows& in, const V* panel, Low* to, int64_t n) const {
     V acc[MR][N] = {};
     tile<Dot, MR, N>(at, in, panel, acc);
     for (int m = 0; m < MR; m++) {
       T rounded[N * LANES];
       for (int j = 0; j < N; j++) store(rounded + j * LANES, (F)acc[m][j]);
-      convert(rounded, n, to + m * R);
+      convert(rounded, n, to + m * Rp);
     }
   }
+
   void operator()(const Rows& in, int64_t i) const {  // outputs i MR .. (i + 1) MR
     int64_t pixel[MR];
     const char* at[MR];
     s.windows(i * MR, pixel);
     for (int m = 0; m < MR; m++) at[m] = in.data + pixel[m] * Cl * sizeof(Low);
-    for (int64_t r = 0; r < R; r += step * LANES) {
-      const int64_t n = std::min(step * LANES, R - r);
+    for (int64_t r = 0; r < Rp; r += step * LANES) {
+      const int64_t n = std::min(step * LANES, Rp - r);
       const V* p = panel + r / LANES * lanes;
-      step == 2 ? columns<2>(at, in, p, low + i * MR * R + r, n) : columns<1>(at, in, p, low + i * MR * R + r, n);
+      step == 2 ? columns<2>(at, in, p, low + i * MR * Rp + r, n) : columns<1>(at, in, p, low + i * MR * Rp + r, n);
     }
+  }
+};
+
+// Steps 1 and 2; the branch of a linear layer is projected while its rows are in the cache
+template <class T, class Low, class Dot>
+static void quantize_and_project(const Input<T, Low>& in, const Projection<T, Low, Dot>& project) {
+  const Shape& s = in.s;
+  const Rows rows = in.branch_rows();
+  const bool linear = in.call.taps == 1 && s.T() == in.pixels && !in.border;
+  if (in.call.rank && linear) return in.quantize_all([&](int64_t i) { project(rows, i); });
+  in.quantize_all([](int64_t) {});
+  if (in.call.rank)
+    at::parallel_for(0, up(s.T(), MR) / MR, 1, [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; i++) project(rows, i);
+    });
+}
+
+// Step 3: the panels of a thread, of at most `wide` times WIDTH columns, which fit its L2 cache
+template <class T, class Low> struct Panels {
+  const Call& call;
+  const int64_t lanes = call.K / 4, lanes_low, chunk_lanes, chunks = lanes / chunk_lanes;
+  const int64_t wide = std::max<int64_t>(1, (256 << 10) / (lanes * 4 * WIDTH));
+  V* const codes = scratch<V>(W_PANEL, wide * lanes * NR);
+  V* const minus = scratch<V>(W_MINUS, wide * chunks * NR);
+  V* const B = scratch<V>(B_PANEL, wide * lanes_low * NR);
+  float* const scale = scratch<float>(W_SCALES, wide * WIDTH);
+  float* const bias = scratch<float>(W_BIAS, wide * WIDTH);
+  const T* const from_B = call.rank ? call.B->const_data_ptr<T>() : nullptr;
+  int8_t* const rows = scratch<int8_t>(W_ROWS, LANES * BLOCK);
+  Low* const rows_B = scratch<Low>(B_ROWS, LANES * lanes_low * (4 / sizeof(Low)));
+
+  Panels(const Call& c, int64_t lanes_low, int64_t chunk_lanes) : call(c), lanes_low(lanes_low), chunk_lanes(chunk_lanes) {}
+
+  void load(int64_t c0, int64_t c1) const {  // columns c0 WIDTH .. c1 WIDTH, a register at a time; those beyond O are zero
+    for (int64_t v = 0; v < (c1 - c0) * NR; v++) {
+      const int64_t o0 = c0 * WIDTH + v * LANES, at = v / NR, j = v % NR;
+      load_codes(o0, codes + at * lanes * NR + j);
+      load_branch(o0, B + at * lanes_low * NR + j);
+      for (int64_t i = 0; i < LANES; i++) {
+        const int64_t o = o0 + i;
+        scale[v * LANES + i] = o < call.O ? call.scale[o] : 0;
+        bias[v * LANES + i] = o < call.O && call.bias ? call.bias[o] : 0;
+      }
+    }
+    for (int64_t q = 0; q < (c1 - c0) * chunks; q++) sum_offsets(codes + q * chunk_lanes * NR, minus + q * NR);
+  }
+
+  void load_codes(int64_t o0, V* to) const {
+    for (int64_t k = 0; k < call.K; k += BLOCK) {
+      const int64_t n = std::min(BLOCK, call.K - k);
+      if (o0 + LANES > call.O) std::fill_n(rows, LANES * n, 0);
+      for (int64_t i = 0; i < std::min<int64_t>(LANES, call.O - o0); i++)
+        unpack(call.codes, call.mult, o0 + i, call.K, call.group, k, k + n, rows + i * n);
+      interleave(rows, n / 4, to + k / 4 * NR, NR);
+    }
+  }
+
+  void load_branch(int64_t o0, V* to) const {
+    const int64_t Rp = lanes_low * (4 / sizeof(Low));
+    std::fill_n(rows_B, LANES * Rp, Low(0.f));  // from the rank to Rp, and for columns beyond O
+    for (int64_t i = 0; i < LANES && o0 + i < call.O && call.rank; i++)
+      convert(from_B + (o0 + i) * call.rank, call.rank, rows_B + i * Rp);
+    interleave(rows_B, lanes_low, to, NR);
+  }
+
+  void sum_offsets(const V* panel, V* to) const {  // what codes that are stored with OFFSET add to the sums of a chunk
+    V sum[NR] = {};
+    for (int64_t k = 0; k < chunk_lanes; k++)
+      UNROLL for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], broadcast(OFFSET * 0x01010101u), panel[k * NR + j]);
+    for (int j = 0; j < NR; j++) to[j] = Codes::minus(sum[j]);
+  }
+};
+
+// How threads share the outputs: a grid of row ranges x column ranges. The best split leaves the least to the busiest thread.
+struct Split {
+  int64_t tiles, columns, by_rows, by_columns;
+
+  Split(int64_t tiles, int64_t columns, int64_t threads) : tiles(tiles), columns(columns), by_rows(1) {
+    int64_t least = INT64_MAX;
+    for (int64_t r = 1; r <= threads; r++)
+      if (threads % r == 0)
+        if (int64_t work = (up(tiles, r) / r) * (up(columns, threads / r) * r / threads); work < least) by_rows = r, least = work;
+    by_columns = threads / by_rows;
+  }
+};
+
+// Step 3: y = s_x s_w (X W^T) + bias + low B^T
+template <class T, class Low, class Dot> struct Product {
+  const Call& call;
+  const Input<T, Low>& input;
+  const Projection<T, Low, Dot>& projection;
+  T* const y;
+  const Shape& s = call.s;
+  const int64_t chunks = input.chunks, lanes_low = projection.Rp / (4 / (int64_t)sizeof(Low));
+  const Rows codes = s.rows(input.codes, call.C), mult = s.rows(input.mult, chunks * 4);
+  const Rows low{(const char*)projection.low, 1, lanes_low, 0};
+  const int64_t row_bytes = call.O * sizeof(T);
+  const bool stream = s.T() * row_bytes > (16 << 20) && row_bytes % 64 == 0;  // no cache keeps y for its reader
+  using Outputs = decltype(outputs_of<T, Dot, MR>(0));
+  const Outputs outputs = outputs_of<T, Dot, MR>(input.chunk), two_outputs = outputs_of<T, Dot, 2>(input.chunk);  // often the last
+
+  void operator()() const {
+    const int64_t threads = at::get_num_threads();
+    const Split split(up(s.T(), MR) / MR, up(call.O, WIDTH) / WIDTH, threads);
+    at::parallel_for(0, threads, 1, [&](int64_t w0, int64_t w1) {
+      const Panels<T, Low> panels(call, lanes_low, VNNI ? call.K / 4 : input.chunk / 4);
+      for (int64_t w = w0; w < w1; w++) {
+        const int64_t wr = w / split.by_columns, wc = w % split.by_columns;
+        const int64_t t0 = split.tiles * wr / split.by_rows, t1 = split.tiles * (wr + 1) / split.by_rows;
+        if (t0 == t1) continue;  // more threads than tiles
+        const int64_t end = split.columns * (wc + 1) / split.by_columns;
+        for (int64_t c0 = split.columns * wc / split.by_columns; c0 < end; c0 += panels.wide) {
+          const int64_t c1 = std::min(c0 + panels.wide, end);
+          panels.load(c0, c1);
+          multiply(panels, t0, t1, c0, c1, std::min(c1 + panels.wide, end));
+        }
+      }
+      _mm_sfence();  // streamed outputs are there before others read them
+    });
+  }
+
+  // Tiles t0 .. t1 of rows by columns c0 .. c1. The packed columns up to `next_end` come nearer meanwhile, piece by piece.
+  void multiply(const Panels<T, Low>& panels, int64_t t0, int64_t t1, int64_t c0, int64_t c1, int64_t next_end) const {
+    const auto packed = [&](int64_t c) { return call.codes + std::min(call.O, c * WIDTH) * (call.K / 2); };
+    const uint8_t *next = packed(c1), *end = packed(next_end);
+    const int64_t piece = up((end - next) / (t1 - t0) + 1, 64);
+    for (int64_t i = t0; i < t1; i++) {
+      for (const uint8_t* stop = std::min(next + piece, end); next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+      const Windows rows = windows(i);
+      for (int64_t c = c0; c < c1; c++) {
+        const int64_t at = c - c0;
+        const Panel panel{panels.codes + at * panels.lanes * NR, panels.minus + at * panels.chunks * NR,
+                          panels.B + at * lanes_low * NR,        panels.scale + at * WIDTH,
+                          panels.bias + at * WIDTH,              std::min<int64_t>(WIDTH, call.O - c * WIDTH), stream};
+        (rows.count > 2 ? outputs : two_outputs)(rows, panel, codes, mult, low, y + i * MR * call.O + c * WIDTH, call.O);
+      }
+    }
+  }
+
+  Windows windows(int64_t i) const {  // of outputs i MR .. (i + 1) MR
+    Windows w;
+    int64_t pixel[MR];
+    s.windows(i * MR, pixel);
+    w.count = std::min<int64_t>(MR, s.T() - i * MR);
+    for (int64_t m = 0; m < MR; m++) {
+      const int64_t t = std::min(i * MR + m, s.T() - 1);
+      w.codes[m] = codes.data + pixel[m] * call.C;
+      w.mult[m] = mult.data + pixel[m] * chunks * 4;
+      w.low[m] = low.data + t * projection.Rp * sizeof(Low);
+      w.scale[m] = input.scale[call.per_sample ? t / (s.Ho() * s.Wo()) * s.H * s.W : t];
+    }
+    return w;
   }
 };
 
 // ------------------------------------------------------------------------------------------------------ the op
 
-template <class T, class Low, class Dot>  // Low: what the branch multiplies in, 4 / sizeof(Low) to a lane
-static Tensor run(const Tensor& x, const Tensor& codes, const Tensor& mult, const Tensor& scale, const optional<Tensor>& bias,
-                  const optional<Tensor>& A, const optional<Tensor>& B, const optional<Tensor>& inv_smooth, int64_t group,
-                  int64_t group_x, bool per_sample, const Shape& s) {
-  constexpr int64_t PACK = 4 / sizeof(Low);
-  const int64_t taps = s.kh * s.kw, O = codes.size(0), K = codes.size(1) * 2, C = K / taps;
-  const int64_t Ix = up(s.I, group_x), Gx = Ix / group_x, Cx = std::min(Ix, C);
-  const int64_t P = s.N * s.H * s.W, rank = A ? A->size(0) : 0, R = up(rank, PACK), Cl = up(s.I, PACK);
-  const int64_t pixels = s.N * s.Hp() * s.Wp();
-  Tensor y = output({s.N, s.Ho(), s.Wo(), O}, x.options());
+template <class T, class Low, class Dot> static Tensor run(const Call& call) {
+  const Shape& s = call.s;
+  Tensor y = output({s.N, s.Ho(), s.Wo(), call.O}, call.x.options());
   if (y.numel() == 0) return y;
-  const T* px = x.const_data_ptr<T>();
-  const float* inv = inv_smooth ? inv_smooth->const_data_ptr<float>() : nullptr;
-  T* py = y.mutable_data_ptr<T>();
-
-  // 1. codes X, multipliers Xm of their chunks (AVX2), scales, and x' for the branch
-  bool border = s.ph || s.pw;
-  const int64_t chunk = (group_x | C | 32) & -(group_x | C | 32);  // the largest power of two in all three
-  const int64_t chunks = VNNI ? 0 : C / chunk;
-  uint8_t* pX = scratch<uint8_t>(CODES, pixels * C);
-  int32_t* pXm = scratch<int32_t>(CHUNKS, pixels * chunks);
-  if (border || C > Ix) std::fill_n(pX, pixels * C, OFFSET), std::fill_n(pXm, pixels * chunks, 0);
-  bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
-  Low* pL = rank && !as_is ? scratch<Low>(BRANCH, pixels * Cl) : nullptr;
-  if (pL && (border || Cl > s.I)) std::fill_n(pL, pixels * Cl, Low(0.f));
-  float* scale_x = scratch<float>(SCALES, P);
-  // 2. low = x' A^T, of a linear layer while its rows are in the cache
-  const Projection<T, Low, Dot> project(s, Cl, A, R);
-  const Rows in_branch = s.rows(as_is ? (const void*)px : pL, Cl * sizeof(Low));
-  const bool linear = taps == 1 && s.T() == P && !border;
-
-  const auto each_pixel = [&](auto f, bool project_too) {  // f(pixel, x' (Ix), bounds of its groups, their largest)
-    at::parallel_for(0, up(P, MR) / MR, 1, [&](int64_t i0, int64_t i1) {
-      std::vector<float> row(Ix), b(2 * up(Gx, 8));
-      for (int64_t i = i0; i < i1; i++) {
-        for (int64_t p = i * MR; p < std::min((i + 1) * MR, P); p++) {
-          smoothed(px + p * s.I, inv, s.I, row.data());
-          f(p, row.data(), b.data(), bounds(row.data(), Gx, group_x, b.data()));
-        }
-        if (project_too) project(in_branch, i);
-      }
-    });
-  };
-  const auto quantize_row = (group_x | Cx) % LANES ? quantize<V8, F8> : quantize<V, F>;
-  const auto quantize_pixel = [&](int64_t p, const float* row, float* b, float) {
-    const int64_t at = s.padded(p);
-    float* inv_m = b + up(Gx, 8);
-    multipliers(b, scale_x[p], Gx, inv_m);
-    quantize_row(row, b, inv_m, Cx, group_x, pX + at * C, (const char*)(px + (p + 1) * s.I));
-    for (int64_t k = 0; k < Cx && !VNNI; k += chunk) pXm[at * chunks + k / chunk] = (int32_t)b[k / group_x] * 0x10001;
-  };
-  const auto first_pass = [&](int64_t p, const float* row, float* b, float bound) {
-    scale_x[p] = per_sample ? bound : scale_of(bound);
-    if (!per_sample) quantize_pixel(p, row, b, bound);
-    if (!pL) return;
-    Low* to = pL + s.padded(p) * Cl;
-    if (!inv) convert(px + p * s.I, s.I, to);
-    for (int64_t k = 0; k < s.I && inv; k++) to[k] = rounded<T, Low>(row[k]);
-  };
-  each_pixel(first_pass, rank && linear);
-  if (per_sample) {  // the scale is known only now: a second pass over x
-    for (int64_t n = 0; n < s.N; n++) {
-      uint32_t most = 0;
-      for (int64_t p = n * s.H * s.W; p < (n + 1) * s.H * s.W; p++) most = std::max(most, bits<uint32_t>(scale_x[p]));
-      std::fill_n(scale_x + n * s.H * s.W, s.H * s.W, scale_of(bits<float>(most)));
-    }
-    each_pixel(quantize_pixel, false);
-  }
-  if (rank && !linear)
-    at::parallel_for(0, up(s.T(), MR) / MR, 1, [&](int64_t i0, int64_t i1) {
-      for (int64_t i = i0; i < i1; i++) project(in_branch, i);
-    });
-
-  // 3. threads share a grid of row ranges x column ranges; the best split leaves the least to the busiest thread
-  const int64_t tiles = up(s.T(), MR) / MR, columns = up(O, WIDTH) / WIDTH, threads = at::get_num_threads();
-  int64_t by_rows = 1, least = INT64_MAX;
-  for (int64_t r = 1; r <= threads; r++)
-    if (threads % r == 0)
-      if (int64_t work = (up(tiles, r) / r) * (up(columns, threads / r) * r / threads); work < least) by_rows = r, least = work;
-  const int64_t by_columns = threads / by_rows;
-  const int64_t lanes = K / 4, lanes_low = R / PACK, lanes_chunk = VNNI ? lanes : chunk / 4, all_chunks = lanes / lanes_chunk;
-  const int64_t wide = std::max<int64_t>(1, (256 << 10) / (lanes * 4 * WIDTH));
-  const Rows in = s.rows(pX, C), in_mult = s.rows(pXm, chunks * 4);
-  const Rows in_low{(const char*)project.low, 1, lanes_low, 0};
-  const uint8_t *pc = codes.const_data_ptr<uint8_t>(), *pm = mult.const_data_ptr<uint8_t>();
-  const float *ps = scale.const_data_ptr<float>(), *pb = bias ? bias->const_data_ptr<float>() : nullptr;
-  const T* pB = rank ? B->const_data_ptr<T>() : nullptr;
-  const bool stream = y.nbytes() > (16 << 20) && O * sizeof(T) % 64 == 0;  // no cache keeps y for its reader
-  const auto finish = outputs_of<T, Dot, MR>(chunk), finish_two = outputs_of<T, Dot, 2>(chunk);  // the last rows: often one or two
-  at::parallel_for(0, threads, 1, [&](int64_t w0, int64_t w1) {
-    V *panel = scratch<V>(W_PANEL, wide * lanes * NR), *minus = scratch<V>(W_MINUS, wide * all_chunks * NR);
-    V* panel_B = scratch<V>(B_PANEL, wide * lanes_low * NR);
-    float *sw = scratch<float>(W_SCALES, wide * WIDTH), *bw = scratch<float>(W_BIAS, wide * WIDTH);
-    int8_t* row = scratch<int8_t>(W_ROWS, LANES * BLOCK);
-    Low* row_B = scratch<Low>(B_ROWS, LANES * R);
-    for (int64_t w = w0; w < w1; w++) {
-      const int64_t wr = w / by_columns, wc = w % by_columns;
-      const int64_t t0 = tiles * wr / by_rows, t1 = tiles * (wr + 1) / by_rows;
-      for (int64_t c0 = columns * wc / by_columns, end = columns * (wc + 1) / by_columns; c0 < end; c0 += wide) {
-        const int64_t c1 = std::min(c0 + wide, end);
-        for (int64_t v = 0; v < (c1 - c0) * NR; v++) {  // unpack a register of columns; those beyond O are zero
-          const int64_t o0 = c0 * WIDTH + v * LANES, c = v / NR, j = v % NR;
-          for (int64_t k = 0; k < K; k += BLOCK) {
-            const int64_t n = std::min(BLOCK, K - k);
-            if (o0 + LANES > O) std::fill_n(row, LANES * n, 0);
-            for (int64_t i = 0; i < std::min<int64_t>(LANES, O - o0); i++) unpack(pc, pm, o0 + i, K, group, k, k + n, row + i * n);
-            interleave(row, n / 4, panel + (c * lanes + k / 4) * NR + j, NR);
-          }
-          std::fill_n(row_B, LANES * R, Low(0.f));  // to R, and for columns beyond O
-          for (int64_t i = 0; i < LANES; i++) {
-            const int64_t o = o0 + i;
-            sw[v * LANES + i] = o < O ? ps[o] : 0, bw[v * LANES + i] = o < O && pb ? pb[o] : 0;
-            if (o < O && rank) convert(pB + o * rank, rank, row_B + i * R);
-          }
-          interleave(row_B, lanes_low, panel_B + c * lanes_low * NR + j, NR);
-        }
-        for (int64_t q = 0; q < (c1 - c0) * all_chunks; q++) {
-          V sum[NR] = {};
-          for (int64_t k = q * lanes_chunk; k < (q + 1) * lanes_chunk; k++)
-            UNROLL for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], broadcast(OFFSET * 0x01010101u), panel[k * NR + j]);
-          for (int j = 0; j < NR; j++) minus[q * NR + j] = Codes::minus(sum[j]);
-        }
-        const auto packed = [&](int64_t column) { return pc + std::min(O, column * WIDTH) * (K / 2); };
-        const uint8_t *next = packed(c1), *next_end = packed(std::min(c1 + wide, end));  // comes nearer meanwhile, piece by piece
-        const int64_t piece = up((next_end - next) / (t1 - t0) + 1, 64);
-        for (int64_t i = t0; i < t1; i++) {
-          for (const uint8_t* stop = std::min(next + piece, next_end); next < stop; next += 64) __builtin_prefetch(next, 0, 2);
-          Windows rows;
-          int64_t pixel[MR];
-          s.windows(i * MR, pixel);
-          rows.count = std::min<int64_t>(MR, s.T() - i * MR);
-          for (int64_t m = 0; m < MR; m++) {
-            const int64_t t = std::min(i * MR + m, s.T() - 1);
-            rows.codes[m] = in.data + pixel[m] * C;
-            rows.mult[m] = in_mult.data + pixel[m] * chunks * 4;
-            rows.low[m] = in_low.data + t * R * sizeof(Low);
-            rows.scale[m] = scale_x[per_sample ? t / (s.Ho() * s.Wo()) * s.H * s.W : t];
-          }
-          for (int64_t c = c0; c < c1; c++) {
-            const int64_t at = c - c0;
-            T* to = py + i * MR * O + c * WIDTH;
-            const Panel p{panel + at * lanes * NR, minus + at * all_chunks * NR, panel_B + at * lanes_low * NR, sw + at * WIDTH,
-                          bw + at * WIDTH, std::min<int64_t>(WIDTH, O - c * WIDTH), stream};
-            (rows.count > 2 ? finish : finish_two)(rows, p, in, in_mult, in_low, to, O);
-          }
-        }
-      }
-    }
-    _mm_sfence();  // streamed outputs are there before others read them
-  });
+  const Input<T, Low> input(call);
+  const Projection<T, Low, Dot> projection(call, input.Cl);
+  quantize_and_project(input, projection);
+  Product<T, Low, Dot>{call, input, projection, y.mutable_data_ptr<T>()}();
   return y;
 }
 
-// x (N, H, W, I) contiguous -> (N, H', W', O) in x's dtype. The arguments are those of kernels.w4a4_conv2d, A and B in x's dtype.
+// x (N, H, W, I) contiguous -> (N, H', W', O) in x's dtype. The arguments are those of backends/cpu.py, A and B in x's dtype.
 static Tensor w4a4(const Tensor& x, const Tensor& codes, const Tensor& mult, const Tensor& scale, const optional<Tensor>& bias,
                    const optional<Tensor>& A, const optional<Tensor>& B, const optional<Tensor>& inv_smooth, int64_t group,
                    int64_t group_x, bool per_sample, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
   const Shape s{x.size(0), x.size(1), x.size(2), x.size(3), kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
-  const auto call = [&](auto f) { return f(x, codes, mult, scale, bias, A, B, inv_smooth, group, group_x, per_sample, s); };
-  if (x.scalar_type() == at::kFloat) return call(run<float, float, Float>);
-  if (x.scalar_type() == at::kHalf) return call(run<at::Half, float, Float>);
+  const auto floats = [](const optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; };
+  const Call call{x, codes.const_data_ptr<uint8_t>(), mult.const_data_ptr<uint8_t>(),
+                  floats(scale), floats(bias), floats(inv_smooth),
+                  A, B, group, group_x, per_sample, s, codes.size(0), codes.size(1) * 2};
+  if (x.scalar_type() == at::kFloat) return run<float, float, Float>(call);
+  if (x.scalar_type() == at::kHalf) return run<at::Half, float, Float>(call);
   TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16, "x must be float32, bfloat16 or float16, got ", x.scalar_type());
 #ifdef __AVX512BF16__
-  return call(run<at::BFloat16, at::BFloat16, Bfloat>);
+  return run<at::BFloat16, at::BFloat16, Bfloat>(call);
 #else
-  return call(run<at::BFloat16, float, Float>);
+  return run<at::BFloat16, float, Float>(call);
 #endif
 }
 

@@ -1,27 +1,26 @@
-"""quant.round_gptq on a GPU: one Triton kernel per block of 128 columns instead of some 7 launches per column.
+"""GPTQ's rounding on a GPU: one Triton kernel per block of 128 columns instead of some 7 launches per column.
 
-Rows of W are independent given U (U^T U = H^-1), so a program takes BO rows through a whole block (quant.py has the spec):
+Rows of W are independent given U (U^T U = H^-1), so a program takes BO rows through a whole block (quant.py has the method
+and the grid, codes q in qmin..qmax, multipliers m in 1..mmax, s the scale of a row):
 
-    at a group's first column   m = argmin_{1..16} sum_k (v_k - m q_k)^2 / U_kk^2,   v = w / s,   q = clamp(rint(v / m))
+    at a group's first column   m = argmin_m sum_k (v_k - m q_k)^2 / U_kk^2,   v = w / s,   q = clamp(rint(v / m))
     at each column k            q = clamp(rint(w_k / (s m))),   E_k = (w_k - s m q) / U_kk,   w_j -= E_k U_kj   (j > k)
 
-and the columns right of the block follow with one matmul, W -= U[block, right]^T E, in float32. The launches fall from
-about 7 K + 100 G to 3 K / 128.
+and the columns right of the block follow with one matmul, W -= U[block, right]^T E, in float32. For K columns in G groups the
+number of launches falls from about 7 K + 100 G to 3 K / 128.
 
 Layout: one warp per program, its tile of W as [16, 8, BO] with column k = 8 c + i, four lanes to a row. i lives in a thread's
-registers and is unrolled, so picking column k costs one select per register of c and two shuffles. Columns up to k are dead:
-they get updates that nobody reads, which saves a mask. Of u only what lies right of the diagonal and inside of n is used.
-Sums run in another order than in eager mode and products are contracted on a GPU, so a code (and then those to its right)
-can differ where two choices are within a few units of float32 of each other. Left out: search=False, left to eager code.
+registers and is unrolled, so picking column k costs one select per register of c and two shuffles. Columns up to k are done:
+they still get updates, which nobody reads, because that saves a mask. Of u only the entries right of the diagonal and inside of
+the n columns are used.
+Sums run in another order than in eager mode and a GPU contracts products and sums, so a code (and then those to its right) can
+differ where two choices are within a few units of float32 of each other. Left out: rounding without the search over m.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-import quant
-from quant import BLOCK, MMAX, QMAX, QMIN
 
 try:
     import triton
@@ -37,8 +36,8 @@ def _jit(f):
     return triton.jit(f, do_not_specialize=["O"]) if triton else f
 
 
-def available() -> bool:
-    """Triton is there, and a CUDA device or Triton's interpreter (TRITON_INTERPRET=1)."""
+def is_available() -> bool:
+    """Whether Triton is installed and there is a CUDA device or Triton's interpreter (TRITON_INTERPRET=1)."""
     return triton is not None and (torch.cuda.is_available() or triton.knobs.runtime.interpret)
 
 
@@ -82,23 +81,22 @@ def gptq_block(
                 w -= u[:, :, None] * err
 
 
-def round_gptq(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor) -> tuple[Tensor, Tensor]:
-    """What quant.round_gptq returns: (q (O, G, g), m (O, G)), float32."""
-    if not search:
-        return quant.round_gptq(w_OGg, scale_O, m_OG, search, U_KK)
+def round_gptq(w_OGg: Tensor, scale_O: Tensor, U_KK: Tensor, qmin: int, qmax: int, mmax: int, block: int) -> tuple[Tensor, Tensor]:
+    """What quant.round_gptq returns, (q (O, G, g), m (O, G)) float32, for arguments as there. `block`: a power of two, at least g;
+    the columns between two updates of everything to the right."""
     O, G, g = w_OGg.shape
     w_KO = w_OGg.flatten(1).t().clone(memory_format=torch.contiguous_format)  # becomes the codes, block by block
-    m_GO, err_KO = w_KO.new_empty(G, O), w_KO.new_empty(BLOCK, O)
-    diag_K, u_KK = U_KK.diagonal(), w_KO.new_zeros(BLOCK, BLOCK)
+    m_GO, err_KO = w_KO.new_empty(G, O), w_KO.new_empty(block, O)
+    diag_K, u_KK = U_KK.diagonal(), w_KO.new_zeros(block, block)
     weight_K, inv_K = 1 / diag_K.square(), 1 / diag_K
     with torch.cuda.device_of(w_KO):
-        for k0 in range(0, G * g, BLOCK):
-            k1 = min(k0 + BLOCK, G * g)
+        for k0 in range(0, G * g, block):
+            k1 = min(k0 + block, G * g)
             n = k1 - k0
             u_KK[:n, :n] = U_KK[k0:k1, k0:k1]
             gptq_block[(triton.cdiv(O, BO),)](
                 w_KO[k0:], m_GO[k0 // g :], err_KO, u_KK, inv_K[k0:], weight_K[k0:], scale_O.contiguous(), O, n, g,
-                QMIN, QMAX, MMAX, BLOCK, I8, BO, num_warps=WARPS,
+                qmin, qmax, mmax, block, I8, BO, num_warps=WARPS,
             )  # fmt: skip
             if k1 < G * g:
                 w_KO[k1:].addmm_(U_KK[k0:k1, k1:].t(), err_KO, alpha=-1)

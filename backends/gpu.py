@@ -30,6 +30,7 @@ Dimension key: kernels.py; R padded rank.
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor
@@ -54,11 +55,13 @@ TILES = (128, 128, 4, 3), (64, 128, 4, 4)  # rows, columns, warps, stages; the s
 FLOAT32 = (64, 64, 4, 3)  # the branch by FMAs
 
 
-def available() -> bool:
-    """Triton and a GPU with int8 tensor cores. (Its interpreter, for tests, takes tensors on the CPU.)"""
-    if triton and torch.cuda.is_available():
-        return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
-    return bool(triton) and triton.knobs.runtime.interpret
+@functools.cache
+def is_available() -> bool:
+    """Whether there is Triton and an NVIDIA GPU with int8 tensor cores. False after one warning."""
+    if triton and torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0):
+        return True
+    warnings.warn("no Triton, or no NVIDIA GPU since Ampere: eager kernels run, --backend compile may be faster", stacklevel=2)
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ quantization
@@ -380,7 +383,7 @@ def _gpu(device: torch.device) -> tuple[bool, int]:
     return about.major == 9, about.multi_processor_count
 
 
-def _w4a4(
+def _run(
     x_NHWC: Tensor, codes_OP: Tensor, mult_P: Tensor, scale_O: Tensor, bias: Tensor | None, A_rK: Tensor | None,
     B_Or: Tensor | None, inv_smooth_I: Tensor | None, group: int, group_x: int, per_sample: bool, kernel: list[int],
     stride: list[int], padding: list[int],
@@ -443,18 +446,34 @@ def _empty(x_NHWC: Tensor, codes_OP: Tensor, kernel: list[int], stride: list[int
     return x_NHWC.new_empty(x_NHWC.shape[0], *size, codes_OP.shape[0])
 
 
-w4a4_op = torch.library.custom_op("cmquant::w4a4_triton", _w4a4, mutates_args=())
+traced_run = torch.library.custom_op("cmquant::w4a4_triton", _run, mutates_args=())
 
 
-@w4a4_op.register_fake
+@traced_run.register_fake
 def _(x, codes, mult, scale, bias, A, B, inv_smooth, group, group_x, per_sample, kernel, stride, padding):
     return _empty(x, codes, kernel, stride, padding)
 
 
-def run(x_NHWC, pw, bias, A, B, inv_smooth, group_x, per_sample, kernel, stride, padding) -> Tensor:
-    """For kernels.native_linear and native_conv2d. The operator where a graph is being traced; without the dispatcher, which takes
-    longer than a launch, elsewhere."""
-    bias, A, B, inv_smooth = (None if t is None else t.detach().contiguous() for t in (bias, A, B, inv_smooth))
-    op = w4a4_op if torch.compiler.is_compiling() else _w4a4
-    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, A, B, inv_smooth, pw.group, group_x, per_sample)
-    return op(x_NHWC.contiguous(), *operands, list(kernel), list(stride), list(padding))
+def w4a4(
+    x_NHWC: Tensor,
+    codes_OP: Tensor,
+    mult_P: Tensor,
+    scale_O: Tensor,
+    bias: Tensor | None,
+    lora_A_rK: Tensor | None,
+    lora_B_Or: Tensor | None,
+    inv_smooth_I: Tensor | None,
+    group: int,
+    group_x: int,
+    per_sample: bool,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Tensor:
+    """(N, H, W, I) -> (N, H', W', O) in x's dtype, as backends/cpu.py's function of the same name. It is an operator where a graph
+    is being traced; elsewhere it does without the dispatcher, which takes longer than a launch."""
+    floats = (bias, lora_A_rK, lora_B_Or, inv_smooth_I)
+    operands = (codes_OP, mult_P, scale_O, *(None if t is None else t.detach().contiguous() for t in floats))
+    run = traced_run if torch.compiler.is_compiling() else _run
+    geometry = (list(kernel_size), list(stride), list(padding))
+    return run(x_NHWC.contiguous(), *operands, group, group_x, per_sample, *geometry)

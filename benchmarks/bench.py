@@ -46,7 +46,7 @@ from torch import nn
 import kernels
 import quant
 import tdpt
-from backends import gpu
+from backends import cpu, gpu
 from layers import W4A4Conv2d, W4A4Linear, packed_layers, set_backend
 from models import encoders, memory, tiny
 from models.denoiser import Denoiser, LoRA, float_layers
@@ -106,8 +106,8 @@ class Layer:
 
 
 def ours(layer: Layer, backend: str) -> Callable:
-    if backend == "native" and not (gpu.available() if layer.x.is_cuda else kernels.load_native()):
-        raise RuntimeError("there is no Triton" if layer.x.is_cuda else "kernels.cpp cannot be built here")
+    if backend == "native" and not (gpu.is_available() if layer.x.is_cuda else cpu.is_available()):
+        raise RuntimeError("there is no Triton" if layer.x.is_cuda else "backends/cpu.cpp cannot be built here")
     packed = layer.packed
     fn = kernels.BACKENDS[backend](kernels.w4a4_conv2d if layer.kind == "conv" else kernels.w4a4_linear)
     A, B = (p.to(layer.dtype) for p in (packed.lora_A, packed.lora_B))

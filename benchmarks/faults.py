@@ -40,9 +40,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 import evaluate
-import kernels
 import sample
 import train
+from backends import cpu
 from data.cache import Trajectories
 from layers import packed_layers
 from models import checkpoint, tiny
@@ -320,7 +320,7 @@ def main() -> None:
     began, folder = time.monotonic(), args.out
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    kernels.load_native()  # built before anything is killed
+    cpu.is_available()  # built before anything is killed
     # inherited by every run
     real_pictures, draw, sample.PROMPTS, Trajectories.SHARD = evaluate.real_pictures, sample.draw, sample.PROMPTS[:2], 8
     evaluate.real_pictures = lambda classifier, n: real_pictures(classifier, min(n, 64))

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_layers            half a minute; its table of an H200 is docs/tables/gpu_layers.md
 
 Both sides as CUDA graphs (triton.testing.do_bench_cudagraph, the median of its runs), on the same inputs; ours has a branch of rank
-32, bias, unpacking and quantization in it. `prepare` is the first launch alone (kernels_triton.py), TOPS counts the rest."""
+32, bias, unpacking and quantization in it. `prepare` is the first launch alone (backends/gpu.py), TOPS counts the rest."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def random_weight(O: int, K: int, taps: int = 1) -> kernels.PackedWeight:
 
 
 class First:
-    """Stands for kernels_triton.prepare and remembers how it was launched last."""
+    """Stands for backends.gpu.prepare and remembers how it was launched last."""
 
     def __init__(self, kernel):
         self.kernel, self.again = kernel, None

@@ -117,7 +117,7 @@ def test_slopes_are_those_of_powers_and_lines():
 
 @pytest.mark.parametrize("backend", ["eager", "compile", "native"])
 def test_a_packed_unet_is_one_graph(backend):
-    """Catches a graph break in a layer: the choice of a backend, the build of kernels.cpp, autocast, the branch."""
+    """Catches a graph break in a layer: the choice of a backend, the build of backends/cpu.cpp, autocast, the branch."""
     _, packed = bench.networks(OPTIONS, "")
     set_backend(packed, backend)
     inputs = bench.step_inputs(packed, 1, "cpu")

@@ -1,4 +1,4 @@
-"""The Triton kernel of GPTQ against quant.round_gptq: same codes, same multipliers, same error.
+"""backends/gptq_gpu.py, GPTQ in Triton, against quant.round_gptq: same codes, same multipliers, same error.
 
 Where Triton is installed: on a CUDA device, or without one under TRITON_INTERPRET=1 (skipped otherwise)."""
 
@@ -6,14 +6,17 @@ import pytest
 import torch
 
 import quant
-
-triton = pytest.importorskip("triton")
 from backends import gptq_gpu
 
-if not gptq_gpu.available():
+triton = pytest.importorskip("triton")
+if not gptq_gpu.is_available():
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 INTERPRET = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRET else "cuda"
+
+
+def round_gptq(w_OGg, scale_O, U_KK):
+    return gptq_gpu.round_gptq(w_OGg, scale_O, U_KK, quant.QMIN, quant.QMAX, quant.MMAX, quant.BLOCK)
 
 
 def problem(O, K, g, seed, correlated=True, dead=slice(0)):
@@ -38,10 +41,10 @@ def compare(monkeypatch, O, K, g, seed, correlated=True, dead=slice(0), strict=I
     """Rows of which a code differs: none under the interpreter, whose float32 does not contract; few on a GPU."""
     w, scale, m0, H, U = problem(O, K, g, seed, correlated, dead)
     inputs = [t.clone() for t in (w, scale, m0, U)]
-    q, m = gptq_gpu.round_gptq(w, scale, m0, True, U)
+    q, m = round_gptq(w, scale, U)
     assert all(map(torch.equal, inputs, (w, scale, m0, U))), "an argument was written to"
     with monkeypatch.context() as patch:
-        patch.setattr(gptq_gpu, "available", lambda: False)  # quant's own, whatever it dispatches to
+        patch.setattr(gptq_gpu, "is_available", lambda: False)  # quant's own, on a GPU too
         q0, m0 = quant.round_gptq(w.clone(), scale, m0, True, U)
     assert q.shape == q0.shape and m.shape == m0.shape and q.dtype == m.dtype == torch.float32
     assert q.min() >= quant.QMIN and q.max() <= quant.QMAX and m.min() >= 1 and m.max() <= quant.MMAX
@@ -67,7 +70,7 @@ def test_ties_round_half_to_even_and_to_the_smaller_multiplier():
     g = 16
     w = torch.linspace(-8, 7.5, 2 * g, device=DEVICE).reshape(1, 2, g) * torch.tensor([1.0, 2.0, 3.0], device=DEVICE)[:, None, None]
     scale, U = torch.tensor([1.0, 2.0, 0.5], device=DEVICE), torch.eye(2 * g, device=DEVICE)
-    q, m = gptq_gpu.round_gptq(w, scale, torch.ones(3, 2, device=DEVICE), True, U)
+    q, m = round_gptq(w, scale, U)
     m0 = quant.choose_multipliers(w, scale, torch.ones(2, g, device=DEVICE))
     assert torch.equal(m, m0) and torch.equal(q, quant.round_rtn(w, scale, m0, True, U)[0])
 
@@ -75,16 +78,19 @@ def test_ties_round_half_to_even_and_to_the_smaller_multiplier():
 def test_dead_channels_and_a_factor_stored_by_rows(monkeypatch):
     """inverse_factor gives U column by column; channels that never fire are decoupled, with 1 on the diagonal."""
     compare(monkeypatch, 7, 128, 32, seed=1, dead=slice(40, 70))
-    w, scale, m0, _, U = problem(7, 128, 32, seed=1, dead=slice(40, 70))
+    w, scale, _, _, U = problem(7, 128, 32, seed=1, dead=slice(40, 70))
     assert not U.is_contiguous()
-    a, b = (gptq_gpu.round_gptq(w, scale, m0, True, u) for u in (U, U.contiguous()))
+    a, b = (round_gptq(w, scale, u) for u in (U, U.contiguous()))
     assert all(map(torch.equal, a, b))
 
 
-def test_search_false_is_left_to_quant():
+@pytest.mark.gpu
+@pytest.mark.parametrize("search", [False, True])
+def test_quant_leaves_the_search_to_the_kernel_and_nothing_else(monkeypatch, search):
+    """Catches a dispatch that hands over what the kernel does not do, or one that never reaches it."""
     w, scale, m0, _, U = problem(4, 64, 16, seed=2)
-    a, b = gptq_gpu.round_gptq(w, scale, m0, False, U), quant.round_gptq(w, scale, m0, False, U)
-    assert all(map(torch.equal, a, b))
+    monkeypatch.setattr(gptq_gpu, "round_gptq", lambda *_: "the kernel")
+    assert (quant.round_gptq(w, scale, m0, search, U) == "the kernel") == search
 
 
 @pytest.mark.gpu

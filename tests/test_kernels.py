@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import kernels
 import quant
+from backends import cpu
 
 seeds = st.integers(0, 2**16)
 groups = st.sampled_from([8, 16, 32, 64, 128])
@@ -39,9 +40,9 @@ def grid_weight(O, I, group=64, taps=1, seed=0):
 
 
 def on(backend):
-    """(linear, conv2d) of a backend; the test is skipped where kernels.cpp cannot be built."""
-    if backend == "native" and not kernels.load_native():
-        pytest.skip("kernels.cpp needs an x86 CPU with AVX2 and a C++ compiler")
+    """(linear, conv2d) of a backend; the test is skipped where backends/cpu.cpp cannot be built."""
+    if backend == "native" and not cpu.is_available():
+        pytest.skip("backends/cpu.cpp needs an x86 CPU with AVX2 and a C++ compiler")
     return [kernels.BACKENDS[backend](fn) for fn in EAGER]
 
 
@@ -329,7 +330,7 @@ def test_conv_samples_do_not_depend_on_their_batch_or_memory_format(backend):
     assert torch.equal(whole[2:3], conv2d(x[2:3], pw, b))
 
 
-# ------------------------------------------------------------------------------------------------ kernels.cpp
+# ------------------------------------------------------------------------------------------------ backends/cpu.cpp
 
 
 @given(
@@ -388,6 +389,18 @@ def test_native_results_do_not_depend_on_batch_or_threads(dtype):
         torch.set_num_threads(threads)
 
 
+def test_native_threads_may_have_no_rows():
+    """Catches a division by the number of a thread's tiles: two tiles of six rows, one panel of columns, three threads."""
+    linear, _ = on("native")
+    threads = torch.get_num_threads()
+    x, pw = torch.randn(12, 64, generator=gen(0)), kernels.pack(grid_weight(8, 64))
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear(x, pw), kernels.w4a4_linear(x, pw))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_native_results_do_not_depend_on_earlier_calls():
     """Catches scratch memory that is read before it is written: the padding of an odd rank, of channels, of a picture's border."""
     linear, conv2d = on("native")
@@ -404,12 +417,13 @@ def test_native_results_do_not_depend_on_earlier_calls():
 @pytest.mark.parametrize("backend,field,copies", [("native", "VmHWM", 1), ("compile", "VmRSS", 7)])
 def test_packed_weights_stay_packed(backend, field, copies):
     """Catches a cache of unpacked weights: over 100 calls of 16 layers memory grows by at most one int8 copy of the largest, with
-    kernels.cpp at its peak. (torch.compile has several copies while a call runs, which the allocator may keep; not one a layer.)"""
+    the C++ kernel at its peak. (torch.compile has several copies while a call runs, which the allocator may keep; not one a layer.)"""
     if backend == "native":
         on(backend)
     program = """
-import sys, torch, kernels
-from bench import resident
+import re, sys, torch, kernels
+def resident(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 O = K = 2048
 weights = [
     kernels.PackedWeight(torch.randint(0, 256, (O, K // 2), dtype=torch.uint8), torch.randint(0, 256, (O * K // 128,),
@@ -422,7 +436,7 @@ open("/proc/self/clear_refs", "w").write("5")
 before = resident("VmRSS")
 for i in range(100):
     f(x, weights[i % 16])
-print((resident(sys.argv[2]) - before) * 1e6 / (O * K))
+print((resident(sys.argv[2]) - before) / (O * K))
 """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux")
@@ -439,7 +453,7 @@ print((resident(sys.argv[2]) - before) * 1e6 / (O * K))
 def test_without_a_cpp_compiler_native_is_eager_after_one_warning(monkeypatch, tmp_path):
     """Catches a crash on machines without a compiler, an unwritable cache, a warning for every layer."""
     on("native")
-    kernels.load_native.cache_clear()
+    cpu.is_available.cache_clear()
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path))
         patch.setenv("CXX", "no-such-compiler")
@@ -448,8 +462,8 @@ def test_without_a_cpp_compiler_native_is_eager_after_one_warning(monkeypatch, t
             for _ in range(2):
                 assert torch.equal(kernels.native(kernels.w4a4_linear)(x, pw), kernels.w4a4_linear(x, pw))
     assert len(seen) == 1
-    kernels.load_native.cache_clear()
-    assert kernels.load_native() and not list(tmp_path.glob("cmquant/*.so"))
+    cpu.is_available.cache_clear()
+    assert cpu.is_available() and not list(tmp_path.glob("cmquant/*.so"))
 
 
 def test_native_runs_inside_of_a_compiled_function():

@@ -1,5 +1,5 @@
-"""kernels_triton.py against kernels.py, its oracle: codes, scales, unpacking and sums bit for bit, the epilogue within rounding.
-Where there is no GPU the kernels, those of gptq_triton.py too, run in Triton's interpreter, which has no bfloat16 products and no
+"""backends/gpu.py against kernels.py, its oracle: codes, scales, unpacking and sums bit for bit, the epilogue within rounding.
+Where there is no GPU the kernels, those of backends/gptq_gpu.py too, run in Triton's interpreter, which has no bfloat16 products and no
 Gluon. Docstrings name the mutation that a test catches."""
 
 import functools
@@ -16,13 +16,12 @@ from test_kernels import UNIT, gen, grid_weight, operands
 import kernels
 import layers
 import quant
-
-triton = pytest.importorskip("triton")
 from backends import gpu
 
+triton = pytest.importorskip("triton")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
-linear, conv2d = (functools.partial(fn, run=gpu.run) for fn in (kernels.native_linear, kernels.native_conv2d))
+linear, conv2d = (functools.partial(fn, w4a4=gpu.w4a4) for fn in (kernels.native_linear, kernels.native_conv2d))
 CASES = [  # rows, inputs, outputs, rank, group, group_x, dtype of x and of what else is a float
     (5, 100, 40, 4, 64, 16, torch.float16, torch.float32),
     (1, 64, 24, 0, 64, 8, torch.bfloat16, torch.bfloat16),
@@ -206,7 +205,7 @@ def test_zero_rows_give_the_bias_and_no_rows_nothing():
 
 def test_tensors_on_a_cpu_do_not_reach_it(monkeypatch):
     """Catches a backend that asks for the machine's GPU and not for the tensor's."""
-    monkeypatch.setattr(gpu, "_w4a4", None)
+    monkeypatch.setattr(gpu, "_run", None)
     pw, x = kernels.pack(grid_weight(24, 40, 16)), torch.randn(3, 40, generator=gen(0))
     assert torch.equal(kernels.native(kernels.w4a16_linear)(x, pw), kernels.w4a16_linear(x, pw))
     assert torch.equal(kernels.native(kernels.w4a4_linear)(x, pw), kernels.w4a4_linear(x, pw))

@@ -443,7 +443,7 @@ def test_the_cards_snippet_draws_a_picture(runs, tmp_path, monkeypatch, name):
     pipe = load(runs[name], dtype=torch.bfloat16)
     pipeline.save_pipeline(pipe, tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kernels, "_has_native", lambda: False)
+    monkeypatch.setattr(kernels, "_has_native", lambda device: False)
     for card in (pipeline.write_card("run"), Path("saved/README.md")):
         code = re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
         exec(code, said := {})

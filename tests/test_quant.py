@@ -101,7 +101,7 @@ def test_channels_are_padded_inside_each_tap_and_padding_is_the_code_zero(O, I, 
     Ip = -(-I // group) * group
     assert gw.codes_OK.shape == (O, taps * Ip) and gw.mult_OG.shape == (O, taps * Ip // group)
     assert (gw.codes_OK.unflatten(1, (taps, Ip))[:, :, I:] == 0).all()
-    by_tap = [quant._round(t.unflatten(1, (-1, group)), m, gw.scale_O) for t, m in zip(
+    by_tap = [quant._nearest(t.unflatten(1, (-1, group)), m, gw.scale_O) for t, m in zip(
         quant.pad_taps(w, group, taps).chunk(taps, 1), gw.mult_OG.float().chunk(taps, 1), strict=True)]  # fmt: skip
     assert torch.equal(torch.cat([t.flatten(1) for t in by_tap], 1), gw.codes_OK.float())
     assert quant.dequantize(gw).shape == w.shape
@@ -274,7 +274,8 @@ def test_bad_weights_and_hessians_are_refused():
 @given(kinds, rows, widths, groups, seeds)
 @example("negative", 1, 1, 8, 0)
 def test_no_activation_moves_by_more_than_half_a_step(kind, T, I, group, seed):
-    """Catches floor for ceil, swapped 7.5 and 8.5, absmax of the wrong axis, m above 16."""
+    """Catches floor for ceil, swapped 7.5 and 8.5, absmax of the wrong axis, m above 16. A quantizer that clipped would need a
+    mask in the straight-through gradient of layers.py, which has none."""
     x = draw(kind, T, I, seed=seed)
     codes, mult, scale = quant.quantize_activation(x, group)
     assert codes.min() >= -8 and codes.max() <= 7 and mult.min() >= 1 and mult.max() <= 16
@@ -326,32 +327,12 @@ def test_dtype_and_strides_do_not_change_the_codes(T, I, seed):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_bad_values_poison_their_own_row_or_raise(bad):
+def test_bad_values_make_their_own_scale_nan_and_no_other(bad):
     """Catches inf that becomes a large number, NaN that becomes a code, poison in other rows."""
     x = GAUSSIAN[:4, :40].clone()
     x[2, 17] = bad
     for quantize, shaped in ((quant.quantize_activation, x), (quant.quantize_activation_per_sample, x[:, None, None])):
         assert quantize(shaped)[2].isnan().tolist() == [False, False, True, False]
-        with pytest.raises(ValueError, match="inf or NaN"):
-            quantize(shaped, check=True)
-
-
-@given(kinds, rows, widths, st.sampled_from([1.0, 0.8, 0.5]), st.booleans(), seeds)
-def test_straight_through_gradient_is_that_of_clamping_to_the_grid(kind, T, I, clip, per_sample, seed):
-    """Catches an identity gradient outside of the clip range, a zero gradient at the largest value when nothing clips."""
-    x = draw(kind, 1, 2, T, I, seed=seed).requires_grad_()
-    quantize = quant.quantize_activation_per_sample if per_sample else quant.quantize_activation
-    codes, mult, scale = quantize(x.detach(), 16, clip)
-    y = quant.fake_quant_activation(x, 16, per_sample, clip)
-    assert torch.equal(y, quant.dequantize_activation(codes, mult, scale, I))
-    g = draw("normal", 1, 2, T, I, seed=seed + 1)
-    y.backward(g)
-    step = steps(mult, scale, 16)[..., :I] * 1.001
-    inside = (x <= 7.5 * step) & (x >= -8.5 * step)
-    assert torch.equal(x.grad, g * inside)
-    assert inside.all() or clip < 1
-    if kind == "normal" and clip == 0.5 and I > 30:
-        assert not inside.all()
 
 
 # ------------------------------------------------------------------------------------------------ smoothing, baselines
