@@ -73,7 +73,7 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
         raise UserError(f"--hessian-mb {cfg.hessian_mb} has no room for layer {widest} {shapes[widest]}: {needed}")
 
     # 1. statistics, a slice of the layers at a time
-    phases, micro = [int(K) for K in cfg.phases.split(",")], cfg.micro or 16
+    phases, micro = [int(K) for K in cfg.sampling_steps.split(",")], cfg.micro or 16
     forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
     few = slice(-(-cfg.gradient_captions // world) or None)
     _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)

@@ -53,7 +53,7 @@ from run.state import TrainingState
 
 QUICK = (
     "--model tiny --steps 6 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4 --warmup 1"
-    " --save-every 2 --grid 8 --phases 1,2 --eval-n 8 --rollout 0.5"
+    " --save-every 2 --grid 8 --sampling-steps 1,2 --eval-n 8 --rollout 0.5"
 )
 RUNS = {"fp": QUICK, "cache": f"{QUICK} --trajectory teacher --cached 20"}
 KINDS = {"kill": 20, "bit flip": 20, "truncation": 10, "disk full": 5, "NaN": 5}

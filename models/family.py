@@ -83,7 +83,7 @@ BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "flux": "black-fore
 PART = {"sdxl": "unet", "flux": "transformer"}  # subfolder of the denoiser
 CM_EXAMPLES = {
     "sdxl": "latent-consistency/lcm-lora-sdxl",
-    "flux": "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --phases 8",
+    "flux": "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --sampling-steps 8",
 }
 FACTOR = 8  # pixels to a latent
 

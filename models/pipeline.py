@@ -171,7 +171,7 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
     denoiser.to(dtype)
-    backend, steps = about["config"].get("backend", "native"), tdpt.most_steps(about["config"]["phases"])
+    backend, steps = about["config"].get("backend", "native"), files.most_steps(about["config"])
     config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
     mark_quantized(denoiser.net, config)
     return denoiser
@@ -424,7 +424,7 @@ def write_card(folder: str | Path) -> Path:
         network, packed = config["_class_name"], config["quantization_config"]
         pixels = "height={}, width={}, ".format(*(8 * side for side in packed["latent"][1:]))  # not the base's
         table, base, guidance, steps = packed["layers"], packed["base"], packed.get("guidance"), packed.get("steps", 4)
-        files, imports = (
+        weights, imports = (
             sorted(part.glob("*.safetensors")),
             "from diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant\n",
         )
@@ -433,15 +433,15 @@ def write_card(folder: str | Path) -> Path:
     else:
         about = read_run(folder)
         network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
-        guidance, pixels, steps = about["network"].get("guidance"), "", tdpt.most_steps(about["config"]["phases"])
-        files, imports, load = (
+        guidance, pixels, steps = about["network"].get("guidance"), "", files.most_steps(about["config"])
+        weights, imports, load = (
             [folder / "model.safetensors"],
             "from models import pipeline\n",
             f'pipeline.load_pipeline("{folder.name}")',
         )
         report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
     call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"
-    size, twin = _sizes(files, table)
+    size, twin = _sizes(weights, table)
     yaml, licence = next((v for k, v in LICENSES.items() if k in base), ("license: other", f"see {base}"))
     kinds = Counter(row["kind"] for row in table.values())
     groups = sorted({(row["group_w"], row["group_x"]) for row in table.values()})

@@ -392,10 +392,10 @@ def examples_of(cfg, out: Path, network: Denoiser):
 
 def cached_examples(cfg, folder: Path, network: Denoiser) -> Cache:
     """The cache of --data: text encoders and VAE are loaded if something is missing in it, and leave memory with this call.
-    Captions without pictures get latents that the consistency model inside `network` draws, in the most steps of --phases, if TDPT
+    Captions without pictures get latents that the consistency model inside `network` draws, in the most of --sampling-steps, if TDPT
     asks for any; only then `network`, which is given on the CPU, goes to the device."""
     source, resolution, parts = sources.captioned(cfg.data), family.FACTOR * network.latent[1], {}
-    random, steps = cfg.weights == "random" and not cfg.teacher, tdpt.most_steps(cfg.phases)
+    random, steps = cfg.weights == "random" and not cfg.teacher, cfg.most_steps
     dtype = network.dtype if cfg.device == "cuda" else torch.float32
 
     def text(captions):

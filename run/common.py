@@ -55,6 +55,11 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
+def local_rows() -> slice:
+    """Rows of a batch that this process works on; every process draws the whole batch, so that their number changes nothing."""
+    return slice(process_index(), None, process_count())
+
+
 def free_memory() -> float:
     """Bytes of main memory that are free or can be freed (Linux); infinity where the system does not tell."""
     try:

@@ -50,7 +50,7 @@ def built():
     denoiser, calls = Denoiser("sdxl", Block(), None, family.noise_path("sdxl", {}, (4, 8, 8)), (4, 8, 8)), []
     forward = denoiser.net.forward
     denoiser.net.forward = lambda *args: calls.append(0) or forward(*args)
-    flags = "--model sdxl --ranks uniform --rank 16 --init qera --rounding rtn --hessian input --phases 1 --micro 1"
+    flags = "--model sdxl --ranks uniform --rank 16 --init qera --rounding rtn --hessian input --sampling-steps 1 --micro 1"
     cfg = train.parse([*flags.split(), "--hessian-mb", str(BUDGET_MB)])
     cond = {"tokens": torch.randn(2, 77, 2048, generator=torch.Generator().manual_seed(1))}
     x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
