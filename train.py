@@ -47,6 +47,7 @@ from models.denoiser import FAST, Denoiser, as_cm, as_teacher, fuse
 from run import files
 from run.common import (
     UserError,
+    average_over_processes,
     join_processes,
     local_rows,
     peak_memory,
@@ -102,7 +103,7 @@ class Config:
     lr: float = option(2e-5, "peak learning rate of A and B (LCM-LoRA: 1e-4), cosine to zero")
     warmup: int = option(10, "updates until the learning rate is reached")
     clip: float = option(1.0, "largest norm of the gradient")
-    dtype: str = option(str(FAST)[6:], "of the networks; default bfloat16 if the CPU has units for it", ("bfloat16", "float32"))
+    dtype: str = option(str(FAST).removeprefix("torch."), "of networks; default what the CPU is fast in", ("bfloat16", "float32"))
     # number format
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
     group_x: int = option(16, "activations that share a multiplier", quant.GROUPS)
@@ -158,20 +159,19 @@ class Config:
 
 MAY_CHANGE = {f.name for f in dataclasses.fields(Config) if f.metadata["may_change"]}
 
-REAL = ("sdxl", "flux")
 PRESETS = (  # (where it applies, what it sets); a later row wins, the command line wins over all. Change this to try yours.
-    ({"stage": "teacher"}, {"steps": 5000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024}),
-    ({"stage": "student", "bits": 16},
+    ({"stage": {"teacher"}}, {"steps": 5000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024}),
+    ({"stage": {"student"}, "bits": {16}},
      {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "sampling_steps": "1,2,2,4,4,4",
       "jitter": 0.1, "cached": 4096, "eval_n": 1024}),
-    ({"model": REAL},
+    ({"model": {"sdxl", "flux"}},
      {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "lora_bits": 8, "eval_n": 16,
       "dtype": "bfloat16", "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512}),
-    ({"model": REAL, "stage": "student", "bits": 16}, {"lr": 1e-4, "steps": 1000}),  # LCM-LoRA's figures
-    ({"model": "sdxl"}, {"guidance": 7.5}),
-    ({"model": "flux"}, {"guidance": 3.5, "gradient_captions": 8}),
-    ({"recipe": "cmquant"}, {}),
-    ({"recipe": "paper"}, {"rollout": 0.0}),
+    ({"model": {"sdxl", "flux"}, "stage": {"student"}, "bits": {16}}, {"lr": 1e-4, "steps": 1000}),  # LCM-LoRA's figures
+    ({"model": {"sdxl"}}, {"guidance": 7.5}),
+    ({"model": {"flux"}}, {"guidance": 3.5, "gradient_captions": 8}),
+    ({"recipe": {"cmquant"}}, {}),
+    ({"recipe": {"paper"}}, {"rollout": 0.0}),
 )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def parse(argv: list[str]) -> Config:
     suffix = "-teacher" if chosen["stage"] == "teacher" else "-cm" if chosen["bits"] == 16 else ""
     preset = {"out": f"runs/{chosen['model']}{suffix}"}
     for where, values in PRESETS:
-        if all(chosen[name] in (value if isinstance(value, tuple) else (value,)) for name, value in where.items()):
+        if all(chosen[name] in wanted for name, wanted in where.items()):
             preset |= values
     return Config(**(preset | given))
 
@@ -217,7 +217,7 @@ def validate(cfg: Config) -> None:
 
 
 def validate_objective(cfg: Config) -> None:
-    recipes = [where["recipe"] for where, _ in PRESETS if "recipe" in where]
+    recipes = [name for where, _ in PRESETS for name in where.get("recipe", ())]
     require(cfg.recipe in recipes, f"--recipe {cfg.recipe} is not in PRESETS: choose from {', '.join(recipes)}")
     for name in ("rollout", "jitter", "split"):
         shares = map(float, str(getattr(cfg, name)).split(","))
@@ -292,18 +292,6 @@ def learning_rate(peak: float, step: int, warmup: int, steps: int) -> float:
     return peak * min(1.0, (step + 1) / max(1, warmup)) * (0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def average_over_processes(tensors: list[Tensor], *numbers: float) -> list[float]:
-    """Tensors become their averages over the processes, in place, in one all-reduce; the averages of the numbers are returned."""
-    if process_count() == 1:
-        return list(numbers)
-    flat = torch.cat([tensor.flatten() for tensor in tensors] + [tensors[0].new_tensor(numbers)])
-    dist.all_reduce(flat)
-    *averages, numbers = flat.div_(process_count()).split([tensor.numel() for tensor in tensors] + [len(numbers)])
-    for tensor, average in zip(tensors, averages, strict=True):
-        tensor.copy_(average.view_as(tensor))
-    return numbers.tolist()
-
-
 def fit(cfg: Config, out: Path, params: dict[str, Tensor], objective: Callable, averages: dict[str, Tensor] | None = None) -> None:
     """--steps updates of the parameters theta, in place; a run that was killed or stopped goes on from its last saved state.
 
@@ -315,48 +303,47 @@ def fit(cfg: Config, out: Path, params: dict[str, Tensor], objective: Callable, 
     optimizers = optimizers_of(cfg, params)
     state = TrainingState(out, params, optimizers, averages, cfg.steps)
     begin = state.load()
-    rows = torch.arange(cfg.batch // process_count()).split(cfg.micro or cfg.batch)
+    parts = torch.arange(cfg.batch // process_count()).split(cfg.micro or cfg.batch)
     bar = tqdm(range(begin, cfg.steps), cfg.stage, initial=begin, total=cfg.steps, disable=process_index() > 0)
     for step in bar:
         # 1. g = grad L(theta), a micro-batch at a time; a signal ends this early
-        loss, micro_batches = 0.0, MicroBatches(rows, finish=cfg.shard_teacher)
-        for part in objective(step_generator(cfg.seed, step), micro_batches):
-            part.backward()
-            loss += part.item()
+        loss, micro_batches = 0.0, MicroBatches(parts, finish=cfg.shard_teacher)
+        for loss_part in objective(step_generator(cfg.seed, step), micro_batches):
+            loss_part.backward()
+            loss += loss_part.item()
 
-        # 2. the mean of g over the processes; that one of them was stopped travels along, so that all stop after the same update
+        # 2. the mean of g over the processes; whether one of them was stopped travels along, so that all stop at the same update
         for p in params.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a layer that this update did not use
         grads = [p.grad for p in params.values()]
         loss, stopping, given_up = average_over_processes(grads, loss, bool(stop.asked), micro_batches.given_up)
+        if given_up:
+            state.save(step, stopping=True)  # ends the process
 
-        if not given_up:
-            # 3. |g| <= clip
-            norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.clip).item()
-            if not math.isfinite(loss + norm):
-                kept = f"{state.path} keeps an earlier step" if state.path.exists() else "nothing was saved yet"
-                what = f"step {step}: loss {loss}, gradient norm {norm}"
-                raise UserError(f"{what}: look at the data, or lower --lr and change --out ({kept})")
+        # 3. |g| <= clip
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.clip).item()
+        if not math.isfinite(loss + norm):
+            kept = f"{state.path} keeps an earlier step" if state.path.exists() else "nothing was saved yet"
+            what = f"step {step}: loss {loss}, gradient norm {norm}"
+            raise UserError(f"{what}: look at the data, or lower --lr and change --out ({kept})")
 
-            # 4. theta <- AdamW(theta, g, lr_k)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = learning_rate(optimizer.defaults["lr"], step, cfg.warmup, cfg.steps)
-                optimizer.step()
-                optimizer.zero_grad()
+        # 4. theta <- AdamW(theta, g, lr_k)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(optimizer.defaults["lr"], step, cfg.warmup, cfg.steps)
+            optimizer.step()
+            optimizer.zero_grad()
 
-            # 5. mean theta <- d mean theta + (1 - d) theta
-            if averages:
-                decay = min(0.999, (step + 1) / (step + 10))
-                torch._foreach_lerp_(list(averages.values()), [params[k].detach() for k in averages], 1 - decay)
+        # 5. mean theta <- d mean theta + (1 - d) theta
+        if averages:
+            decay = min(0.999, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(averages.values()), [params[k].detach() for k in averages], 1 - decay)
 
-            if process_index() == 0:
-                state.log({"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg.lr, step, cfg.warmup, cfg.steps)})
-            bar.set_postfix_str(f"loss {loss:.4f}")
-
-        # 6. everything that resuming needs
-        done = step if given_up else step + 1
-        if stopping or done % cfg.save_every == 0 or done == cfg.steps:
-            state.save(done, bool(stopping))
+        # 6. a line of metrics, and everything that resuming needs
+        bar.set_postfix_str(f"loss {loss:.4f}")
+        if process_index() == 0:
+            state.log({"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg.lr, step, cfg.warmup, cfg.steps)})
+        if stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            state.save(step + 1, bool(stopping))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,9 +371,9 @@ TARGETS = {  # names that --targets may give to a stage, and the network that ea
 }
 
 
-def tdpt_losses(cfg: Config, roles: Roles, schedule: tdpt.Schedule, networks: dict, gen, micro_batches) -> Iterator[Tensor]:
+def tdpt_losses(cfg: Config, networks: dict, schedule: tdpt.Schedule, examples, gen, micro_batches) -> Iterator[Tensor]:
     """TDPT: x_t on the path, x_u by one solver step, the stage's target jumps on to the end of the phase."""
-    x0, cond = roles.examples.latents(cfg.batch, gen, local_rows())
+    x0, cond = examples.latents(cfg.batch, gen, local_rows())
     noise = torch.randn(cfg.batch, *x0.shape[1:], generator=gen)[local_rows()]
     idx = torch.randint(cfg.grid, (cfg.batch,), generator=gen)[local_rows()]
     for rows in micro_batches:
@@ -445,7 +432,7 @@ def distil(cfg: Config, out: Path, learner: Callable, params: dict[str, Tensor],
     def objective(gen: torch.Generator, micro_batches: MicroBatches) -> Iterator[Tensor]:
         if torch.rand(1, generator=gen) < cfg.rollout:
             return rollout_losses(cfg, roles, gen, micro_batches)
-        return tdpt_losses(cfg, roles, schedule, networks, gen, micro_batches)
+        return tdpt_losses(cfg, networks, schedule, examples, gen, micro_batches)
 
     fit(cfg, out, params, objective, roles.averages)
 
@@ -548,7 +535,8 @@ def train_own_cm(argv: list[str], cfg: Config) -> Config:
     """--cm self: train the consistency model first, in a folder of its own -> the configuration that names its LoRA."""
     out = Path(cfg.out) / "cm"
     path = out / f"{cfg.model}-cm.safetensors"
-    flags = "--bits 16 --rollout 1 --trajectory teacher --targets fp,fp --split 0.5 --no-offload --no-shard-teacher".split()
+    targets = ",".join("fp" for _ in cfg.targets.split(","))  # not that rollouts alone would ask for any
+    flags = f"--bits 16 --rollout 1 --trajectory teacher --targets {targets} --no-offload --no-shard-teacher".split()
     if cfg.cache:
         flags += ["--cache", f"{Path(cfg.cache)}-cm"]
     argv = [*argv, *flags, "--cm", "", "--export", "", "--out", str(out)]

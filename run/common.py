@@ -60,6 +60,18 @@ def local_rows() -> slice:
     return slice(process_index(), None, process_count())
 
 
+def average_over_processes(tensors: list[torch.Tensor], *numbers: float) -> list[float]:
+    """Tensors become their averages over the processes, in place, in one all-reduce; the averages of the numbers are returned."""
+    if process_count() == 1:
+        return list(numbers)
+    flat = torch.cat([tensor.flatten() for tensor in tensors] + [tensors[0].new_tensor(numbers)])
+    dist.all_reduce(flat)
+    *averages, means = flat.div_(process_count()).split([tensor.numel() for tensor in tensors] + [len(numbers)])
+    for tensor, average in zip(tensors, averages, strict=True):
+        tensor.copy_(average.view_as(tensor))
+    return means.tolist()
+
+
 def free_memory() -> float:
     """Bytes of main memory that are free or can be freed (Linux); infinity where the system does not tell."""
     try:
