@@ -3,7 +3,6 @@
 Quality is not judged here (README has it); that nothing is lost, and that what is drawn is what was trained, is.
 """
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -35,6 +34,7 @@ from models import checkpoint, family
 from models.denoiser import add_lora, as_cm, fuse, load_tiny_cm, lora_layers, random_tiny
 from run import files
 from run.common import UserError, step_generator
+from student import build
 
 ROOT = Path(__file__).parent.parent
 PAIR = sample.PROMPTS[:2]
@@ -55,6 +55,29 @@ def random_weights(folder: Path, model: str) -> str:
         folder / "cm.safetensors", {k: torch.randn_like(v) * 0.05 if k.endswith("B") else v for k, v in lora.items()}, {}
     )
     return f"--model {model} --teacher {folder}/teacher.safetensors --cm {folder}/cm.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_initialisation():
+    """Runs that begin with the same student share its statistics and packing, most of their time."""
+    build, built = student.build, {}
+    trained = ("rollout", "targets", "split", "tdpt_phases", "steps", "lr", "optimizer", "micro", "checkpointing", "out")
+
+    def shared(cfg, *args):
+        key = str({k: v for k, v in vars(cfg).items() if k not in trained and k not in train.MAY_CHANGE})
+        if key not in built:
+            built[key] = build(cfg, *args)
+        return copy.deepcopy(built[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student, "build", shared)
+        yield
+
+
+@pytest.fixture
+def without_report(monkeypatch):
+    """Runs end with their checkpoint: no pictures, no scores."""
+    monkeypatch.setattr(evaluate, "closing_report", lambda *args: None)
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +139,7 @@ def kill_at(step: int, patch) -> None:
     patch.setattr(train, "learning_rate", killed)
 
 
-def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, monkeypatch):
+def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, without_report, tmp_path, monkeypatch):
     """Catches randomness outside of (seed, step), a moment that is not saved, an anchor that is taken again from moved LoRA."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_at(2, patch)
@@ -127,15 +150,27 @@ def test_resume_equals_uninterrupted_bit_for_bit(weights, finished, tmp_path, mo
     assert losses(tmp_path / "r") == losses(finished)
 
 
-@pytest.mark.parametrize(
-    "objective, call, done", [("--rollout 1 --sampling-steps 1", 2, 1), ("--rollout 0", 2, 1), ("--rollout 0", 0, 0)]
-)
-def test_a_signal_between_micro_batches_gives_the_update_up(weights, tmp_path, monkeypatch, capsys, objective, call, done):
+ROLLOUTS, TDPT = "--rollout 1 --sampling-steps 1", "--rollout 0"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(weights, tmp_path_factory) -> dict[str, Path]:
+    """Runs of either objective in micro-batches."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "closing_report", lambda *args: None)
+        for name, objective in (("rollouts", ROLLOUTS), ("tdpt", TDPT)):
+            run(weights, folder / name, f"--micro 2 --steps 3 --save-every 20 {objective}")
+    return {ROLLOUTS: folder / "rollouts", TDPT: folder / "tdpt"}
+
+
+@pytest.mark.parametrize("objective, call, done", [(ROLLOUTS, 2, 1), (TDPT, 2, 1), (TDPT, 0, 0)])
+def test_a_signal_between_micro_batches_gives_the_update_up(
+    weights, undisturbed, without_report, tmp_path, monkeypatch, capsys, objective, call, done
+):
     """Catches an update of minutes that a scheduler does not wait for, one that is made of half of its pictures, and moments of a
     state without any update."""
     flags, huber, calls = f"--micro 2 --steps 3 --save-every 20 {objective}", tdpt.pseudo_huber, []
-    monkeypatch.setattr(evaluate, "closing_report", lambda *args: None)
-    run(weights, tmp_path / "whole", flags)
 
     def hit(*args):
         calls.append(0)
@@ -149,8 +184,8 @@ def test_a_signal_between_micro_batches_gives_the_update_up(weights, tmp_path, m
     assert stop.value.code == 0 and len(calls) == call + 1 and len(losses(tmp_path / "r")) == done
     assert f"stopped by SIGTERM after update {done}, which is saved" in capsys.readouterr().out
     run(weights, tmp_path / "r", flags)
-    same_files(tmp_path / "whole", tmp_path / "r", "state.safetensors", "model.safetensors")
-    assert losses(tmp_path / "r") == losses(tmp_path / "whole")
+    same_files(undisturbed[objective], tmp_path / "r", "state.safetensors", "model.safetensors")
+    assert losses(tmp_path / "r") == losses(undisturbed[objective])
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-flux"])
@@ -195,10 +230,9 @@ def average(roles):
     return lambda *args: torch.func.functional_call(roles.student, roles.averages, args)
 
 
-def test_a_target_of_ones_own_is_a_row_and_stages_are_as_many_as_there_are_targets(weights, tmp_path, monkeypatch):
+def test_a_target_of_ones_own_is_a_row_and_stages_are_as_many_as_there_are_targets(weights, without_report, tmp_path, monkeypatch):
     """Catches names that are asked for where the table should be, a stage that is never reached, and an average that a resumed run
     begins anew."""
-    monkeypatch.setattr(evaluate, "closing_report", lambda *args: None)
     flags = "--rollout 0 --targets anchor,ema,fp --split 0.75,0.25 --batch 8 --tdpt-phases 1"
     with pytest.raises(UserError, match="--targets anchor,ema,fp must name a network for each stage"):
         run(weights, tmp_path / "r", flags)
@@ -234,7 +268,7 @@ def test_lora_moved_and_nothing_else(finished):
     assert sum(moved) > 0.9 * len(moved)
 
 
-def test_tiny_flux_goes_the_whole_way(tmp_path):
+def test_tiny_flux_goes_the_whole_way(without_report, tmp_path):
     """Catches a trainer for UNets only: flow path, W4A16 modulations, HGS, smoothing, packed checkpoint, pictures."""
     run(random_weights(tmp_path, "tiny-flux"), tmp_path / "r", "--init hgs --ranks qra --smooth 0.25 --steps 2")
     student, about = checkpoint.load_checkpoint(tmp_path / "r")
@@ -523,8 +557,9 @@ def test_a_run_folder_of_another_configuration_is_not_overwritten(weights, finis
     assert (finished / "state.safetensors").read_bytes() == before
 
 
-def test_what_holds_no_student_is_said_as_it_is(weights, tmp_path, capsys):
+def test_what_holds_no_student_is_said_as_it_is(weights, tmp_path, monkeypatch, capsys):
     """Catches "unfinished" said of a finished 16-bit run, tracebacks for a file, and pictures drawn for a name that cannot be."""
+    monkeypatch.setattr(evaluate, "network_report", lambda *args: {})
     run(weights, tmp_path / "cm", "--bits 16 --targets fp,fp --steps 1 --rollout 0")
     (tmp_path / "cm" / "model.safetensors").write_bytes(b"")
     for script in (sample, evaluate):
@@ -535,17 +570,14 @@ def test_what_holds_no_student_is_said_as_it_is(weights, tmp_path, capsys):
         refuse(["--checkpoint", f"{tmp_path}/cm", "--out", f"{tmp_path}/{out}"], capsys, "cannot write .*give --out a .png", sample)
 
 
-def test_what_may_change_is_said_by_the_fields_themselves(weights, finished, capsys):
+def test_what_may_change_is_said_by_the_fields_themselves(finished):
     """Catches a second list of names that a new field does not get into."""
-    assert train.MAY_CHANGE == {f.name for f in dataclasses.fields(train.Config) if f.metadata["may_change"]}
-    stored = train.stored(train.parse(f"{QUICK} {weights}".split()))
-    assert {"micro", "eval_n", "save_every", "hessian_mb"} <= train.MAY_CHANGE
-    for name in ("micro", "lr"):
-        wanted = stored | {"files of teacher and cm": files.read_config(finished)["config"]["files of teacher and cm"], name: 7}
-        with contextlib.nullcontext() if name == "micro" else pytest.raises(UserError, match="another lr"):
-            files.refuse_another(finished, wanted, train.MAY_CHANGE)
+    assert {"micro", "eval_n", "save_every", "hessian_mb"} <= train.MAY_CHANGE and "lr" not in train.MAY_CHANGE
+    config = files.read_config(finished)["config"]
+    files.refuse_another(finished, config | {"micro": 7}, train.MAY_CHANGE)
     with pytest.raises(UserError, match="another micro"):
-        files.refuse_another(finished, wanted | {"lr": stored["lr"], "micro": 7}, set())
+        files.refuse_another(finished, config | {"micro": 7}, train.MAY_CHANGE - {"micro"})
+    files.refuse_another(finished, config | {"a field of tomorrow": 7}, set())
 
 
 def as_format_3(folder: Path) -> dict:
@@ -564,7 +596,7 @@ def as_format_3(folder: Path) -> dict:
     return config
 
 
-def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, finished, tmp_path, monkeypatch):
+def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, finished, without_report, tmp_path):
     """Catches fields that were renamed or are new, and with them files that a run would take for another run's."""
     old = tmp_path / "old"
     shutil.copytree(finished, old)
@@ -575,7 +607,6 @@ def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, fi
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     assert files.run_digest(old) == digest, "as the version before made it"
     assert files.read_config(old)["config"]["sampling_steps"] == "1,2,4" and files.most_steps(files.read_config(old)["config"]) == 4
-    monkeypatch.setattr(evaluate, "closing_report", lambda *args: None)
     run(weights, old)
     assert losses(old) == losses(finished) and files.run_digest(old) == digest
     same_files(finished, old, "state.safetensors", "model.safetensors")
@@ -584,7 +615,7 @@ def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, fi
         run(weights, old, "--sampling-steps 1")
 
 
-def test_a_run_goes_on_with_less_at_a_time(weights, finished, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_less_at_a_time(weights, finished, without_report, tmp_path, monkeypatch):
     """Catches advice on full memory (--micro, --memory-limit) that a begun run then refuses, and with it its start and updates."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_at(2, patch)
@@ -607,7 +638,7 @@ def test_a_rounding_and_an_initialisation_of_ones_own_are_one_line_each(weights,
     x_T, base, built = torch.randn(2, *network.latent, generator=step_generator(1, 0)), fuse(network), []
     for names in ("--rounding gptq --init hgs", "--rounding mine --init mine"):
         cfg = train.parse(f"{QUICK} {weights} --iters 2 {names}".split())
-        built.append(student.build(cfg, copy.deepcopy(base), cond, x_T)[0].state_dict())
+        built.append(build(cfg, copy.deepcopy(base), cond, x_T)[0].state_dict())
     assert all(torch.equal(built[0][key], built[1][key]) for key in built[0])
 
 
