@@ -202,7 +202,7 @@ class Calibration:
 
     def __init__(self, cfg, base: Denoiser, layers: list[Layer], cond: dict[str, Tensor], x_T: Tensor):
         self.cfg, self.layers, self.half = cfg, {layer.name: layer for layer in layers}, cfg.hessian_mb << 19
-        phases, micro = [int(K) for K in cfg.phases.split(",")], cfg.micro or 16
+        phases, micro = [int(K) for K in cfg.sampling_steps.split(",")], cfg.micro or 16
         few = slice(-(-cfg.gradient_captions // process_count()) or None)
         forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
         _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)

@@ -49,11 +49,10 @@ from models import checkpoint, tiny
 from models.denoiser import add_lora, random_denoiser
 from run import files
 from run.common import run_script
-from run.state import TrainingState
 
 QUICK = (
     "--model tiny --steps 6 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4 --warmup 1"
-    " --save-every 2 --grid 8 --phases 1,2 --eval-n 8 --rollout 0.5"
+    " --save-every 2 --grid 8 --sampling-steps 1,2 --eval-n 8 --rollout 0.5"
 )
 RUNS = {"fp": QUICK, "cache": f"{QUICK} --trajectory teacher --cached 20"}
 KINDS = {"kill": 20, "bit flip": 20, "truncation": 10, "disk full": 5, "NaN": 5}
@@ -157,16 +156,15 @@ def full(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: fl
 
 def poison(kind: str, step: int, at: int) -> None:
     """In the child: from here on, update `step` meets a number that is none."""
-    update, calls = TrainingState.update, Counter()
+    average, calls = train.average_over_processes, Counter()
 
-    def poisoned(self, now, loss, log):
-        if now == step and kind == "loss":
+    def poisoned(grads, loss, *flags):
+        if calls["updates"] == step and kind == "loss":
             loss = float("nan")
-        if now == step and kind in ("gradient nan", "gradient inf"):
-            params = list(self.params.values())
-            params[at % len(params)].grad.view(-1)[at % 7] = float(kind[-3:])
-        update(self, now, loss, log)
+        if calls["updates"] == step and kind in ("gradient nan", "gradient inf"):
+            grads[at % len(grads)].view(-1)[at % 7] = float(kind[-3:])
         calls["updates"] += 1
+        return average(grads, loss, *flags)
 
     def hook(layer, args, output):
         if calls["updates"] == step and kind == "activation" and layer.training is False and not calls["once"]:
@@ -194,7 +192,7 @@ def poison(kind: str, step: int, at: int) -> None:
         return drawn * (float("nan") if calls["updates"] == step else 1)
 
     to_latents, rollout_states = tiny.to_latents, train.tdpt.rollout_states
-    TrainingState.update, checkpoint.load_start = poisoned, load_start
+    train.average_over_processes, checkpoint.load_start = poisoned, load_start
     if kind == "data":
         tiny.to_latents, train.tdpt.rollout_states = latents, states
 
@@ -275,14 +273,14 @@ def undisturbed(task) -> float:
     good = folder / name
 
     def die_at_four():
-        update = TrainingState.update
+        rate = train.learning_rate
 
-        def killed(self, step, loss, log):
-            update(self, step, loss, log)
+        def killed(peak, step, *more):
             if step == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
+            return rate(peak, step, *more)
 
-        TrainingState.update = killed
+        train.learning_rate = killed
 
     code, printed, seconds = run(train, command(folder, flags, good))
     if code:

@@ -108,9 +108,9 @@ class Encoders:
         return self._vae.encode(pictures)
 
     def draw(self, cond: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
-        """Latents (B, C, h, w) in the most steps of --phases, a micro-batch at a time. Only now the network, which is given on the
+        """Latents (B, C, h, w) in the most of --sampling-steps, a micro-batch at a time. Only now the network, which is given on the
         CPU, goes to the device."""
-        network, device, steps = self.network.to(self.cfg.device), self.cfg.device, tdpt.most_steps(self.cfg.phases)
+        network, device, steps = self.network.to(self.cfg.device), self.cfg.device, self.cfg.most_steps
         x_T, drawn = torch.randn(len(cond["tokens"]), *network.latent, generator=gen), []
         for rows in torch.arange(len(x_T)).split(self.cfg.micro or len(x_T)):
             cond_r = {k: v[rows].to(device) for k, v in cond.items()}
@@ -135,6 +135,6 @@ def cache_key(cfg, draws: bool) -> dict:
     key = {"model": cfg.model, "base": base or cfg.weights or FAMILIES[cfg.model].base, "components": components}
     key["files of the base"] = files.fingerprint(cfg.teacher, cfg.components)
     if draws:
-        key |= {"consistency model": cm, "its scale": cfg.cm_scale, "its steps": tdpt.most_steps(cfg.phases)}
+        key |= {"consistency model": cm, "its scale": cfg.cm_scale, "its steps": cfg.most_steps}
         key |= {"files of the consistency model": files.fingerprint(cfg.cm)}
     return key

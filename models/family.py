@@ -54,6 +54,7 @@ class Family:
     path: Callable[[dict, tuple[int, int, int]], VPPath | FlowPath]  # (scheduler's configuration, latent) -> noise path
     precision: Callable[[str], str]  # name of a layer -> 16bit, w4a16 or w4a4
     classifier_free: bool  # guidance u + w (c - u) by a second call; False: guidance is an input of the network
+    most_grid_points: float = 1000  # of a solver grid on the path
     preset: dict = field(default_factory=dict)  # defaults of train.Config for this family
     # families that are trained here
     embedded: bool = False  # weights in assets/, scenes as data, whose closing report is judged by the classifier of scenes
@@ -306,6 +307,7 @@ UNET = dict(
 )
 FLUX = dict(
     network=FluxTransformer2DModel,
+    most_grid_points=math.inf,
     latent_channels=lambda config: config.in_channels // 4,
     cond_shapes=flux_cond_shapes,
     inputs=flux_inputs,
@@ -399,7 +401,7 @@ FLUX_DEV = Family(
     pack=pack_flux,
     check_keys=flux_file_lacks,
     few_step_scheduler=lambda scheduler, path: FlowMatchEulerDiscreteScheduler(shift=path.shift),
-    cm_example="ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --phases 8",
+    cm_example="ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --sampling-steps 8",
     licences={
         "FLUX.1-dev": (
             {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "license_link": DEV_LICENCE},

@@ -49,7 +49,6 @@ from torch.nn import functional as F
 
 import kernels
 import quant
-import tdpt
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
 from models import card, checkpoint, pretrained
 from models.denoiser import FAST, Denoiser, is_plain_lora
@@ -156,7 +155,7 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
     denoiser.to(dtype)
-    backend, steps = about["config"].get("backend", "native"), tdpt.most_steps(about["config"]["phases"])
+    backend, steps = about["config"].get("backend", "native"), files.most_steps(about["config"])
     config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
     mark_quantized(denoiser.net, config)
     return denoiser
@@ -363,7 +362,7 @@ def write_card(folder: str | Path) -> Path:
     if (folder / "model_index.json").is_file():
         return card.write_for_pipeline(folder)
     about = read_run(folder)
-    return card.write_for_run(folder, about, tdpt.most_steps(about["config"]["phases"]))
+    return card.write_for_run(folder, about, files.most_steps(about["config"]))
 
 
 def save_pipeline(pipe, out: str | Path) -> None:

@@ -157,7 +157,11 @@ def footprint_of(cfg) -> Footprint:
     family = FAMILIES[cfg.model]
     side = pretrained.latent_side(skeleton_of(cfg), cfg.resolution)
     ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
-    about = dict(dtype=cfg.torch_dtype, group_w=cfg.group_w, gradients=hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads))
+    about = dict(
+        dtype=cfg.torch_dtype,
+        group_w=cfg.group_w,
+        gradients=hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads),
+    )
     return Footprint(lambda: skeleton_of(cfg), (family.latent[0], side, side), family.tokens, **ranks, **about)
 
 

@@ -147,7 +147,7 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
                 monkeypatch.setattr(bench, f"bench_{name}", lambda parsed: [{"what": "x", "impl": "ours", "median_ms": 1.0}])
             bench.main(flags)
         elif script == "train.py":
-            train.check(train.parse([*flags, "--device", "cpu"]))
+            train.validate(train.parse([*flags, "--device", "cpu"]))
         seen.append(script)
         stdout.write("last words\n")
         if "flux" in args:

@@ -32,7 +32,7 @@ PROMPTS = [f"a {size} {color} {thing} on the {side}" for size in ("large", "smal
 BASES = [*miniature.PUBLIC, "sdxl-v"]  # the last one predicts v
 QUICK = (
     "--steps 3 --batch 4 --micro 2 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 4 --lr 1e-3 --warmup 1"
-    " --save-every 1 --grid 8 --phases 1,2 --rollout 0.5 --eval-n 2 --dtype float32"
+    " --save-every 1 --grid 8 --sampling-steps 1,2 --rollout 0.5 --eval-n 2 --dtype float32"
 )
 
 
@@ -236,7 +236,7 @@ def test_guidance_reaches_the_student_the_reference_and_the_card(real, finished,
     """Catches a student that is given 3.5 where its targets are given 5."""
     run(real, "flux", tmp_path / "r", f"--guidance 5 --steps 1 --cache {finished['flux']}/cache")
     assert checkpoint.load_checkpoint(tmp_path / "r")[0].guidance == checkpoint.load_start(tmp_path / "r")[0].guidance == 5
-    assert "num_inference_steps=2, guidance_scale=5.0" in (tmp_path / "r" / "README.md").read_text()  # --phases 1,2
+    assert "num_inference_steps=2, guidance_scale=5.0" in (tmp_path / "r" / "README.md").read_text()  # --sampling-steps 1,2
     assert pipeline.quantization_config(pipeline.load_pipeline(tmp_path / "r").transformer).guidance == 5
     assert checkpoint.load_checkpoint(finished["flux"])[0].guidance == 3.5
 

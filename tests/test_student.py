@@ -61,7 +61,7 @@ def denoiser(width: int = NARROW) -> Denoiser:
 def build(flags: str, base: Denoiser | None = None) -> tuple[Denoiser, dict[str, dict]]:
     base = base or denoiser()
     cfg = train.parse(
-        f"--model sdxl --phases 1 --micro 1 --dtype float32 --hessian-mb 4096 --init qera --rounding rtn {flags}".split()
+        f"--model sdxl --sampling-steps 1 --micro 1 --dtype float32 --hessian-mb 4096 --init qera --rounding rtn {flags}".split()
     )
     cond = {"tokens": torch.randn(2, 77, base.net.text, generator=torch.Generator().manual_seed(1))}
     return student.build(cfg, base, cond, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2)))
@@ -137,7 +137,7 @@ def test_layers_of_one_input_share_a_whitener_and_none_outlives_its_layer(monkey
 
 def test_what_a_layer_is_handed_out_with_is_let_go_of():
     """Catches statistics, weights and factors that pile up in the list of layers."""
-    cfg = train.parse("--model sdxl --phases 1 --micro 1 --hessian-mb 4096".split())
+    cfg = train.parse("--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096".split())
     base = denoiser()
     chosen = student.layers_to_quantize(cfg, base)
     cond = {"tokens": torch.randn(1, 77, base.net.text)}
@@ -174,7 +174,7 @@ def test_a_rule_of_ones_own_with_its_own_statistic_is_one_row_each(monkeypatch):
         monkeypatch.setitem(student.STATISTICS, name, unread)
     monkeypatch.setitem(student.STATISTICS, "norm", norm)
     base = denoiser()
-    cfg = train.parse("--model sdxl --phases 1 --micro 1 --hessian-mb 4096 --init zero --rounding rtn --rank 4".split())
+    cfg = train.parse("--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --init zero --rounding rtn --rank 4".split())
     cfg = dataclasses.replace(cfg, ranks="norm")
     cond = {"tokens": torch.randn(1, 77, base.net.text)}
     _, table = student.build(cfg, base, cond, torch.randn(1, 4, 8, 8))
