@@ -1,14 +1,14 @@
 """Speed, memory and error of the kernels on SDXL's and FLUX's layer shapes and networks, against what a user would run instead.
 
-    python -m benchmarks.bench kernels                          every shape, every implementation that is installed (five minutes)
-    python -m benchmarks.bench kernels --quick                  two shapes, under a minute
+    python -m benchmarks.bench kernels             every shape, every implementation that is installed (five minutes)
+    python -m benchmarks.bench kernels --quick     two shapes, under a minute
     python -m benchmarks.bench kernels --json rows.json --plot benchmarks/kernels.png
-    python -m benchmarks.bench model --model sdxl               a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
-                                                     tiny also 4 steps against the teacher's 20 guided ones, and throughput
-    python -m benchmarks.bench train                            an update of training, W4A4 against a LoRA of the 16-bit network
-    python -m benchmarks.bench costs                            how time grows with tokens, width and rank
-    python -m benchmarks.bench gpu                              all of these on CUDA, and training at full size; what fails is named, the
-                                                     others go on; --parts kernels,tiny chooses, --minutes 5 bounds each
+    python -m benchmarks.bench model --model sdxl  a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
+                                                   tiny also 4 steps against the teacher's 20 guided ones, and throughput
+    python -m benchmarks.bench train               an update of training, W4A4 against a LoRA of the 16-bit network
+    python -m benchmarks.bench costs               how time grows with tokens, width and rank
+    python -m benchmarks.bench gpu                 all of these on CUDA, and training at full size; what fails is named, the others
+                                                   go on; --parts kernels,tiny chooses, --minutes 5 bounds each
 
 One process, the same tensors for all: rounds in which every implementation runs once, in random order, after a warm-up that also
 pays for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,

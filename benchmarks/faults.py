@@ -38,7 +38,6 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
 import evaluate
 import sample
 import train
@@ -50,6 +49,7 @@ from models.denoiser import add_lora, random_denoiser
 from run import files
 from run.common import run_script
 
+ROOT = Path(__file__).parent.parent
 QUICK = (
     "--model tiny --steps 6 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4 --warmup 1"
     " --save-every 2 --grid 8 --sampling-steps 1,2 --eval-n 8 --rollout 0.5"

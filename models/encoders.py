@@ -85,8 +85,8 @@ def examples_of(cfg, out: Path, network: Denoiser) -> sources.Examples:
 
 
 class Encoders:
-    """What fills a cache: text encoders and VAE, each loaded when it is first asked for, and the consistency model inside `network`,
-    which draws the latents of captions without pictures."""
+    """What fills a cache: text encoders and VAE, each loaded when it is first asked for, and the consistency model inside
+    `network`, which draws the latents of captions without pictures."""
 
     def __init__(self, cfg, network: Denoiser):
         self.cfg, self.network, self._text, self._vae = cfg, network, None, None
@@ -108,8 +108,8 @@ class Encoders:
         return self._vae.encode(pictures)
 
     def draw(self, cond: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
-        """Latents (B, C, h, w) in the most of --sampling-steps, a micro-batch at a time. Only now the network, which is given on the
-        CPU, goes to the device."""
+        """Latents (B, C, h, w) in the most of --sampling-steps, a micro-batch at a time. Only now the network, which is given
+        on the CPU, goes to the device."""
         network, device, steps = self.network.to(self.cfg.device), self.cfg.device, self.cfg.most_steps
         x_T, drawn = torch.randn(len(cond["tokens"]), *network.latent, generator=gen), []
         for rows in torch.arange(len(x_T)).split(self.cfg.micro or len(x_T)):

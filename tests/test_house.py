@@ -76,7 +76,7 @@ def test_there_is_no_circle_and_no_more_floors_than_planned(arrows):
 
 
 def test_only_the_records_ask_which_family_a_model_is_of():
-    """Catches `if name == "flux"`, isinstance(net, UNet2DConditionModel), and `hasattr(pipe, "unet")` outside of models/family.py."""
+    """Catches name == "flux", isinstance(net, UNet2DConditionModel) and hasattr(pipe, "unet") outside of models/family.py."""
     classes = {family.network.__name__ for family in FAMILIES.values()}
     words = FAMILIES.keys() | {family.part for family in FAMILIES.values()} - {""}
     for name, file in modules().items():

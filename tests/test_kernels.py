@@ -417,7 +417,7 @@ def test_native_results_do_not_depend_on_earlier_calls():
 @pytest.mark.parametrize("backend,field,copies", [("native", "VmHWM", 1), ("compile", "VmRSS", 7)])
 def test_packed_weights_stay_packed(backend, field, copies):
     """Catches a cache of unpacked weights: over 100 calls of 16 layers memory grows by at most one int8 copy of the largest, with
-    the C++ kernel at its peak. (torch.compile has several copies while a call runs, which the allocator may keep; not one a layer.)"""
+    the C++ kernel at its peak. (torch.compile has several copies while a call runs, not one a layer.)"""
     if backend == "native":
         on(backend)
     program = """

@@ -1,6 +1,6 @@
 """backends/gpu.py against kernels.py, its oracle: codes, scales, unpacking and sums bit for bit, the epilogue within rounding.
-Where there is no GPU the kernels, those of backends/gptq_gpu.py too, run in Triton's interpreter, which has no bfloat16 products and no
-Gluon. Docstrings name the mutation that a test catches."""
+Where there is no GPU the kernels, those of backends/gptq_gpu.py too, run in Triton's interpreter, which has no bfloat16 products and
+no Gluon. Docstrings name the mutation that a test catches."""
 
 import functools
 import os

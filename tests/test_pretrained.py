@@ -105,7 +105,8 @@ def test_schnell_s_teacher_has_no_classifier_free_guidance(bases, tmp_path, monk
     (tmp_path / "prompts.txt").write_text("a red house\na blue cat\na tree\na river\n")
     weights, guided = [], tdpt.guided
     monkeypatch.setattr(tdpt, "guided", lambda teacher, w, null: weights.append((w, null)) or guided(teacher, w, null))
-    flags = "--steps 1 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 4 --grid 8 --sampling-steps 1 --rollout 0"
+    flags = "--steps 1 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 4 --grid 8 --rollout 0"
+    flags += " --sampling-steps 1"
     flags += f" --eval-n 2 --dtype float32 --resolution 64 --data {tmp_path}/prompts.txt --out {tmp_path}/r --no-checkpointing"
     train.main(f"--model flux --teacher {tmp_path}/schnell --cm {tmp_path}/cm.safetensors {flags}".split())
     assert weights == [(1.0, {})]
