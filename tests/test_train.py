@@ -491,8 +491,7 @@ def test_a_run_goes_on_with_less_at_a_time(weights, finished, tmp_path, monkeypa
 def test_a_rounding_and_an_initialisation_of_ones_own_are_one_line_each(weights, tmp_path, monkeypatch):
     """Catches names that are asked for where the table should be: a new rounding without H, a new start that is denied G."""
     monkeypatch.setitem(quant.ROUNDINGS, "mine", quant.round_gptq)
-    monkeypatch.setitem(hgs_lora.METHODS, "mine", hgs_lora.hgs)
-    monkeypatch.setattr(hgs_lora, "READS_G", hgs_lora.READS_G | {"mine"})
+    monkeypatch.setitem(hgs_lora.METHODS, "mine", hgs_lora.METHODS["hgs"])
     monkeypatch.setitem(train.CHOICES, "rounding", tuple(quant.ROUNDINGS))
     monkeypatch.setitem(train.CHOICES, "init", tuple(hgs_lora.METHODS))
     network = load_tiny_cm("tiny", *weights.split()[3::2])
