@@ -633,8 +633,7 @@ def test_a_run_goes_on_with_less_at_a_time(weights, finished, without_report, tm
 def test_a_rounding_and_an_initialisation_of_ones_own_are_one_line_each(weights, tmp_path, monkeypatch):
     """Catches names that are asked for where the table should be: a new rounding without H, a new start that is denied G."""
     monkeypatch.setitem(quant.ROUNDINGS, "mine", quant.round_gptq)
-    monkeypatch.setitem(hgs_lora.METHODS, "mine", hgs_lora.hgs)
-    monkeypatch.setattr(hgs_lora, "READS_G", hgs_lora.READS_G | {"mine"})
+    monkeypatch.setitem(hgs_lora.METHODS, "mine", hgs_lora.METHODS["hgs"])
     network = load_embedded_cm("tiny", *weights.split()[3::2])
     cond = sources.LiveExamples(sources.source(""), network).conditions(2, step_generator(0, 0), slice(None))
     x_T, base, built = torch.randn(2, *network.latent, generator=step_generator(1, 0)), fuse(network), []
