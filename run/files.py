@@ -266,7 +266,7 @@ def write_config(out: Path, about: dict) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json, fields of the configuration under their names of today.
+    """config.json, as today's format has it.
 
     UserError if it is of another format version, DamagedConfig if it is missing or damaged."""
     try:
@@ -276,7 +276,7 @@ def read_config(folder: Path) -> dict:
             raise UserError(f"{folder} has {formats}: use the version that wrote it")
         if not checksum(folder / "config.json"):
             raise ValueError
-        return about | {"config": {RENAMED.get(k, k): v for k, v in about["config"].items()}}
+        return about | {"format": FORMAT, "config": {RENAMED.get(k, k): v for k, v in about["config"].items()}}
     except NotADirectoryError:
         raise UserError(f"{folder} is a file: give the folder that train.py wrote") from None
     except FileNotFoundError:

@@ -71,9 +71,10 @@ class Killed(BaseException):
     pass
 
 
-def go(out: Path, cfg, end: int = 6) -> dict[str, torch.nn.Parameter]:
-    """The training in `out` goes on until it dies before update `end`; the parameters that it had then."""
+def go(out: Path, cfg, end: int = 6) -> dict[str, torch.Tensor]:
+    """The training in `out` goes on until it dies before update `end`; parameters and an average, as they were then."""
     params, rate = theta(), train.learning_rate
+    averages = {"b": params["b"].detach().clone()}
 
     def killed(peak, step, *more):
         if step == end:
@@ -82,8 +83,8 @@ def go(out: Path, cfg, end: int = 6) -> dict[str, torch.nn.Parameter]:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(train, "learning_rate", killed)
-        train.fit(cfg, out, params, objective_of(params))
-    return params
+        train.fit(cfg, out, params, objective_of(params), averages)
+    return params | {"average of b": averages["b"]}
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -536,6 +537,7 @@ common.run_script("train.py", lambda argv: attempt(Path("{folder}/r"), poisoned)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_or_nan_in_one_process_stops_all_at_the_same_update(tmp_path):
     """Catches a process that leaves the others waiting in the next exchange, and NaN that only its own process sees."""
     (tmp_path / "processes.py").write_text(PROCESSES.format(root=str(ROOT), folder=str(tmp_path)))
@@ -555,8 +557,9 @@ def test_a_signal_or_nan_in_one_process_stops_all_at_the_same_update(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_nan_stops_the_run_and_the_same_command_goes_on_to_the_same_end(undisturbed, tmp_path, monkeypatch, what):
-    """Catches NaN that reaches Adam's moments, a state or the log."""
+def test_nan_stops_the_run_and_the_same_command_goes_on_to_the_same_end(tmp_path, monkeypatch, what):
+    """Catches NaN that reaches Adam's moments, an average, a state or the log."""
+    cfg, expected = opened(tmp_path / "r"), go(tmp_path / "whole", opened(tmp_path / "whole"))
     average, calls = train.average_over_processes, itertools.count()
 
     def poisoned(grads, loss, *flags):
@@ -572,9 +575,9 @@ def test_nan_stops_the_run_and_the_same_command_goes_on_to_the_same_end(undistur
         pytest.raises(UserError, match=r"step 3: .*state.safetensors keeps an earlier step"),
     ):
         patch.setattr(train, "average_over_processes", poisoned)
-        whole_teacher_run(tmp_path / "r", patch)
-    whole_teacher_run(tmp_path / "r", monkeypatch)
-    same(undisturbed, tmp_path / "r")
+        go(tmp_path / "r", cfg)
+    assert equal(go(tmp_path / "r", cfg), expected)
+    same(tmp_path / "whole", tmp_path / "r")
 
 
 def no_space(*args, **more):
