@@ -1,5 +1,5 @@
 """backends/gpu.py against kernels.py, its oracle: codes, scales, unpacking and sums bit for bit, the epilogue within rounding.
-Where there is no GPU the kernels, those of backends/gptq_gpu.py too, run in Triton's interpreter, which has no bfloat16 products and
+Where there is no GPU the kernels, those of backends/gptq_gpu.py too, run in Triton's interpreter, without bfloat16 products and
 no Gluon. Docstrings name the mutation that a test catches."""
 
 import functools

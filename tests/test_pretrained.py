@@ -50,6 +50,15 @@ def test_flux_is_known_by_its_class():
             pretrained.check_architecture(FAMILIES["flux"], FLUX_DEV | other, "other")
 
 
+def test_each_architecture_is_of_exactly_one_family():
+    """Catches a record whose rule also claims the members of another, or not its own; Stable Diffusion 2.x is sd15's."""
+    for family in FAMILIES.values():
+        config = dict(family.build_meta().config)
+        assert [f.name for f in FAMILIES.values() if f.network is family.network and f.is_one(config)] == [family.name]
+    sd2 = dict(FAMILIES["sd15"].build_meta().config, cross_attention_dim=1024, use_linear_projection=True, sample_size=96)
+    assert FAMILIES["sd15"].is_one(sd2)
+
+
 @pytest.mark.parametrize("scheduler", ({"sigma_data": 0.5, "sigma_max": 80.0}, {"trained_betas": [0.1] * 1000}))
 def test_a_schedule_without_a_path_is_refused(scheduler):
     """Catches Playground's EDM schedule, or betas from a list, that are taken for scaled_linear ones."""
