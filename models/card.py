@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from models.family import FAMILIES, Family, family_of
+from models.family import FAMILIES, family_of
 from run import files
 from run.common import UserError
 
@@ -56,7 +56,6 @@ def write_for_run(folder: Path, about: dict, steps: int) -> Path:
     family = FAMILIES[network["model"]]
     return _write(
         folder,
-        family,
         base=network["base"],
         network=network["class"],
         layers=about["layers"],
@@ -80,7 +79,6 @@ def write_for_pipeline(folder: Path) -> Path:
     size, guidance = f"height={height}, width={width}", family.few_step_guidance(packed.get("guidance"))
     return _write(
         folder,
-        family,
         base=packed["base"],
         network=about["_class_name"],
         layers=packed["layers"],
@@ -93,10 +91,11 @@ def write_for_pipeline(folder: Path) -> Path:
     )
 
 
-def _write(folder: Path, family: Family, base: str, network: str, layers: dict[str, dict], weights: list[Path], **texts) -> Path:
+def _write(folder: Path, base: str, network: str, layers: dict[str, dict], weights: list[Path], **texts) -> Path:
     """Fills in CARD. base: hub id or path of what was quantized; network: its class; layers: the table of layers of the checkpoint;
     weights: the network's files; texts: entries of CARD that are written as they are."""
-    licence, in_words = next((v for k, v in family.licences.items() if k in base), ({"license": "other"}, f"see {base}"))
+    known = (entry for family in FAMILIES.values() for entry in family.licences.items())
+    licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
     origin = {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
     tags = ["cmquant", "consistency-model", "w4a4", "quantized"]
     front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin)
