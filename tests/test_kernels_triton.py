@@ -1,6 +1,6 @@
 """backends/gpu.py against kernels.py, its oracle: codes, scales, unpacking and sums bit for bit, the epilogue within rounding.
-Where there is no GPU the kernels, those of backends/gptq_gpu.py too, run in Triton's interpreter, without bfloat16 products and
-no Gluon. Docstrings name the mutation that a test catches."""
+Where there is no GPU the kernels, those of backends/gptq_gpu.py too, run in Triton's interpreter, which has no bfloat16 products
+and no Gluon. Docstrings name the mutation that a test catches."""
 
 import functools
 import os
@@ -252,9 +252,9 @@ def compiled(kernel, source_class, known, types, aligned, processor, warps):
     return triton.compile(source, target=GPUTarget("cuda", processor, 32), options={"num_warps": warps})
 
 
-@pytest.mark.parametrize("R,taps,bk", [(0, 1, 128), (32, 1, 128), (64, 9, 64), (128, 9, 128)])
+@pytest.mark.parametrize("RP,taps,bk", [(0, 1, 128), (32, 1, 128), (64, 9, 64), (128, 9, 128)])
 @pytest.mark.parametrize("tile", gpu.TILES)
-def test_the_product_compiles_for_hopper(tile, R, taps, bk):
+def test_the_product_compiles_for_hopper(tile, RP, taps, bk):
     """Without a GPU. Catches what this Triton's Gluon does not know any more, a product without int8 tensor cores, too large a
     tile."""
     from triton.experimental.gluon import language as gl
@@ -262,8 +262,8 @@ def test_the_product_compiles_for_hopper(tile, R, taps, bk):
 
     rows, columns, warps, stages = tile
     bw = 32 if taps > 1 else rows
-    known = dict(BM=rows, BN=columns, BK=bk, STAGES=stages, WARPS=warps, R=R, TAPS=taps, KW=3 if taps > 1 else 1, BW=bw)
-    known |= {} if R else {"low": None, "B": None}
+    known = dict(BM=rows, BN=columns, BK=bk, STAGES=stages, WARPS=warps, RP=RP, TAPS=taps, KW=3 if taps > 1 else 1, BW=bw)
+    known |= {} if RP else {"low": None, "B": None}
     four, two = (gl.NVMMASharedLayout(bk, 8, rank) for rank in (4, 2))
     types = {"X": f"tensordesc<i8[1, {rows // bw}, {bw}, {bk}],{four!r}>", "W8": f"tensordesc<i8[{columns}, {bk}],{two!r}>"}
     types |= dict(s="*fp32", scale="*fp32", bias="*bf16", low="*fp32", B="*bf16", Y="*bf16")
@@ -272,14 +272,14 @@ def test_the_product_compiles_for_hopper(tile, R, taps, bk):
     assert made.metadata.shared <= 227 << 10
 
 
-@pytest.mark.parametrize("R", [0, 32, 512, 1024])
-def test_the_first_launch_compiles_for_small_gpus_at_any_rank(R):
+@pytest.mark.parametrize("RP", [0, 32, 512, 1024])
+def test_the_first_launch_compiles_for_small_gpus_at_any_rank(RP):
     """Without a GPU. Catches a branch of a high rank, which QRA may give, that only large GPUs have the memory for."""
     from triton.compiler import ASTSource
 
-    known = dict(KW=1, TAPS=1, HALF=32, GROUP=16, BLOCK=2048, ROWS=2, R=R, LOW_ROWS=gpu.LOW_ROWS)
-    known |= dict(LOW_BLOCK=128 if R <= 64 else 32, CHUNK=gpu.CHUNK, PARTS=0, HALVES=128, inv_smooth=None, partial=None)
-    known |= {} if R else {"A": None, "low": None}
+    known = dict(KW=1, TAPS=1, HALF=32, GROUP=16, BLOCK=2048, ROWS=2, RP=RP, LOW_ROWS=gpu.LOW_ROWS)
+    known |= dict(LOW_BLOCK=128 if RP <= 64 else 32, CHUNK=gpu.CHUNK, PARTS=0, HALVES=128, inv_smooth=None, partial=None)
+    known |= {} if RP else {"A": None, "low": None}
     types = dict(x="*bf16", codes="*u8", mult="*u8", A="*fp32", X="*i8", s="*fp32", W8="*i8", low="*fp32")
     made = compiled(gpu.prepare, ASTSource, known, types, ("I", "Cp", "C"), 89, 4)
     assert made.metadata.shared <= 99 << 10
