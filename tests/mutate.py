@@ -45,7 +45,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("damaged state becomes the previous", "run/state.py", "self.good = path == self.path", "self.good = True", "faults"),
     ("checksum skips the tail", "run/files.py", "while chunk := file.read(CHUNK):", "while chunk := b'':", "faults"),
     ("weights that changed", "run/files.py", 'b"".join(ends)', 'b""', "real"),
-    ("choices without the start", "models/plan.py", "process_count(), teacher_of(cfg), statistics)", "1, teacher_of(cfg), 0)", "real"),
+    ("choices without the start", "models/plan.py", "teacher_of(cfg), statistics)", "teacher_of(cfg), 0)", "real"),
     ("guidance of the student", "models/denoiser.py", 'about.get("guidance", denoiser.guidance)', "denoiser.guidance", "real"),
     ("guidance of a network without it", "models/family.py", "classifier_free=False", "classifier_free=True", "pretrained"),
     ("first step of the pipeline", "models/family.py", 'timestep_spacing="trailing"', 'timestep_spacing="leading"', "pipeline"),
