@@ -1,7 +1,7 @@
 """Quality on the procedural scenes: Frechet distance, prompt accuracy, PSNR to the full-precision consistency model.
 
     python evaluate.py --checkpoint runs/tiny --steps 4 --n 2048 --seed 1234 --json q.json
-    python evaluate.py --train-reader assets/reader.safetensors          makes the classifier that ships
+    python evaluate.py --train-classifier assets/classifier.safetensors          makes the classifier that ships
 
     Frechet    |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) in 128 features of a small classifier, torchmetrics' implementation,
                against 4,096 rendered scenes of other seeds (train.py's last lines: 2,048). No relation to Inception FID: compare
@@ -26,18 +26,18 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-import sample
 import tdpt
 from data import scenes, sources
-from models import checkpoint, family
-from models.denoiser import FAST, Denoiser, as_cm, load_tiny_cm
+from models import checkpoint, pretrained
+from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher
+from models.family import FAMILIES
 from run import files
 from run.common import UserError, run_script, step_generator
 
 REFERENCE_SEED = 777_000  # of the rendered scenes that Frechet distances are measured to
 
 
-class Reader(nn.Module):
+class SceneClassifier(nn.Module):
     """Classifier of scenes. forward: pictures (B, 3, 32, 32) in [-1, 1] -> features (B, 128); heads: features -> logits."""
 
     GROUPS = (len(scenes.SHAPES) + 1, len(scenes.COLORS), len(scenes.SIZES), len(scenes.PATTERNS))  # shape 0: nothing there
@@ -76,17 +76,17 @@ def truth(scene: dict[str, torch.Tensor]) -> torch.Tensor:
     return at
 
 
-def all_right(reader: Reader, features: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
+def all_right(classifier: SceneClassifier, features: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
     """(B,) bool: every attribute of the scene is read back."""
-    objects, background, texture = reader.heads(features)
+    objects, background, texture = classifier.heads(features)
     at = truth(scene)
     right = (torch.stack([logits.argmax(-1) for logits in objects], -1) == at) | (at == -1)
     return right.flatten(1).all(1) & (background.argmax(1) == scene["background"]) & (texture.argmax(1) == scene["texture"])
 
 
-def reader_loss(reader: Reader, pictures: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
+def classifier_loss(classifier: SceneClassifier, pictures: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of cross-entropies over attributes."""
-    objects, background, texture = reader.heads(reader(pictures))
+    objects, background, texture = classifier.heads(classifier(pictures))
     at = truth(scene)
     loss = F.cross_entropy(background, scene["background"]) + F.cross_entropy(texture, scene["texture"])
     for i, logits in enumerate(objects):
@@ -94,11 +94,11 @@ def reader_loss(reader: Reader, pictures: torch.Tensor, scene: dict[str, torch.T
     return loss
 
 
-def train_reader(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e-3) -> None:
+def train_classifier(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e-3) -> None:
     """The shipped classifier; a little noise in training, so that it reads shapes and not the renderer's exact pixels."""
     torch.manual_seed(0)
-    reader = Reader()
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=0.01)
+    classifier = SceneClassifier()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
     for step in tqdm(range(steps)):
         gen = step_generator(7, step)
         scene = scenes.random_scenes(batch, gen)
@@ -107,36 +107,36 @@ def train_reader(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.autocast("cpu", torch.bfloat16, enabled=FAST == torch.bfloat16):
-            loss = reader_loss(reader, pictures, scene)
+            loss = classifier_loss(classifier, pictures, scene)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    accuracy, _ = real_pictures(reader.eval())
-    info = {"command": f"python evaluate.py --train-reader {path.name}", "seed": 0, "accuracy_on_real": accuracy}
-    files.write_tensors(path, {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}, info)
+    accuracy, _ = real_pictures(classifier.eval())
+    info = {"command": f"python evaluate.py --train-classifier {path.name}", "seed": 0, "accuracy_on_real": accuracy}
+    files.write_tensors(path, {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}, info)
     print(f"prompt accuracy on real pictures {accuracy:.4f}")
 
 
-def load_reader(path: Path = files.ASSETS / "reader.safetensors") -> Reader:
-    tensors, _ = files.read_tensors(path, f"make it with `python evaluate.py --train-reader {path}`")
-    reader = Reader()
-    reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-    return reader.eval().requires_grad_(False)
+def load_classifier(path: Path = files.ASSETS / "classifier.safetensors") -> SceneClassifier:
+    tensors, _ = files.read_tensors(path, f"make it with `python evaluate.py --train-classifier {path}`")
+    classifier = SceneClassifier()
+    classifier.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    return classifier.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def features_of(reader: Reader, pictures: torch.Tensor) -> torch.Tensor:
-    return torch.cat([reader(part) for part in pictures.split(256)])
+def features_of(classifier: SceneClassifier, pictures: torch.Tensor) -> torch.Tensor:
+    return torch.cat([classifier(part) for part in pictures.split(256)])
 
 
-def real_pictures(reader: Reader, n: int = 4096) -> tuple[float, torch.Tensor]:
+def real_pictures(classifier: SceneClassifier, n: int = 4096) -> tuple[float, torch.Tensor]:
     """(prompt accuracy, features) of n rendered scenes."""
     parts, right = [], []
     for k in range(0, n, 256):
         gen = step_generator(REFERENCE_SEED, k)
         scene = scenes.random_scenes(min(256, n - k), gen)
-        parts.append(features_of(reader, scenes.render(scene, gen)))
-        right.append(all_right(reader, parts[-1], scene))
+        parts.append(features_of(classifier, scenes.render(scene, gen)))
+        right.append(all_right(classifier, parts[-1], scene))
     return torch.cat(right).float().mean().item(), torch.cat(parts)
 
 
@@ -150,7 +150,7 @@ def frechet(real: torch.Tensor, features: torch.Tensor) -> float:
 
 
 class _Identity(nn.Module):
-    num_features = Reader.num_features
+    num_features = SceneClassifier.num_features
 
     def forward(self, features):
         return features
@@ -163,13 +163,13 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Judge:
-    """n prompts and noises (function of seed), the reader, features of rendered scenes: the same questions for any model."""
+    """n prompts and noises (function of seed), the classifier, features of rendered scenes: the same questions for any model."""
 
     def __init__(self, n: int, seed: int, reference: int = 4096):
-        self.reader, self.seed = load_reader(), seed
+        self.classifier, self.seed = load_classifier(), seed
         self.scene = scenes.random_scenes(n, step_generator(seed, 0))
         self.captions = [scenes.caption_of(self.scene, i) for i in range(n)]
-        _, self.real = real_pictures(self.reader, reference)
+        _, self.real = real_pictures(self.classifier, reference)
 
     def rendered(self) -> dict[str, float]:
         """Scores of the renderer itself on the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet."""
@@ -178,12 +178,12 @@ class Judge:
     def draw(self, name: str, model, denoiser: Denoiser, steps: int) -> torch.Tensor:
         parts, size = [], 64
         for i in tqdm(range(0, len(self.captions), size), desc=f"{name}, {steps} steps", leave=False):
-            parts.append(sample.draw(model, denoiser, self.captions[i : i + size], steps, 1_000_000 * self.seed + i))
+            parts.append(draw(model, denoiser, self.captions[i : i + size], steps, 1_000_000 * self.seed + i))
         return torch.cat(parts)
 
     def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
-        features = features_of(self.reader, pictures)
-        right = all_right(self.reader, features, self.scene).float().mean().item()
+        features = features_of(self.classifier, pictures)
+        right = all_right(self.classifier, features, self.scene).float().mean().item()
         row = {"frechet": frechet(self.real, features), "prompt_accuracy": right}
         return row if fp is None else row | {"psnr_to_fp": psnr(pictures, fp)}
 
@@ -201,7 +201,7 @@ def network_report(network: Denoiser, config: dict, cm: bool) -> dict[str, dict[
     if config["data"]:
         return {}  # the classifier knows nothing of the user's pictures
     judge = Judge(config["eval_n"], 4321)
-    teacher = ("teacher, guided", sample.guided_teacher(network, config["guidance"]))
+    teacher = ("teacher, guided", guided_teacher(network, config["guidance"]))
     runs = [(*teacher, 25), (*teacher, 4)] + [("fp", as_cm(network), steps) for steps in (4, 2, 1) if cm]
     rows = {"real": judge.rendered()}
     rows |= {f"{name}, {steps} steps": judge.score(judge.draw(name, model, network, steps)) for name, model, steps in runs}
@@ -220,18 +220,10 @@ def printed_size(out: Path, student: Denoiser) -> dict[str, float]:
 def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
     student, _ = checkpoint.load_checkpoint(out)
-    prompts = list(sample.PROMPTS)
-    drawn = {
-        "4-steps.png": sample.grid({"": sample.draw(student, student, prompts, 4, config["seed"])}),
-        "compare.png": sample.compare(student, network, prompts, 4, config["seed"], config["guidance"]),
-    }
-    for name, image in drawn.items():
-        with files.atomic(out / "samples" / name) as file:
-            image.save(file, "PNG")
     s = printed_size(out, student)
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
         captions = sources.source(config["data"]).captions(config["eval_n"], step_generator(4321, 0))
-        drawn = [sample.draw(m, d, captions, 4, 4321) for m, d in ((as_cm(network), network), (student, student))]
+        drawn = [draw(m, d, captions, 4, 4321) for m, d in ((as_cm(network), network), (student, student))]
         rows = {"w4a4": {"psnr_to_fp": psnr(*drawn)}}
         print(f"4 steps, {len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model")
     else:
@@ -241,15 +233,14 @@ def closing_report(out: Path, network: Denoiser, config: dict) -> None:
         print(f"4 steps, {config['eval_n']} pictures\n{table(rows)}")
     with files.atomic(out / "report.json") as file:
         file.write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
-    print(f"pictures: {out / 'samples'}")
 
 
 @torch.no_grad()
 def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: bool) -> None:
     """closing_report for sdxl and flux, whose quality no classifier of ours can judge: how far the checkpoint on disk is from the
-    fp consistency model in latents, signal over error in dB, from the same noises and captions, in the most steps of --phases.
+    fp consistency model in latents, signal over error in dB, from the same noises and captions, in the most of --sampling-steps.
     Every process of a torchrun calls it (the teacher may be sharded), the leader loads the checkpoint and prints."""
-    n, gen, steps = config["eval_n"], step_generator(config["seed"], 0, stream=5), tdpt.most_steps(config["phases"])
+    n, gen, steps = config["eval_n"], step_generator(config["seed"], 0, stream=5), files.most_steps(config)
     cond, x_T = examples.conditions(n, gen, slice(None)), torch.randn(n, *network.latent, generator=gen)
 
     def draw(model, denoiser) -> torch.Tensor:
@@ -298,25 +289,25 @@ def main(argv: list[str]) -> None:
     which = "rows of the guided teacher: 25 steps and --steps, --steps alone, none"
     parser.add_argument("--teacher", choices=("both", "same", "none"), default="both", help=which)
     parser.add_argument("--fp-pictures", default="", metavar="FILE", help="keep the fp model's pictures for the next checkpoint")
-    parser.add_argument("--train-reader", default="", metavar="FILE", help="train the classifier and stop")
+    parser.add_argument("--train-classifier", default="", metavar="FILE", help="train the classifier and stop")
     args = parser.parse_args(argv)
-    if args.train_reader:
-        train_reader(Path(args.train_reader))
+    if args.train_classifier:
+        train_classifier(Path(args.train_classifier))
         return
     if args.seed < 0:
         raise UserError(f"--seed must be at least 0, got {args.seed}")
     if args.n < 256:
-        raise UserError(f"--n {args.n} is too few for the covariance of {Reader.num_features} features: use 256 or more")
-    if (model := files.read_config(Path(args.checkpoint))["config"]["model"]) in family.REAL:
+        raise UserError(f"--n {args.n} is too few for the covariance of {SceneClassifier.num_features} features: use 256 or more")
+    if not FAMILIES[model := files.read_config(Path(args.checkpoint))["config"]["model"]].embedded:
         raise UserError(
             f"the classifier knows nothing of {model}'s pictures: see {args.checkpoint}/report.json, draw with sample.py"
         )
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
-    network = load_tiny_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
+    network = pretrained.load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
     judge = Judge(args.n, args.seed)
     rows = {"real": judge.rendered()}
-    teacher = sample.guided_teacher(network, config["guidance"])
+    teacher = guided_teacher(network, config["guidance"])
     if args.teacher == "both":
         rows["teacher"] = judge.score(judge.draw("teacher", teacher, network, 25)) | {"steps": 25}
     if args.teacher != "none":

@@ -1,24 +1,24 @@
-"""HGS-LoRA: Hessian-guided split of a weight, W ~ Q + B A, and the layers that carry it.
+"""HGS-LoRA: the Hessian-guided split of a weight, W ~ Q + B A, with Q on the INT4 grid and B A of rank r in 16 bits.
 
 For a layer y = W x with H = E[x x^T] = L L^T (hessian.py) an error matrix E costs E||E x||^2 = ||E L||_F^2, its H-norm.
 With G = R^T R, the second moments of the gradients at y, the error that reaches the picture is ||R E L||_F^2, its GH-norm.
 [A] "Hessian-guided matrix decomposition initialises LoRA"; [R] the closed form with R = 1 is the one of QERA / CLoQ:
 
     BA-step   BA = R^-1 SVD_r(R (W - Q) L) L^-1     the best rank-r correction of Q; the squared tail of the spectrum remains
-    Q-step    Q  = round(W - BA)               to the INT4 grid, nearest or GPTQ (quant.py)
-    hgs [O]   Q-step and BA-step in turn; the best by ||R (W - Q - BA) L||_F^2 + ||R Q N^1/2||_F^2 is kept, N = E (x - q(x))^2
-              per input: the branch reads x unrounded, so what is moved into it escapes the rounding of activations too,
-              which is most of the error. Start: BA = R^-1 SVD_r(R W C^1/2) C^-1/2, C = grid_cost; W L for W C^1/2 without N.
-              All but the last two Q-steps round to nearest. Measured on synthetic layers: that is cheaper than GPTQ
-              throughout and ends lower (the demo's linear layer, 8 steps: 0.038% against 0.042%).
-              The first candidate has qera's Q, so hgs is never worse than that. Siblings know neither G nor N.
+    Q-step    Q  = round(W - BA)                    to the INT4 grid, nearest or GPTQ (quant.py)
+
+hgs [O] alternates the two and keeps the best pair by ||R (W - Q - BA) L||_F^2 + ||R Q N^1/2||_F^2 (`split_error`), where
+N = E (x - q(x))^2 for each input. The branch reads x unrounded, so what is moved into it escapes the rounding of activations too,
+and that is most of the error. The alternation begins with BA = R^-1 SVD_r(R W C^1/2) C^-1/2, C = `grid_cost`, or, where N is
+unknown, with W L in place of W C^1/2. All but the last GPTQ_STEPS of the Q-steps round to nearest. The first candidate has the
+same Q as qera, so hgs is never worse than qera. The other methods use neither G nor N.
 
 With R (W - Q) L = U S V^T and R = 1 the factors are balanced, B = U S^1/2 and A = S^1/2 V^T L^-1, so that both learn at one rate.
 U comes from the smaller Gram side, in float64 (`strongest`). If O <= K no inverse is needed at all, because
-S V^T L^-1 = U^T (W - Q); otherwise A is a triangular solve. Components of (relatively) zero strength get a random row in
-A and a zero column in B, as in QLoRA: the product does not change, and no rank is born dead.
+S V^T L^-1 = U^T (W - Q); otherwise A is a triangular solve. Components of (relatively) zero strength get a random row in A and a
+zero column in B, as in QLoRA: the product does not change, and every rank can learn.
 
-Siblings with one signature, chosen by one line of METHODS (all on the same grid, with the same rounding):
+Methods with one signature, chosen by name from METHODS (all on the same grid, with the same rounding):
 
     zero       QLoRA      Q = round(W), B = 0
     pissa      PiSSA      BA = SVD_r(W), Q = round(W - BA)
@@ -27,37 +27,14 @@ Siblings with one signature, chosen by one line of METHODS (all on the same grid
     loftq      LoftQ      Q = round(W - BA) and BA = SVD_r(W - Q) in turn, from BA = 0
     qera       QERA       Q = round(W), BA-step
 
-The layers: W4A4Linear, W4A4Conv2d, W4A16Linear. Forward, training or not, is the deployed kernel itself (kernels.py):
-
-    y = q(x') q(W)^T + bias + (x' A^T) B^T,        x' = x * inv_smooth,        output in x.dtype
-
-Backward, with g = dL/dy: straight-through on q(x'), and gradients to x, A, B and nothing else,
-
-    dA = (g B)^T x'      dB = g^T (x' A^T)      dx = inv_smooth * (mask * g (W^ + B A))
-
-W^ is dequantized again from the packed codes; W^ + B A (float32) is rounded to the dtype of g; all products run in x's dtype, as
-those of a float layer. The mask is zero outside of the activation quantizer's clip range. The deployed quantizer's range reaches
-to the largest value, so the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial
-A0, B0: anchor(model).
-
-Deployment: the branch in 16 bits, `merge(layer)`: Q(Q + BA) without a branch, or the branch in 8 bits, two scales for each rank,
-
-    A_rk ~= a_r qA_rk,  a_r = max_k |A_rk| / 127        B_or ~= b_r qB_or,  b_r = max_o |B_or| / 127        q int8
-
-an entry moves by at most half a step and a component of BA by at most a_r b_r (127 + 1/4). One scale a_r b_r would do for the
-product; two keep A and B themselves, balanced and in float16's range. Before that the components are mixed, which no other part of
-the layer can notice: with BA = U S V^T and a fixed orthogonal R (r x r),
-
-    B <- U S^1/2 R,  A <- R^T S^1/2 V^T         BA is the same; its rounding error falls from sum_r S_r^2 to (sum_r S_r)^2 / r
-
-times the squared relative step, and entries become Gaussian, with smaller largest ones. On `tiny`, whose branches are half of its
-layers, 8 bits cost 4 dB without mixing and 2 dB with it; on Gaussian layers of 192 x 256, rank 16, less than 2% of the 4-bit error.
-Left out on purpose: correlation of x with its rounding error, training of grid, bias or scales, higher derivatives.
-Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
+Dimension key: quant.py (O, I, K, r). A is (r, K), B is (O, r). The layers that carry a split are in layers.py.
+Left out on purpose: the correlation of x with its rounding error.
 """
 
 import copy
 import time
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,12 +44,18 @@ import hessian
 import quant
 
 EXACT = 512  # rows of Gram matrices whose eigenvectors are all computed
+GPTQ_STEPS = 2  # last Q-steps of hgs that round by GPTQ where that is asked for; the others round to nearest, which is cheaper and
+# ends lower than GPTQ throughout (the demo's linear layer, 8 steps: 0.038% against 0.042%)
+
+# ---------------------------------------------------------------- reference math
 
 
 class Whitener:
-    """A damped Hessian and what is computed from it once: L (lower, H = L L^T, float64) and GPTQ's factor.
+    """The norm in which an error of one layer is measured: damped H = L L^T (L lower) and GPTQ's factor of it, computed once, and
+    what `of_layer` adds, R and N. Everything is float64.
 
-    Layers that share their input (q, k, v) can share it: build one per `Stats`, pass it to each `decompose`."""
+    Layers that share their input (q, k, v) can share the first two: build one for each `Stats`, pass it to each `decompose`.
+    ValueError for inf or nan."""
 
     def __init__(self, H_KK: Tensor, damping: float = 0.01):
         if not torch.isfinite(H_KK).all():
@@ -84,8 +67,8 @@ class Whitener:
         self._gptq: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def of_layer(self, G_OO: Tensor | None = None, noise_K: Tensor | None = None, damping: float = 0.01) -> "Whitener":
-        """The same H, with what belongs to one of the layers that read it: G = R^T R (R upper, float64), and noise_K, the mean
-        squared rounding error of each input."""
+        """The same H with what belongs to one of the layers that read it: the second moments G_OO of the gradients at its output,
+        G = R^T R (R upper), and noise_K, the mean squared rounding error of each input. ValueError for inf or nan."""
         new = copy.copy(self)
         if G_OO is not None:
             if not torch.isfinite(G_OO).all():
@@ -102,14 +85,16 @@ class Whitener:
 
 
 def _times(E_OK: Tensor, L: Tensor) -> Tensor:
+    """E L, for L (K, K) or the diagonal (K,) of a diagonal matrix."""
     return E_OK * L if L.dim() == 1 else E_OK @ L
 
 
 def strongest(gram_nn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The `rank` largest eigenvalues of a Gram matrix, descending, and their eigenvectors (n, rank), float64: exact up to EXACT,
-    beyond by subspace iteration (Halko et al. 2011) with 2 r + 16 vectors, four times V <- orth(G G V). What that leaves is less
-    than 0.1% above the exact remainder for Gaussian matrices and falling spectra, 0.7% for the worst one that was found (64 equal
-    eigenvalues, 209 of 0.9 of them)."""
+    """The `rank` largest eigenvalues of a Gram matrix, descending, and their eigenvectors (n, rank), float64.
+
+    They are exact for n up to EXACT, beyond they come from subspace iteration (Halko et al. 2011) with 2 r + 16 vectors, four times
+    V <- orth(gram gram V). What that leaves is less than 0.1% above the exact remainder for Gaussian matrices and falling spectra,
+    and 0.7% above it in the worst case that was found (64 equal eigenvalues, then 209 of 0.9 times their size)."""
     n, width = len(gram_nn), 2 * rank + 16
     if n <= max(EXACT, 4 * width):
         energy, basis = torch.linalg.eigh(gram_nn)
@@ -122,8 +107,8 @@ def strongest(gram_nn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def whitened_svd(E_OK: Tensor, L_KK: Tensor | None, rank: int, R_OO: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The (A_rK, B_Or), float64, that minimise ||R (E - B A) L||_F over rank-r matrices. None: the identity; L may be the
-    diagonal (K,) of a diagonal matrix."""
+    """The BA-step: (A_rK, B_Or), float64, that minimise ||R (E - B A) L||_F. None stands for the identity; L may be the diagonal
+    (K,) of a diagonal matrix."""
     if R_OO is not None:
         R_OO = R_OO / R_OO.square().sum().div(len(R_OO)).sqrt()  # the units of G must not unbalance A and B
         A_rK, B_Or = whitened_svd(R_OO @ E_OK.double(), L_KK, rank)
@@ -145,8 +130,8 @@ def whitened_svd(E_OK: Tensor, L_KK: Tensor | None, rank: int, R_OO: Tensor | No
 
 
 def whitened_spectrum(E_OK: Tensor, L_KK: Tensor, R_OO: Tensor | None = None, rank: int | None = None) -> Tensor:
-    """Singular values of R E L, the first `rank` or all of them, descending, float64: what QRA weighs (E = W, or the residual
-    W - Q). L as in whitened_svd."""
+    """Singular values of R E L, the first `rank` (at most min(O, K)) or all of them, descending, float64: what QRA weighs, with
+    E = W or the residual W - Q. L is as in whitened_svd."""
     M = _times(E_OK.double() if R_OO is None else R_OO @ E_OK.double(), L_KK)
     gram = M @ M.mT if M.shape[0] <= M.shape[1] else M.mT @ M
     energy = torch.linalg.eigvalsh(gram).flip(0) if rank is None else strongest(gram, min(rank, len(gram)))[0]
@@ -154,7 +139,8 @@ def whitened_spectrum(E_OK: Tensor, L_KK: Tensor, R_OO: Tensor | None = None, ra
 
 
 def split_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_Or=None, R_OO=None, noise_K=None) -> float:
-    """||R (W - Q - BA) L||_F^2 + ||R Q N^1/2||_F^2: without R and N the mean squared error of the layer's output."""
+    """||R (W - Q - BA) L||_F^2 + ||R Q N^1/2||_F^2: without R and N the mean squared error of the layer's output that is due to its
+    weight."""
     Q_OK = quant.dequantize(gw).double()
     E_OK = w_OK.double() - Q_OK
     if A_rK is not None:
@@ -164,9 +150,12 @@ def split_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_O
 
 
 def relative_error(w_OK: Tensor, L_KK: Tensor, gw: quant.GridWeight, A_rK=None, B_Or=None) -> float:
-    """kept_error / ||W L||_F^2, for tables: without A, B the error before the correction, with them the error after."""
+    """split_error / ||W L||_F^2 without R and N, for tables; without A and B it is the error before the correction."""
     energy = float((w_OK.double() @ L_KK).square().sum())
     return split_error(w_OK, L_KK, gw, A_rK, B_Or) / energy if energy > 0 else 0.0
+
+
+# ---------------------------------------------------------------- methods: each returns (GridWeight, A_rK, B_Or), float64
 
 
 def _random_rows(rows: int, K: int, like: Tensor, generator) -> Tensor:
@@ -204,8 +193,8 @@ def qera(w_OK, white, rank, round_to_grid, iters, generator):
 
 
 def grid_cost(w_OK: Tensor, white: Whitener, gw: quant.GridWeight) -> Tensor:
-    """(K,) what a squared weight of each input costs while it is on the grid: N_k for the rounding of x, c H_kk for its own,
-    with the c at which that adds up to the error of gw, a plain rounding of W."""
+    """(K,) what a squared weight of each input costs while it is on the grid: N_k for the rounding of x, c H_kk for the rounding of
+    the weight itself, with the c at which that adds up to the error of gw, a plain rounding of W."""
     H_K = white.H_KK.diagonal()
     c = split_error(w_OK, white.L_KK, gw) / float((w_OK.double().square() * H_K).sum().clamp_min(1e-300))
     return max(c, 1e-12) * H_K + (0 if white.noise_K is None else white.noise_K)  # never 0: H is damped, N of a dead input is not
@@ -216,10 +205,9 @@ def hgs(w_OK, white, rank, round_to_grid, iters, generator):
     gw = round_to_grid(w_OK)
     best = gw, *whitened_svd(w_OK - quant.dequantize(gw), L_KK, rank, R_OO)
     least = split_error(w_OK, L_KK, *best, R_OO, noise_K)
-    start = L_KK if noise_K is None else grid_cost(w_OK, white, gw).sqrt()
-    A_rK, B_Or = whitened_svd(w_OK, start, rank, R_OO)
+    A_rK, B_Or = whitened_svd(w_OK, L_KK if noise_K is None else grid_cost(w_OK, white, gw).sqrt(), rank, R_OO)
     for i in range(iters):
-        gw = round_to_grid(w_OK - B_Or @ A_rK, nearest=i < iters - 2)
+        gw = round_to_grid(w_OK - B_Or @ A_rK, nearest=i < iters - GPTQ_STEPS)
         A_rK, B_Or = whitened_svd(w_OK - quant.dequantize(gw), L_KK, rank, R_OO)
         error = split_error(w_OK, L_KK, gw, A_rK, B_Or, R_OO, noise_K)
         if error < least:
@@ -227,9 +215,26 @@ def hgs(w_OK, white, rank, round_to_grid, iters, generator):
     return best
 
 
-# change this to try yours
-METHODS = dict(zero=zero, pissa=pissa, svdquant=pissa, principal=principal, loftq=loftq, qera=qera, hgs=hgs)
-READS_G = {"hgs"}  # those that use white.R_OO and white.noise_K: the others are given none of it at uniform ranks
+class Method(NamedTuple):
+    split: Callable  # (w_OK, white, rank, round_to_grid, iters, generator) -> (GridWeight, A_rK, B_Or)
+    reads_G: bool = False  # whether it uses white.R_OO and white.noise_K, which cost passes over the calibration set
+
+
+METHODS = {
+    "zero": Method(zero),
+    "pissa": Method(pissa),
+    "svdquant": Method(pissa),
+    "principal": Method(principal),
+    "loftq": Method(loftq),
+    "qera": Method(qera),
+    "hgs": Method(hgs, reads_G=True),
+}  # change this to try yours
+
+
+def wants_gradients(hessian: str, init: str, rank_statistics: Collection[str]) -> bool:
+    """Whether G has to be collected: `hessian` asks for the Kronecker product (kron, not input), and the method `init` or the rule
+    for ranks, by the statistics that it reads (qra.METHODS), has a use for it."""
+    return hessian == "kron" and (METHODS[init].reads_G or bool(rank_statistics))
 
 
 def decompose(
@@ -241,15 +246,30 @@ def decompose(
     taps: int = 1,
     rounding: str = "gptq",
     iters: int = 8,
-    search: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[quant.GridWeight, Tensor, Tensor]:
-    """W (O, K) ~ Q + B A: (GridWeight, A_rK float32, B_Or float32). K is not padded; smoothing is the caller's.
+    """W (O, K) ~ Q + B A: (GridWeight, A_rK float32, B_Or float32).
 
-    H_KK: undamped second moments (K, K), or a Whitener, which may carry G and N (of_layer; only hgs uses them). iters: Q-steps of
-    hgs and loftq. generator: random rows of A.
+    w_OK: any floating dtype, not padded, already smoothed if the layer is. H_KK: undamped second moments (K, K), or a Whitener,
+    which may carry R and N. rank: 0 to min(O, K). group, taps, rounding: of the grid (quant.quantize_weight). iters: Q-steps of
+    hgs and loftq. generator: of the random rows of A.
     Raises ValueError for an unknown method or rounding, a rank above min(O, K), a bad group or shape, a non-finite W or H.
     """
+    white = H_KK if isinstance(H_KK, Whitener) else Whitener(H_KK)
+    _check(w_OK, white, rank, method)
+    factor = None if rounding == "rtn" else white.gptq_factor(group, taps)
+
+    def round_to_grid(target_OK: Tensor, nearest: bool = False) -> quant.GridWeight:
+        how = "rtn" if nearest else rounding
+        return quant.quantize_weight(target_OK.float(), group, taps, white.H_KK, how, factor=factor)
+
+    gw, A_rK, B_Or = METHODS[method].split(w_OK.detach().double(), white, rank, round_to_grid, iters, generator)
+    dead = ~A_rK.any(1)
+    A_rK[dead] = _random_rows(int(dead.sum()), w_OK.shape[1], A_rK, generator)
+    return gw, A_rK.float(), B_Or.float()
+
+
+def _check(w_OK: Tensor, white: Whitener, rank: int, method: str) -> None:
     O, K = w_OK.shape
     if method not in METHODS:
         raise ValueError(f"init method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -257,21 +277,19 @@ def decompose(
         raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
     if not torch.isfinite(w_OK).all():
         raise ValueError("weights contain inf or NaN")
-    white = H_KK if isinstance(H_KK, Whitener) else Whitener(H_KK)
     if len(white.H_KK) != K:
         raise ValueError(f"the Hessian must be {K} x {K} for this weight, got {tuple(white.H_KK.shape)}")
     if white.R_OO is not None and len(white.R_OO) != O:
         raise ValueError(f"the second moments of the gradients must be {O} x {O}, got {tuple(white.R_OO.shape)}")
-    factor = None if rounding == "rtn" else white.gptq_factor(group, taps)
 
-    def round_to_grid(target_OK: Tensor, nearest: bool = False) -> quant.GridWeight:
-        how = "rtn" if nearest else rounding
-        return quant.quantize_weight(target_OK.float(), group, taps, white.H_KK, how, search, factor)
 
-    gw, A_rK, B_Or = METHODS[method](w_OK.detach().double(), white, rank, round_to_grid, iters, generator)
-    dead = ~A_rK.any(1)
-    A_rK[dead] = _random_rows(int(dead.sum()), K, A_rK, generator)
-    return gw, A_rK.float(), B_Or.float()
+def factor_bytes(O: int, K: int, rounding: str = "gptq") -> int:
+    """Bytes that Whitener and `decompose` hold at most for a layer, all of it float64: H, L and what GPTQ's factor is made of
+    (K, K), G, R and a copy (O, O), W and its products (O, K)."""
+    return 8 * ((3 if rounding == "rtn" else 6) * K**2 + 3 * O**2 + 5 * O * K)
+
+
+# ---------------------------------------------------------------- demo
 
 
 def main() -> None:
@@ -311,14 +329,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-def factor_bytes(O: int, K: int, rounding: str = "gptq") -> int:
-    """What the split of a layer holds at most, all of it float64: H, L and what GPTQ's factor is made of (K, K), G, R and a copy
-    (O, O), W and its products (O, K)."""
-    return 8 * ((3 if rounding == "rtn" else 6) * K**2 + 3 * O**2 + 5 * O * K)
-
-
-def wants_gradients(cfg) -> bool:
-    """Whether ranks or splits use G."""
-    return cfg.hessian == "kron" and (cfg.init in READS_G or cfg.ranks != "uniform")

@@ -1,59 +1,34 @@
-"""HGS-LoRA: Hessian-guided split of a weight, W ~ Q + B A, and the layers that carry it.
+"""The layers that carry W ~ Q + B A: W4A4Linear, W4A4Conv2d, W4A16Linear, for training and for deployment.
 
-For a layer y = W x with H = E[x x^T] = L L^T (hessian.py) an error matrix E costs E||E x||^2 = ||E L||_F^2, its H-norm.
-With G = R^T R, the second moments of the gradients at y, the error that reaches the picture is ||R E L||_F^2, its GH-norm.
-[A] "Hessian-guided matrix decomposition initialises LoRA"; [R] the closed form with R = 1 is the one of QERA / CLoQ:
-
-    BA-step   BA = R^-1 SVD_r(R (W - Q) L) L^-1     the best rank-r correction of Q; the squared tail of the spectrum remains
-    Q-step    Q  = round(W - BA)               to the INT4 grid, nearest or GPTQ (quant.py)
-    hgs [O]   Q-step and BA-step in turn; the best by ||R (W - Q - BA) L||_F^2 + ||R Q N^1/2||_F^2 is kept, N = E (x - q(x))^2
-              per input: the branch reads x unrounded, so what is moved into it escapes the rounding of activations too,
-              which is most of the error. Start: BA = R^-1 SVD_r(R W C^1/2) C^-1/2, C = grid_cost; W L for W C^1/2 without N.
-              All but the last two Q-steps round to nearest. Measured on synthetic layers: that is cheaper than GPTQ
-              throughout and ends lower (the demo's linear layer, 8 steps: 0.038% against 0.042%).
-              The first candidate has qera's Q, so hgs is never worse than that. Siblings know neither G nor N.
-
-With R (W - Q) L = U S V^T and R = 1 the factors are balanced, B = U S^1/2 and A = S^1/2 V^T L^-1, so that both learn at one rate.
-U comes from the smaller Gram side, in float64 (`strongest`). If O <= K no inverse is needed at all, because
-S V^T L^-1 = U^T (W - Q); otherwise A is a triangular solve. Components of (relatively) zero strength get a random row in
-A and a zero column in B, as in QLoRA: the product does not change, and no rank is born dead.
-
-Siblings with one signature, chosen by one line of METHODS (all on the same grid, with the same rounding):
-
-    zero       QLoRA      Q = round(W), B = 0
-    pissa      PiSSA      BA = SVD_r(W), Q = round(W - BA)
-    svdquant   SVDQuant   the same split of the smoothed W: the caller smooths W and H (hessian.smooth), not this file
-    principal  [R]        BA = SVD_r(W L) L^-1, Q = round(W - BA): the sensitive directions leave the grid, no alternation
-    loftq      LoftQ      Q = round(W - BA) and BA = SVD_r(W - Q) in turn, from BA = 0
-    qera       QERA       Q = round(W), BA-step
-
-The layers: W4A4Linear, W4A4Conv2d, W4A16Linear. Forward, training or not, is the deployed kernel itself (kernels.py):
+Forward, in training too, is the deployed kernel itself (kernels.py):
 
     y = q(x') q(W)^T + bias + (x' A^T) B^T,        x' = x * inv_smooth,        output in x.dtype
 
-Backward, with g = dL/dy: straight-through on q(x'), and gradients to x, A, B and nothing else,
+Backward, with g = dL/dy and W^ = q(W): straight-through on q(x'), and gradients to x, A, B and nothing else,
 
-    dA = (g B)^T x'      dB = g^T (x' A^T)      dx = inv_smooth * (mask * g (W^ + B A))
+    dA = (g B)^T x'      dB = g^T (x' A^T)      dx = inv_smooth * (g (W^ + B A))
 
 W^ is dequantized again from the packed codes; W^ + B A (float32) is rounded to the dtype of g; all products run in x's dtype, as
-those of a float layer. The mask is zero outside of the activation quantizer's clip range. The deployed quantizer's range reaches
-to the largest value, so the mask is all ones and is not computed. The anchor [R] is the same packed base with the initial
-A0, B0: anchor(model).
+those of a float layer. The range of the activation quantizer reaches to the largest value, so nothing is clipped and no gradient is
+masked. The anchor [R] is the same packed base with the initial A0, B0: `anchored(model)`.
 
-Deployment: the branch in 16 bits, `merge(layer)`: Q(Q + BA) without a branch, or the branch in 8 bits, two scales for each rank,
+Deployment: the branch in 16 bits; no branch, Q(Q + BA), by `merged_layer`; or the branch in 8 bits with two scales for each rank,
 
     A_rk ~= a_r qA_rk,  a_r = max_k |A_rk| / 127        B_or ~= b_r qB_or,  b_r = max_o |B_or| / 127        q int8
 
-an entry moves by at most half a step and a component of BA by at most a_r b_r (127 + 1/4). One scale a_r b_r would do for the
-product; two keep A and B themselves, balanced and in float16's range. Before that the components are mixed, which no other part of
-the layer can notice: with BA = U S V^T and a fixed orthogonal R (r x r),
+by which an entry moves by at most half a step and a component of BA by at most a_r b_r (127 + 1/4). One scale a_r b_r would do for
+the product; two keep A and B themselves, balanced and in float16's range. Before that the components are mixed, which no other part
+of the layer can notice: with BA = U S V^T and a fixed orthogonal matrix M (r x r),
 
-    B <- U S^1/2 R,  A <- R^T S^1/2 V^T         BA is the same; its rounding error falls from sum_r S_r^2 to (sum_r S_r)^2 / r
+    B <- U S^1/2 M,  A <- M^T S^1/2 V^T         BA is the same; its rounding error falls from sum_r S_r^2 to (sum_r S_r)^2 / r
 
 times the squared relative step, and entries become Gaussian, with smaller largest ones. On `tiny`, whose branches are half of its
-layers, 8 bits cost 4 dB without mixing and 2 dB with it; on Gaussian layers of 192 x 256, rank 16, less than 2% of the 4-bit error.
-Left out on purpose: correlation of x with its rounding error, training of grid, bias or scales, higher derivatives.
+layers, 8 bits cost 4 dB without mixing and 2 dB with it; on Gaussian layers of 192 x 256, rank 16, they add less than 2% to the
+4-bit error.
+
+A layer of rank 0 has no branch: lora_A and lora_B are None, and nothing in it is trained.
 Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
+Left out on purpose: training of grid, bias or scales, higher derivatives.
 """
 
 import copy
@@ -66,6 +41,8 @@ from torch.nn import functional as F
 
 import kernels
 import quant
+
+# ---------------------------------------------------------------- the branch in 8 bits
 
 
 def quantize_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,19 +57,22 @@ def quantize_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (A_rK / a_r[:, None]).round_().to(torch.int8), (B_Or / b_r).round_().to(torch.int8), scale_2r
 
 
-def mix_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product, float32, whose components are equally strong (module docstring). Of any shapes, rank 0 too."""
-    A, B, r = A_rK.detach().double(), B_Or.detach().double(), len(A_rK)
-    (Q_K, R_A), (Q_O, R_B) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
-    U, S, Vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    mix_rr = torch.linalg.qr(torch.randn(r, r, generator=torch.Generator().manual_seed(r), dtype=torch.float64))[0].to(A)
-    mix_rr = mix_rr[: len(S)]  # fewer components than ranks: the others are zero
-    return (mix_rr.mT @ (S.sqrt()[:, None] * (Vt @ Q_K.mT))).float(), (Q_O @ U * S.sqrt() @ mix_rr).float()
-
-
 def dequantize_lora(qA_rK: Tensor, qB_Or: Tensor, scale_2r: Tensor) -> tuple[Tensor, Tensor]:
     """(A_rK, B_Or), float32."""
     return qA_rK * scale_2r[0][:, None], qB_Or * scale_2r[1]
+
+
+def mix_lora(A_rK: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product, float32, whose components are equally strong (module docstring). Any shapes, rank 0 too."""
+    A, B, r = A_rK.detach().double(), B_Or.detach().double(), len(A_rK)
+    (basis_K, tri_A), (basis_O, tri_B) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
+    U, S, Vt = torch.linalg.svd(tri_B @ tri_A.mT, full_matrices=False)
+    mix_rr = torch.linalg.qr(torch.randn(r, r, generator=torch.Generator().manual_seed(r), dtype=torch.float64))[0].to(A)
+    mix_rr = mix_rr[: len(S)]  # fewer components than ranks: the others are zero
+    return (mix_rr.mT @ (S.sqrt()[:, None] * (Vt @ basis_K.mT))).float(), (basis_O @ U * S.sqrt() @ mix_rr).float()
+
+
+# ---------------------------------------------------------------- what the three layers share
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -110,38 +90,68 @@ class _StraightThrough(torch.autograd.Function):
         return *ctx.layer.grads(g, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None
 
 
-class PackedLayer(nn.Module):
-    """What the three layers share. Everything but A and B is a buffer, so state_dict() is what safetensors saves:
-    codes_OP, mult_P uint8; scale_O, inv_smooth (if smoothed) float32; bias (if any); Parameters lora_A, lora_B float32
-    (if rank > 0). anchor_A, anchor_B are not part of it, a deployed checkpoint has no use for them: see anchor_state.
-    In the deployed form (store_8bit, or lora_bits=8) scale_O is the byte of kernels.pack_scales, the same number exactly;
-    lora_A and lora_B are int8 buffers, lora_scale (2, rank) float32 is beside them, and only x has a gradient.
+class PackedStorage(nn.Module):
+    """Q as it is stored, with bias and smoothing; all of it are buffers.
 
-    The layer follows the dtype of its input. .to(dtype), .half() .. move it but cast nothing: bfloat16 scales would
-    change the weights, and bfloat16 A, B would not take small updates."""
+    codes_OP, mult_P uint8; scale_O float32, or the byte of kernels.pack_scales, which is the same number exactly (deployed form);
+    inv_smooth (I,) float32 if smoothed; bias (O,) if there is one, in the float layer's dtype.
+
+    .to(dtype), .half() and the like move a layer but cast nothing: bfloat16 scales would change the weights, and bfloat16 A and B
+    would not take small updates. The layer computes in the dtype of its input."""
+
+    def __init__(self, layer: nn.Module, group: int, group_x: int, smooth: bool, deployed: bool):
+        super().__init__()
+        quant.check_group(group)
+        quant.check_group(group_x)
+        O, I = layer.weight.shape[:2]
+        taps, device = layer.weight[0, 0].numel(), layer.weight.device
+        padded = taps * -(-I // group) * group
+        self.channels, self.out, self.taps, self.group, self.group_x = I, O, taps, group, group_x
+        self.backend = "eager"
+        self.register_buffer("codes_OP", torch.empty(O, padded // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("mult_P", torch.empty(-(-O * padded // group // 2), dtype=torch.uint8, device=device))
+        self.register_buffer("scale_O", torch.empty(O, dtype=torch.uint8 if deployed else torch.float32, device=device))
+        self.register_buffer("inv_smooth", torch.empty(I, device=device) if smooth else None)
+        self.register_buffer("bias", None if layer.bias is None else torch.empty_like(layer.bias, requires_grad=False))
+
+    @property
+    def packed(self) -> kernels.PackedWeight:
+        scale_O = kernels.unpack_scales(self.scale_O) if self.scale_O.dtype == torch.uint8 else self.scale_O
+        return kernels.PackedWeight(self.codes_OP, self.mult_P, scale_O, self.channels, self.taps, self.group)
+
+    def _kernel(self, kernel: Callable) -> Callable:
+        return kernels.BACKENDS[self.backend](kernel)
+
+    def _smoothed(self, x: Tensor) -> Tensor:
+        """x' in x's dtype, the product in float32; channels are the last axis."""
+        return x if self.inv_smooth is None else (x.float() * self.inv_smooth).to(x.dtype)
+
+    def _apply(self, fn, recurse=True):
+        def move_only(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(move_only, recurse)
+
+
+class PackedLayer(PackedStorage):
+    """Q + B A. A subclass defines run(x, A, B), the kernel, and grads(g, x, A, B, needs), its straight-through gradients.
+
+    lora_A (r, K), lora_B (O, r) are float32 Parameters, and None at rank 0. In the deployed form (store_8bit, or lora_bits=8) they
+    are int8 buffers with lora_scale (2, r) float32 beside them, and only x has a gradient. state_dict() is what safetensors saves.
+    anchor_A, anchor_B are not part of it, since a deployed checkpoint has no use for them: see anchor_state."""
 
     def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
         """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
         lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
-        super().__init__()
         if lora_bits not in (8, 16):
             raise ValueError(f"LoRA factors are kept in 8 or 16 bits, not {lora_bits}")
-        quant.check_group(group)
-        quant.check_group(group_x)
-        O, I = layer.weight.shape[:2]
-        taps = layer.weight[0, 0].numel()
-        K, Kp = taps * I, taps * -(-I // group) * group
+        O, K, device = len(layer.weight), layer.weight[0].numel(), layer.weight.device
         if not 0 <= rank <= min(O, K):
             raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
-        self.channels, self.out, self.taps, self.rank, self.group, self.group_x = I, O, taps, rank, group, group_x
-        self.use_anchor, self.backend = False, "eager"
-        device = layer.weight.device
-        self.register_buffer("codes_OP", torch.empty(O, Kp // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("mult_P", torch.empty(-(-O * Kp // group // 2), dtype=torch.uint8, device=device))
         deployed = lora_bits == 8
-        self.register_buffer("scale_O", torch.empty(O, dtype=torch.uint8 if deployed else torch.float32, device=device))
-        self.register_buffer("inv_smooth", torch.empty(I, device=device) if smooth else None)
-        self.register_buffer("bias", None if layer.bias is None else torch.empty_like(layer.bias, requires_grad=False))
+        super().__init__(layer, group, group_x, smooth, deployed)
+        self.rank, self.use_anchor = rank, False
         for name, shape in (("lora_A", (rank, K)), ("lora_B", (O, rank))):
             if rank and deployed:
                 self.register_buffer(name, torch.empty(shape, dtype=torch.int8, device=device))
@@ -171,16 +181,28 @@ class PackedLayer(nn.Module):
         new.set_anchor()
         return new.train(layer.training)
 
-    def set_anchor(self) -> None:
-        """The current A, B become A0, B0."""
-        if self.rank:
-            self.anchor_A, self.anchor_B = (factor.detach().clone() for factor in self.factors())
+    def forward(self, x: Tensor) -> Tensor:
+        A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else self.factors()
+        with torch.autocast(x.device.type, enabled=False):  # autocast would make the training forward another function
+            if torch.is_grad_enabled() and (x.requires_grad or (A is not None and A.requires_grad)):
+                return _StraightThrough.apply(x, A, B, self)
+            return self.run(x, A, B)
 
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
         """(A, B), the Parameters themselves, or their float32 values in the deployed form; None where there is no branch."""
         if self.lora_scale is None:
             return self.lora_A, self.lora_B
         return dequantize_lora(self.lora_A, self.lora_B, self.lora_scale)
+
+    def merged_weight(self, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
+        """W^ + B A (O, K) in float32, W^ alone where there is no branch."""
+        w_OK = kernels.dequantize(self.packed)
+        return w_OK if A_rK is None else torch.addmm(w_OK, B_Or.float(), A_rK.float())
+
+    def set_anchor(self) -> None:
+        """The current A, B become A0, B0."""
+        if self.rank:
+            self.anchor_A, self.anchor_B = (factor.detach().clone() for factor in self.factors())
 
     def store_8bit(self) -> None:
         """In place, and once: the deployed form, without an anchor."""
@@ -194,42 +216,16 @@ class PackedLayer(nn.Module):
                 self.register_buffer(name, factor)
             self.anchor_A = self.anchor_B = None
 
-    @property
-    def packed(self) -> kernels.PackedWeight:
-        scale_O = kernels.unpack_scales(self.scale_O) if self.scale_O.dtype == torch.uint8 else self.scale_O
-        return kernels.PackedWeight(self.codes_OP, self.mult_P, scale_O, self.channels, self.taps, self.group)
-
-    def forward(self, x: Tensor) -> Tensor:
-        A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else self.factors()
-        with torch.autocast(x.device.type, enabled=False):  # autocast would make the training forward another function
-            if torch.is_grad_enabled() and (x.requires_grad or (A is not None and A.requires_grad)):
-                return _StraightThrough.apply(x, A, B, self)
-            return self.run(x, A, B)
-
-    def _kernel(self, kernel: Callable) -> Callable:
-        return kernels.BACKENDS[self.backend](kernel)
-
-    def merged_weight(self, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
-        """W^ + B A (O, K) in float32, W^ alone where there is no branch."""
-        w_OK = kernels.dequantize(self.packed)
-        return w_OK if A_rK is None else torch.addmm(w_OK, B_Or.float(), A_rK.float())
-
-    def _smoothed(self, x: Tensor) -> Tensor:
-        """x' in x's dtype, the product in float32; channels are the last axis."""
-        return x if self.inv_smooth is None else (x.float() * self.inv_smooth).to(x.dtype)
-
-    def _apply(self, fn, recurse=True):
-        def move_only(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(move_only, recurse)
-
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, group_x={self.group_x}"
 
 
+# ---------------------------------------------------------------- the three layers
+
+
 class W4A4Linear(PackedLayer):
+    """x (.., I) -> (.., O); activations are quantized for each token."""
+
     def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
         kernel = self._kernel(kernels.w4a4_linear)
         return kernel(x, self.packed, self.bias, A_rI, B_Or, self.inv_smooth, self.group_x)
@@ -248,13 +244,15 @@ class W4A4Linear(PackedLayer):
 
 
 class W4A16Linear(W4A4Linear):
-    """4-bit weight, activations as they are (models.precision). The straight-through gradient is the exact one here."""
+    """4-bit weight, activations as they are: for layers that run once a step. The straight-through gradient is exact here."""
 
     def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
         return self._kernel(kernels.w4a16_linear)(self._smoothed(x), self.packed, self.bias, A_rI, B_Or)
 
 
 class W4A4Conv2d(PackedLayer):
+    """x (N, I, H, W) -> (N, O, H', W'); activations have a scale for each sample and multipliers for each pixel and group."""
+
     def __init__(self, layer: nn.Conv2d, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
         plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
         if not plain or isinstance(layer.padding, str):
@@ -288,14 +286,18 @@ class W4A4Conv2d(PackedLayer):
         return dx, dA, dB
 
 
-KINDS = {"w4a16": W4A16Linear, "w4a4": W4A4Linear, "w4a4conv": W4A4Conv2d}
+def packed_class(kind: str, layer: nn.Module) -> type[PackedLayer]:
+    """The class that replaces the float `layer`; kind: w4a4 or w4a16 (family.precision), a KeyError for any other."""
+    if kind == "w4a4" and isinstance(layer, nn.Conv2d):
+        return W4A4Conv2d
+    return {"w4a4": W4A4Linear, "w4a16": W4A16Linear}[kind]
 
 
-def packed_class(kind: str, layer: nn.Module):
-    return KINDS["w4a4conv" if kind == "w4a4" and isinstance(layer, nn.Conv2d) else kind]
+# ---------------------------------------------------------------- whole models
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+    """(name, layer) of every packed layer of `model`."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
 
 
@@ -336,7 +338,7 @@ def anchored(model: nn.Module):
 
 
 def as_anchor(student: nn.Module) -> Callable:
-    """A function of the student's arguments: what its anchor answers."""
+    """A function of the student's arguments that returns what its anchor predicts."""
 
     def call(*args):
         with anchored(student):
@@ -362,13 +364,14 @@ def load_anchor_state(model: nn.Module, state: dict[str, Tensor]) -> None:
                 setattr(layer, key, tensor.detach().to(like.device, torch.float32, copy=True))
 
 
-def merged_layer(layer: PackedLayer, rounding: str = "rtn", H_KK: Tensor | None = None) -> PackedLayer:
-    """Strict W4A4: a new layer with Q(Q + BA) and no branch. H_KK: damped second moments of x', for gptq rounding."""
-    w_OK = layer.merged_weight(*layer.factors()).detach()
-    gw = quant.quantize_weight(w_OK, layer.group, layer.taps, H_KK, rounding)
+def merged_layer(layer: PackedLayer) -> PackedLayer:
+    """Strict W4A4: a new layer with Q(Q + BA), rounded to nearest, and no branch. At rank 0 that is Q, as it is."""
     merged = copy.deepcopy(layer)
+    if not layer.rank:
+        return merged
     merged.rank, merged.lora_A, merged.lora_B, merged.lora_scale, merged.anchor_A, merged.anchor_B = 0, *[None] * 5
-    pw = kernels.pack(gw)
+    w_OK = layer.merged_weight(*layer.factors()).detach()
+    pw = kernels.pack(quant.quantize_weight(w_OK, layer.group, layer.taps))
     scale_O = kernels.pack_scales(pw.scale_O) if layer.scale_O.dtype == torch.uint8 else pw.scale_O
     merged.load_state_dict(dict(codes_OP=pw.codes_OP, mult_P=pw.mult_P, scale_O=scale_O), strict=False)
     return merged

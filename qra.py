@@ -5,18 +5,24 @@ parameters does not change. [R] The criteria are activation dynamics and spectra
 
 One more rank of layer l costs O_l + K_l parameters (A is r x K, B is O x r; K = kh kw I for a convolution).
 
-    budget      sum_l r_l (O_l + K_l) <= rank * sum_l (O_l + K_l)    never exceeded;  r_min <= r_l <= r_max, in granules
+    budget      sum_l r_l (O_l + K_l) <= rank * sum_l (O_l + K_l), and it is never exceeded
+    bounds      least <= r_l <= most, in steps of a granule; a layer of rank 0 has no branch
     gain        gain_l,i = g_l sigma_l,i^2 / E_l                     of the i-th rank, i = 1, 2, ..
                 g_l      = (v_x v_w)^beta                            variation of activations and of weights
                 sigma_l  = singular values of R W C^1/2, what the grid costs the picture (hgs_lora.grid_cost), and E_l = 1;
                            or of the residual (W - Q) L alone, H = L L^T = E[x x^T], and E_l = ||W_l L_l||_F^2, the
                            layer's output energy
-    allocation  start at r_min, then take the granule of the largest gain per parameter that still fits, until none does
+    allocation  start at `least`, then take the granule of the largest gain per parameter that still fits, until none does
 
-With gradients (R) all layers are in the picture's units. Without, sigma^2 / E is the share of the layer's output that a rank
-wins back; without E a layer with large outputs takes all: worse than uniform. Spectra descend, so greedy is optimal when
-all costs are equal, and otherwise loses at most the gain of the first granule that did not fit. v_x is the coefficient of
-variation of the per-channel absolute maximum over channels and timesteps, v_w the same for weights (hessian.py measures them).
+With gradients (R^T R = G, their second moments) the gains of all layers are in the picture's units. Without them sigma^2 / E is the
+share of the layer's output that a rank wins back; without E a layer with large outputs would take all, which is worse than uniform.
+Spectra descend, so greedy is optimal when all costs are equal, and otherwise loses at most the gain of the first granule that did
+not fit. v_x is the coefficient of variation of the per-channel absolute maximum over channels and timesteps, v_w the same for
+weights (hessian.py measures them).
+
+Granule, least and largest rank scale with the average rank (`bounds`): a quarter of it, a quarter of it, and four times as much or
+64, whichever is larger. The smaller the budget, the more it pays to leave layers without a branch: at an average rank of 2 only
+steps of 1 from 0 leave room for a choice at all.
 
 Ties (equal gain per parameter) go to the layer of lower rank, then to the name that sorts first; the order of the
 dicts never matters, so permuting layers permutes ranks. Everything is float64 and runs on the CPU.
@@ -28,55 +34,72 @@ knapsack (greedy is within one granule of it), a budget in bytes (parameters and
 import heapq
 import math
 import random
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 # ---------------------------------------------------------------- gains: siblings, the i-th value is the gain of rank i
 
+# shapes {layer: (O, K)}; statistics {layer: {name: value}}, of which a rule gets those that its row of METHODS names:
+#     spectrum   sigma_r, descending, a sequence or tensor; ranks beyond its end gain 0
+#     energy     E
+#     variation  (v_x, v_w)
 
-def _variation_factor(name, v_x, v_w, beta):
+
+def _variation_factor(name, statistics, beta):
     """g = (v_x v_w)^beta."""
-    product = float(v_x[name]) * float(v_w[name])
+    product = math.prod(map(float, statistics[name]["variation"]))
     if not (math.isfinite(product) and product >= 0):
         raise ValueError(f"layer {name}: the variation v_x v_w = {product} must be finite and not negative")
     return product**beta
 
 
-def gains_variation(shapes, spectra, energy, v_x, v_w, beta, seed):
-    """g (O + K) / i: statistics only [A]. Per parameter that is g / i, which fills ranks in proportion to g."""
+def gains_variation(shapes, statistics, beta, seed):
+    """g (O + K) / i: variation only [A]. Per parameter that is g / i, which fills ranks in proportion to g."""
     return {
-        name: [_variation_factor(name, v_x, v_w, beta) * (O + K) / i for i in range(1, min(O, K) + 1)]
+        name: [_variation_factor(name, statistics, beta) * (O + K) / i for i in range(1, min(O, K) + 1)]
         for name, (O, K) in shapes.items()
     }
 
 
-def gains_spectrum(shapes, spectra, energy, v_x, v_w, beta, seed):
+def gains_spectrum(shapes, statistics, beta, seed):
     """sigma_i^2 / E: the share of the layer's output energy that rank i wins back. A dead layer (E = 0) gains 0."""
     gains = {}
     for name in shapes:
-        sigma_r = torch.as_tensor(spectra[name]).detach().to("cpu", torch.float64)
-        share_r, total = sigma_r.square().sort(descending=True).values, float(energy[name])
+        sigma_r = torch.as_tensor(statistics[name]["spectrum"]).detach().to("cpu", torch.float64)
+        share_r, total = sigma_r.square().sort(descending=True).values, float(statistics[name]["energy"])
         if not (math.isfinite(total) and total >= 0 and bool(share_r.isfinite().all())):
             raise ValueError(f"layer {name}: spectrum and energy must be finite and the energy not negative")
         gains[name] = (share_r / total if total > 0 else torch.zeros_like(share_r)).tolist()
     return gains
 
 
-def gains_qra(shapes, spectra, energy, v_x, v_w, beta, seed):
+def gains_qra(shapes, statistics, beta, seed):
     """g sigma_i^2 / E: variation times spectrum."""
-    gains = gains_spectrum(shapes, spectra, energy, v_x, v_w, beta, seed)
-    return {name: [_variation_factor(name, v_x, v_w, beta) * gain for gain in gains[name]] for name in shapes}
+    gains = gains_spectrum(shapes, statistics, beta, seed)
+    return {name: [_variation_factor(name, statistics, beta) * gain for gain in gains[name]] for name in shapes}
 
 
-def gains_shuffled(shapes, spectra, energy, v_x, v_w, beta, seed):
+def gains_shuffled(shapes, statistics, beta, seed):
     """Control: qra's curves dealt to the wrong layers. Same budget, same spread of ranks, no information."""
-    gains, names = gains_qra(shapes, spectra, energy, v_x, v_w, beta, seed), sorted(shapes)
+    gains, names = gains_qra(shapes, statistics, beta, seed), sorted(shapes)
     dealt = random.Random(seed).sample(names, len(names))
     return {name: gains[other] for name, other in zip(names, dealt, strict=True)}
 
 
-METHODS = {"variation": gains_variation, "spectrum": gains_spectrum, "qra": gains_qra, "shuffled": gains_shuffled}
-# change METHODS to try yours: any function of this signature; "uniform" needs no gains
+class Rule(NamedTuple):
+    gains: Callable | None  # (shapes, statistics, beta, seed) -> {layer: gains}; None: every layer gets the average rank
+    reads: tuple[str, ...]  # names of the statistics that it needs; what measures them here is student.STATISTICS
+
+
+METHODS = {
+    "uniform": Rule(None, ()),
+    "variation": Rule(gains_variation, ("variation",)),
+    "spectrum": Rule(gains_spectrum, ("spectrum", "energy")),
+    "qra": Rule(gains_qra, ("spectrum", "energy", "variation")),
+    "shuffled": Rule(gains_shuffled, ("spectrum", "energy", "variation")),
+}  # change this to try yours
 
 
 # ----------------------------------------------------------------------------------------------------------- allocation
@@ -92,19 +115,19 @@ def objective(ranks, gains):
     return sum(sum(gains[name][: ranks[name]]) for name in ranks)
 
 
-def greedy(gains, shapes, budget, granule, r_min, r_max):
-    """Ranks {name: r}: from r_min up in granules by the largest gain per parameter, as long as it fits the budget.
+def greedy(gains, shapes, budget, granule, least, most):
+    """Ranks {name: r}: from `least` up in granules by the largest gain per parameter, as long as it fits the budget.
 
-    A layer stops at r_max or min(O, K), rounded down to r_min + a multiple of the granule. A granule too large for what
+    A layer stops at `most` or min(O, K), rounded down to least + a multiple of the granule. A granule too large for what
     is left is skipped and smaller layers go on: costs are constant per layer, so what does not fit once never fits.
     """
-    ranks = dict.fromkeys(shapes, r_min)
+    ranks = dict.fromkeys(shapes, least)
     left = budget - parameters(ranks, shapes)
     heap = []
 
     def offer(name):
         r = ranks[name]
-        if r + granule <= min(r_max, *shapes[name]):
+        if r + granule <= min(most, *shapes[name]):
             cost = granule * sum(shapes[name])
             heapq.heappush(heap, (-sum(gains[name][r : r + granule]) / cost, r, name, cost))  # ties: rank, then name
 
@@ -119,27 +142,41 @@ def greedy(gains, shapes, budget, granule, r_min, r_max):
     return ranks
 
 
-def allocate(
-    shapes, spectra=None, energy=None, v_x=None, v_w=None,
-    method="qra", rank=16, granule=4, r_min=4, r_max=64, beta=0.5, seed=0,
-):  # fmt: skip
+class Bounds(NamedTuple):
+    granule: int
+    least: int
+    most: int
+
+
+def bounds(rank, granule=0, least=-1, most=0):
+    """Granule, least and largest rank around the average `rank`, where granule 0 stands for max(1, rank // 4), least -1 for
+    rank // 4, and most 0 for max(64, 4 rank).
+
+    ValueError, one sentence: a negative granule, bounds out of order."""
+    granule, least, most = granule or max(1, rank // 4), rank // 4 if least == -1 else least, most or max(64, 4 * rank)
+    if granule < 1 or not 0 <= least <= rank <= most:
+        raise ValueError(f"need 0 <= least <= rank <= most, granule >= 1; got {least}, {rank}, {most} and {granule}")
+    return Bounds(granule, least, most)
+
+
+def allocate(shapes, statistics=None, method="qra", rank=16, granule=0, least=-1, most=0, beta=0.5, seed=0):
     """Ranks {name: r} for layers {name: (O, K)} with at most the parameters of a uniform `rank`.
 
-    spectra {name: sigma_r} (any length; ranks beyond it gain 0), energy {name: ||W L||_F^2}, v_x and v_w {name: float};
-    a method reads only what its gains use (uniform: nothing; variation: v_x, v_w; spectrum: spectra, energy).
+    statistics {name: {statistic: value}} with at least what METHODS[method].reads names. granule, least, most: see `bounds`; ranks
+    are least + a multiple of the granule, and `uniform` does not look at them.
     ValueError, one sentence: unknown method, rank larger than a layer, bounds out of order, statistics not finite.
     """
-    if method != "uniform" and method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose from {['uniform', *METHODS]}")
-    if granule < 1 or not 0 <= r_min <= rank <= r_max:
-        raise ValueError(f"need 0 <= r_min <= rank <= r_max, granule >= 1; got {r_min}, {rank}, {r_max} and {granule}")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose from {list(METHODS)}")
+    limits = bounds(rank, granule, least, most)
     for name, (O, K) in shapes.items():
         if rank > min(O, K):
             raise ValueError(f"rank {rank} is larger than layer {name} ({O} x {K})")
-    if method == "uniform":
-        return dict.fromkeys(shapes, rank)
-    gains = METHODS[method](shapes, spectra, energy, v_x, v_w, beta, seed)
-    return greedy(gains, shapes, parameters(dict.fromkeys(shapes, rank), shapes), granule, r_min, r_max)
+    uniform = dict.fromkeys(shapes, rank)
+    if METHODS[method].gains is None:
+        return uniform
+    gains = METHODS[method].gains(shapes, statistics, beta, seed)
+    return greedy(gains, shapes, parameters(uniform, shapes), *limits)
 
 
 # ----------------------------------------------------------------------------------------------------------------- demo
@@ -155,24 +192,28 @@ def main():
         "conv     3x3": ((320, 2880), 0.8, 0.03, 1.0, 1.0, 0.8),
         "mod.kv   insensitive": ((640, 2048), 0.8, 0.001, 1.0, 0.2, 0.3),
     }
-    shapes, spectra, energy, v_x, v_w = {}, {}, {}, {}, {}
-    for name, (shape, decay, residual, scale, x, w) in layers.items():
+    shapes, statistics = {}, {}
+    for name, (shape, decay, residual, scale, *variation) in layers.items():
         sigma2_r = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -decay
-        shapes[name], energy[name], v_x[name], v_w[name] = shape, scale**2, x, w
-        spectra[name] = (scale**2 * residual * sigma2_r / sigma2_r.sum()).sqrt()
-    unnormalised = dict.fromkeys(energy, 1.0)
-    table = {m: allocate(shapes, spectra, energy, v_x, v_w, m) for m in ("uniform", *METHODS)}
-    table["no norm"] = allocate(shapes, spectra, unnormalised, v_x, v_w, "spectrum")
-    print(f"{'ranks, budget of uniform 16':26s}" + "".join(f"{m:>11s}" for m in table))
-    for name in shapes:
-        print(f"{name:26s}" + "".join(f"{ranks[name]:11d}" for ranks in table.values()))
-    budget, spent = parameters(table["uniform"], shapes), {m: parameters(r, shapes) for m, r in table.items()}
-    print(f"{'share of the budget':26s}" + "".join(f"{v / budget:11.1%}" for v in spent.values()))
-    for m in ("spectrum", "qra"):
-        gains = METHODS[m](shapes, spectra, energy, v_x, v_w, 0.5, 0)
-        total = sum(map(sum, gains.values()))
-        print(f"{f'won back ({m} gain)':26s}" + "".join(f"{objective(r, gains) / total:11.1%}" for r in table.values()))
-    assert max(spent.values()) == budget, "no method may use more parameters than the uniform rank"
+        spectrum = (scale**2 * residual * sigma2_r / sigma2_r.sum()).sqrt()
+        shapes[name], statistics[name] = shape, {"spectrum": spectrum, "energy": scale**2, "variation": variation}
+    unnormalised = {name: known | {"energy": 1.0} for name, known in statistics.items()}
+    for rank in (16, 2):
+        uniform = dict.fromkeys(shapes, rank)
+        table = {method: allocate(shapes, statistics, method, rank) for method in METHODS}
+        table["no norm"] = allocate(shapes, unnormalised, "spectrum", rank)
+        budget, spent = parameters(uniform, shapes), {m: parameters(ranks, shapes) for m, ranks in table.items()}
+        print(f"{f'ranks, budget of uniform {rank}':28s}" + "".join(f"{m:>11s}" for m in table))
+        for name in shapes:
+            print(f"{name:28s}" + "".join(f"{ranks[name]:11d}" for ranks in table.values()))
+        print(f"{'share of the budget':28s}" + "".join(f"{v / budget:11.1%}" for v in spent.values()))
+        for m in ("spectrum", "qra"):
+            gains = METHODS[m].gains(shapes, statistics, 0.5, 0)
+            total = sum(map(sum, gains.values()))
+            print(f"{f'won back ({m} gain)':28s}" + "".join(f"{objective(r, gains) / total:11.1%}" for r in table.values()))
+        print()
+        assert max(spent.values()) == budget, "no method may use more parameters than the uniform rank"
+        assert objective(table["qra"], gains) >= objective(uniform, gains), "qra wins back more than uniform"
 
 
 if __name__ == "__main__":

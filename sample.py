@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import tdpt
-from data import scenes
 from layers import packed_layers
-from models import checkpoint, pipeline, tiny
-from models.denoiser import FAST, Denoiser, as_cm, as_teacher, load_tiny_cm
+from models import checkpoint, pipeline, pretrained
+from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher, start_noise
+from models.family import family_of_network
 from run import files
 from run.common import UserError, free_memory, run_script
 
@@ -34,7 +33,7 @@ PROMPTS = (
     "a large striped green triangle on the center, black background",
 )
 
-REAL_PROMPTS = (  # of pictures as SDXL and FLUX know them
+PIPELINE_PROMPTS = (  # of pictures as public models know them
     "a photo of a red fox sitting in fresh snow, morning light",
     "an old wooden house by a river in autumn, oil painting",
     "a glass of orange juice on a kitchen table, a lemon beside it, studio photo",
@@ -44,27 +43,6 @@ REAL_PROMPTS = (  # of pictures as SDXL and FLUX know them
     "a bowl of ramen with an egg, seen from above, food photo",
     "a sign that says OPEN in the window of a book shop",
 )
-
-
-def start_noise(n: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """(n, *shape) ~ N(0, 1); row i depends on seed + i alone."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)])
-
-
-@torch.no_grad()
-def draw(model, denoiser: Denoiser, captions: list[str], steps: int, seed: int = 0, batch: int = 64) -> torch.Tensor:
-    """Pictures (n, 3, 32, 32) in [-1, 1] by `steps` jumps of `model`, a function of (x, t, s, cond) on denoiser's path."""
-    pictures = []
-    for i in range(0, len(captions), batch):
-        part = captions[i : i + batch]
-        x_T = start_noise(len(part), denoiser.latent, seed + i)
-        pictures.append(tiny.to_pictures(tdpt.sample(model, denoiser.path, x_T, denoiser.encode(part), steps)))
-    return torch.cat(pictures)
-
-
-def guided_teacher(network: Denoiser, guidance: float):
-    """The teacher inside `network` under classifier-free guidance."""
-    return tdpt.guided(as_teacher(network), guidance, network.encode([scenes.UNCONDITIONAL]))
 
 
 def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
@@ -92,33 +70,45 @@ def compare(student: Denoiser, network: Denoiser, prompts, steps: int, seed: int
     return grid(rows)
 
 
+def closing_pictures(out: Path, network: Denoiser, config: dict) -> None:
+    """What train.py leaves in OUT/samples: pictures of the checkpoint on disk, alone and beside those of the 16-bit `network`."""
+    student, _ = checkpoint.load_checkpoint(out)
+    drawn = {
+        "4-steps.png": grid({"": draw(student, student, list(PROMPTS), 4, config["seed"])}),
+        "compare.png": compare(student, network, PROMPTS, 4, config["seed"], config["guidance"]),
+    }
+    for name, image in drawn.items():
+        with files.atomic(out / "samples" / name) as file:
+            image.save(file, "PNG")
+    print(f"pictures: {out / 'samples'}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# SDXL and FLUX
+# Public models, by diffusers' pipelines
 
 
-def draw_real(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: float | None = None) -> torch.Tensor:
+def draw_with_pipeline(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: float | None = None) -> torch.Tensor:
     """Pictures (n, 3, H, W) in [-1, 1] by a diffusers pipeline, one at a time. guidance: default that of a consistency model."""
-    unet, side = getattr(pipe, "unet", None), pipe.default_sample_size
+    net, side = pipeline.denoiser_of(pipe), pipe.default_sample_size
+    family = family_of_network(net)
     if guidance is None:
-        given = None if unet else pipeline.quantization_config(pipe.transformer).guidance
-        guidance = 1.0 if unet else 3.5 if given is None else given
-    channels = pipe.transformer.config.in_channels // 4 if unet is None else unet.config.in_channels
+        guidance = family.few_step_guidance(pipeline.quantization_config(net).guidance)
+    shape = (family.latent_channels(net.config), side, side)
     size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor}
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for i, prompt in enumerate(prompts):
-        noise = start_noise(1, (channels, side, side), seed + i)  # on the CPU in float32: the same one for every device and dtype
-        if unet is None:
-            noise = pipe._pack_latents(noise, 1, channels, side, side)
-        noise = noise.to(pipe.vae.device, pipe.vae.dtype)
+        noise = start_noise(1, shape, seed + i)  # on the CPU in float32: the same one for every device and dtype
+        noise = family.pack(pipe, noise).to(pipe.vae.device, pipe.vae.dtype)
         picture = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **size).images[0]
         pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1)
     return torch.stack(pictures)
 
 
-def real_base(pipe, base: str, components: str = ""):
+def base_of(pipe, base: str, components: str = ""):
     """The 16-bit pipeline that `pipe` was quantized from, its scheduler too, or None where memory lacks room for its denoiser."""
-    cls, part = pipeline.pipeline_of(net := getattr(pipe, "unet", None) or pipe.transformer)
+    net = pipeline.denoiser_of(pipe)
+    family = family_of_network(net)
     packed = dict(packed_layers(net))
     values = sum(layer.out * layer.taps * layer.channels for layer in packed.values())
     values += sum(t.numel() for key, t in net.state_dict().items() if key.rpartition(".")[0] not in packed)
@@ -127,34 +117,36 @@ def real_base(pipe, base: str, components: str = ""):
         free = torch.cuda.mem_get_info(net.device)[0]
     if values * net.dtype.itemsize > 0.8 * free:
         return None
-    shared = {k: v for k, v in pipe.components.items() if k not in (part, "scheduler")}
-    twin = pipeline.read_base(cls, base, components, torch_dtype=net.dtype, **shared).to(net.device)
+    shared = {k: v for k, v in pipe.components.items() if k not in (family.part, "scheduler")}
+    twin = pipeline.read_base(family.pipeline(), base, components, torch_dtype=net.dtype, **shared).to(net.device)
     twin.default_sample_size = pipe.default_sample_size
     return twin
 
 
-def main_real(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
+def main_pipeline(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = pipeline.load_pipeline(args.checkpoint, device, base=args.base)
     rows = {}
     if args.compare:
-        net = getattr(pipe, "unet", None) or pipe.transformer
-        twin = real_base(pipe, args.base or pipeline.quantization_config(net).base, pipeline.components_of(Path(args.checkpoint)))
+        net = pipeline.denoiser_of(pipe)
+        twin = base_of(pipe, args.base or pipeline.quantization_config(net).base, pipeline.components_of(Path(args.checkpoint)))
         if twin is None:
             print("the 16-bit base does not fit beside the packed model: its row is left out")
         else:
-            rows["16-bit base\n25 steps"] = draw_real(twin, prompts, 25, args.seed, 5.0 if hasattr(pipe, "unet") else 3.5)
+            rows["16-bit base\n25 steps"] = draw_with_pipeline(
+                twin, prompts, 25, args.seed, family_of_network(net).compare_guidance
+            )
             del twin
-    rows[f"W4A4\n{args.steps} steps" if rows else ""] = draw_real(pipe, prompts, args.steps, args.seed)
+    rows[f"W4A4\n{args.steps} steps" if rows else ""] = draw_with_pipeline(pipe, prompts, args.steps, args.seed)
     return grid(rows, scale=1)
 
 
-def main_tiny(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
+def main_embedded(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
     if not args.compare:
         return grid({"": draw(student, student, prompts, args.steps, args.seed)})
-    network = load_tiny_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
+    network = pretrained.load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
     return compare(student, network, prompts, args.steps, args.seed, config["guidance"])
 
 
@@ -174,8 +166,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"cannot write {args.out}: give --out a .png name in a folder that exists")  # before anything is drawn
     folder = Path(args.checkpoint)
     real = (folder / "model_index.json").is_file() or isinstance(files.read_config(folder).get("network"), dict)
-    prompts = args.prompt or list(REAL_PROMPTS if real else PROMPTS)
-    image = (main_real if real else main_tiny)(args, prompts)
+    prompts = args.prompt or list(PIPELINE_PROMPTS if real else PROMPTS)
+    image = (main_pipeline if real else main_embedded)(args, prompts)
     try:
         image.save(args.out)
     except (OSError, ValueError) as error:

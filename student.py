@@ -1,28 +1,30 @@
 """The W4A4 student of a consistency model, before training: statistics, ranks, split. Steps 1 to 3 of the method.
 
     1. H = E[x x^T] of what each layer reads, G = E[g g^T] of the gradients that reach its output       hessian.py
-    2. a rank per layer under one budget                                                               qra.py
+    2. a LoRA rank for each layer under one budget                                                     qra.py
     3. W ~ Q + B A                                                                                     hgs_lora.py
 
-Scale [O]. All H of SDXL take 60 GB in float64, all G 55, so layers are worked on in slices, each with its own passes over the
-calibration captions. `--hessian-mb` bounds what statistics and factors hold at a time:
+`build` is these three steps. `Calibration` makes them possible on a real model [O]: all H of SDXL take 60 GB in float64, all G
+55, so layers are worked on in slices (hessian.Slices), each with its own passes over the calibration captions. `--hessian-mb`
+bounds what statistics and factors hold at a time:
 
     passes for H    1/2 its float64 sums, which end as float32: 1/4
     passes for G    1/4 H, 1/2 the float64 sums of G, which end as float32: 1/4
     split           1/4 H, 1/4 G, 1/2 the factors of one layer
 
-A layer whose factors need more than that (factor_bytes) is split on the CPU. Ranks weigh all layers against each other, so
-the slices are gone through twice, for the spectra and for the splits; where one slice holds everything its statistics stay for
-the second time. The network itself is changed at the very end, since later slices are measured on it; until then the packed
-layers wait in main memory.
+A layer whose factors need more than that (hgs_lora.factor_bytes) is split on the CPU. Ranks weigh all layers against each other, so
+the layers are gone through twice, for the ranks and for the splits; where one slice holds them all, their statistics stay for the
+second time. The network itself is changed at the very end, since later slices are measured on it; until then the packed layers wait
+in main memory.
 
-Processes of a torchrun each drive their own captions; sums and maxima are exchanged (hessian.py), every layer is split by
-one process and sent to the others. Which process does what changes the last bits of the sums, nothing else.
+Each process of a torchrun drives its own captions; sums and maxima are exchanged (hessian.py), every layer is split by one process
+and sent to the others. Which process does what changes the last bits of the sums and nothing else.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -35,7 +37,6 @@ import qra
 import quant
 import tdpt
 from layers import PackedLayer, packed_class, replace_layer
-from models import family
 from models.denoiser import Denoiser, float_layers
 from run.common import UserError, process_count, process_index, step_generator
 
@@ -57,122 +58,239 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
     """The consistency model as a plain network -> its packed twin with LoRA, in place, and the table of layers.
 
     cond, x_T: this process' calibration captions, encoded, and their noises, on the network's device. cfg: train.Config.
-    UserError for a budget without room for the widest layer, and for statistics of which nothing can be made."""
-    kinds = {name: family.precision(name) for name in float_layers(base.net)}
-    layers = {name: layer for name, layer in float_layers(base.net).items() if kinds[name] != "16bit"}
-    for name, layer in layers.items():
-        if cfg.rank > min(layer.weight.flatten(1).shape):
-            raise UserError(f"--rank {cfg.rank} is larger than layer {name} {tuple(layer.weight.shape)}: choose a smaller one")
-    order = {name: i for i, name in enumerate(layers)}
-    world, rank = process_count(), process_index()
-    shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
-    least = {name: hessian.least_bytes([shape], hgs_lora.wants_gradients(cfg)) for name, shape in shapes.items()}
-    widest = max(least, key=least.get)
-    if cfg.hessian_mb << 20 < least[widest]:
-        needed = f"give at least {-(-least[widest] >> 20)}"
-        raise UserError(f"--hessian-mb {cfg.hessian_mb} has no room for layer {widest} {shapes[widest]}: {needed}")
+    UserError for a rank or a budget that the layers have no room for, and for statistics of which nothing can be made."""
+    layers = layers_to_quantize(cfg, base)
+    calibration = Calibration(cfg, base, layers, cond, x_T)
 
-    # 1. statistics, a slice of the layers at a time
-    phases, micro = [int(K) for K in cfg.phases.split(",")], cfg.micro or 16
-    forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
-    few = slice(-(-cfg.gradient_captions // world) or None)
-    _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
-    kept, half = [], cfg.hessian_mb << 19
+    # 1. Statistics: H and G of each layer, and what the rule for ranks reads from them
+    reads, statistics = qra.METHODS[cfg.ranks].reads, {}
+    for layer in calibration if reads else ():
+        statistics[layer.name] = {name: STATISTICS[name](layer, cfg) for name in reads}
 
-    def slices() -> Iterator[list[tuple[str, hessian.Stats, Tensor | None]]]:
-        if kept:
-            yield from kept
-            return
-        for stats in hessian.collect_passes(base.net, list(layers), forward, half, group_x=cfg.group_x):
-            names = sorted(stats, key=order.get)
-            none = [dict.fromkeys(names)]
-            for G in hessian.collect_output_passes(base.net, names, backward, half) if hgs_lora.wants_gradients(cfg) else none:
-                part = [(name, stats[name], G_OO) for name, G_OO in G.items()]
-                if len(part) == len(layers):
-                    kept.append(part)
-                yield part
-                del G, part  # before those of the next are collected
-            del stats
+    # 2. Ranks: QRA
+    shapes = {layer.name: layer.shape for layer in layers}
+    ranks = qra.allocate(shapes, of_all_processes(statistics), cfg.ranks, cfg.rank, *rank_bounds(cfg), seed=cfg.seed)
 
-    def whitened(part):
-        """(name, layer, its Stats, W, its Whitener, smoothing factors) of this process' layers in a slice."""
-        mine, cache = [row for row in part if order[row[0]] % world == rank], {}
-        homes = {
-            name: "cpu" if hgs_lora.factor_bytes(*shapes[name], cfg.rounding) > half else layers[name].weight.device
-            for name, _, _ in mine
-        }
-        readers = Counter((stats, homes[name]) for name, stats, _ in mine)  # q, k, v share a Whitener, which goes with the last
-        for name, stats, G_OO in mine:
-            layer, taps, home = layers[name], layers[name].weight[0, 0].numel(), homes[name]
-            w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).float().to(home)
-            lam, white = None, cache.pop((stats, home), None)
-            readers[stats, home] -= 1
-            if cfg.smooth and kinds[name] == "w4a4":
-                xmax_I = stats.xmax_I.to(home)
-                lam = quant.smoothing_factors(xmax_I, w_OK.abs().unflatten(1, (taps, -1)).amax((0, 1)), cfg.smooth)
-                w_OK, white = w_OK * lam.repeat(taps), hgs_lora.Whitener(hessian.smooth(stats.H_KK.to(home), lam))
-                # N below is scaled as if each channel had its own step, which is a group's: an approximation
-            else:
-                white = white or hgs_lora.Whitener(stats.H_KK.to(home))
-                if readers[stats, home]:
-                    cache[stats, home] = white
-            noise_K = (stats.noise_I.to(home) / (1 if lam is None else lam**2)).repeat(taps) if kinds[name] == "w4a4" else None
-            yield name, layer, stats, w_OK, white if G_OO is None else white.of_layer(G_OO.to(home), noise_K), lam
-            del white
+    # 3. Split: W ~ Q + B A, HGS-LoRA
+    packed, table = {}, {}
+    for layer in tqdm(calibration, f"split ({cfg.init}, {cfg.rounding})", total=len(layers), disable=process_index() > 0):
+        gw, A_rK, B_Or = hgs_lora.decompose(
+            layer.w_OK,
+            layer.white,
+            ranks[layer.name],
+            method=cfg.init,
+            group=cfg.group_w,
+            taps=layer.taps,
+            rounding=cfg.rounding,
+            iters=cfg.iters,
+            generator=step_generator(cfg.seed, layer.index, stream=2),
+        )
+        packed[layer.name] = layer.pack(gw, A_rK, B_Or, cfg.group_x)
+        error = hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)
+        table[layer.name] = layer.row(cfg, ranks[layer.name]) | {"error": error}
 
-    # 2. QRA: ranks from the whitened spectrum of what the grid costs and the variation of activations and weights
-    spectra, energy, v_x, v_w = {}, {}, {}, {}
-    for part in slices() if cfg.ranks != "uniform" else ():
-        for name, layer, stats, w_OK, white, _ in whitened(part):
-            gw = quant.quantize_weight(w_OK, cfg.group_w, layer.weight[0, 0].numel())
-            if white.R_OO is not None:  # all layers in the picture's units
-                cost_K = hgs_lora.grid_cost(w_OK, white, gw)
-                spectra[name] = hgs_lora.whitened_spectrum(w_OK, cost_K.sqrt(), white.R_OO, 4 * cfg.rank)
-                energy[name] = 1.0
-            else:
-                spectra[name] = hgs_lora.whitened_spectrum(w_OK - quant.dequantize(gw), white.L_KK, None, 4 * cfg.rank)
-                energy[name] = float((w_OK.double() @ white.L_KK).square().sum())
-            v_x[name], v_w[name] = hessian.variation(stats, layer.weight)
-            del stats, white  # before those of the next are made
-        del part
-    if world > 1 and cfg.ranks != "uniform":
-        for values in (spectra, energy, v_x, v_w):
-            parts = [None] * world
-            dist.all_gather_object(parts, {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()})
-            values.update({k: v for part in parts for k, v in part.items()})
-    by_name = [{name: values[name] for name in layers if name in values} for values in (spectra, energy, v_x, v_w)]
-    ranks = qra.allocate(shapes, *by_name, cfg.ranks, cfg.rank, r_min=min(4, cfg.rank), r_max=4 * cfg.rank, seed=cfg.seed)
-
-    # 3. HGS-LoRA: W ~ Q + B A; the packed layers take the float layers' places when all are there
-    table, packed, bar = {}, {}, tqdm(total=len(layers), desc=f"split ({cfg.init}, {cfg.rounding})", disable=rank > 0)
-    for part in slices():
-        for name, layer, stats, w_OK, white, lam in whitened(part):
-            grid = (cfg.group_w, layer.weight[0, 0].numel(), cfg.rounding, cfg.iters)
-            gen = step_generator(cfg.seed, order[name], stream=2)
-            gw, A_rK, B_Or = hgs_lora.decompose(w_OK, white, ranks[name], cfg.init, *grid, generator=gen)
-            packed[name] = packed_class(kinds[name], layer).from_float(layer, gw, A_rK, B_Or, lam, cfg.group_x).cpu()
-            table[name] = {"kind": kinds[name], "shape": shapes[name], "rank": ranks[name], "smooth": lam is not None}
-            table[name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x}
-            table[name]["error"] = hgs_lora.relative_error(w_OK, white.L_KK, gw, A_rK, B_Or)
-            bar.update()
-            del stats, white
-        del part
-    for name, layer in layers.items():
-        if world > 1:
-            packed[name], table[name] = _sent(packed.get(name), table.get(name), layer, kinds[name], order[name] % world)
-        replace_layer(base.net, name, packed.pop(name))
-    return base, {name: table[name] for name in layers}
+    # The packed layers take the float layers' places
+    for layer in layers:
+        twin, table[layer.name] = on_every_process(packed.pop(layer.name, None), table.get(layer.name), layer)
+        replace_layer(base.net, layer.name, twin)
+    return base, {layer.name: table[layer.name] for layer in layers}
 
 
-def _sent(packed: PackedLayer | None, row: dict | None, layer: nn.Module, kind: str, owner: int):
-    """The packed layer and its row of the table, of process `owner`, on every process."""
+# ---------------------------------------------------------------- layers and what is measured of them
+
+
+@dataclass(eq=False)
+class Layer:
+    """A float layer that becomes a packed one. The last four fields are there while `Calibration` hands it out, and None else."""
+
+    name: str
+    module: nn.Module  # Linear or Conv2d
+    kind: str  # w4a4 or w4a16 (Family.precision)
+    index: int  # in the network's order
+    stats: hessian.Stats | None = None  # of its input
+    w_OK: Tensor | None = None  # float32, tap-major, times smooth_I
+    white: hgs_lora.Whitener | None = None  # of its (smoothed) input, with R and N where gradients are collected
+    smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors; None without smoothing too
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.weight.shape[0], self.module.weight[0].numel()
+
+    @property
+    def taps(self) -> int:
+        return self.module.weight[0, 0].numel()
+
+    @property
+    def owner(self) -> int:
+        """The process that measures and splits it."""
+        return self.index % process_count()
+
+    def weight(self, device: torch.device | str) -> Tensor:
+        """W (O, K), float32."""
+        w_OIhw = self.module.weight[..., None, None] if self.module.weight.dim() == 2 else self.module.weight
+        return quant.flatten_conv(w_OIhw).float().to(device)
+
+    def pack(self, gw: quant.GridWeight, A_rK: Tensor, B_Or: Tensor, group_x: int) -> PackedLayer:
+        """The packed twin, in main memory."""
+        return packed_class(self.kind, self.module).from_float(self.module, gw, A_rK, B_Or, self.smooth_I, group_x).cpu()
+
+    def row(self, cfg, rank: int) -> dict:
+        """Its row of the table of layers."""
+        groups = {"group_w": cfg.group_w, "group_x": cfg.group_x}
+        return {"kind": self.kind, "shape": self.shape, "rank": rank, "smooth": self.smooth_I is not None} | groups
+
+    def let_go(self) -> None:
+        self.stats = self.w_OK = self.white = self.smooth_I = None
+
+
+def layers_to_quantize(cfg, base: Denoiser) -> list[Layer]:
+    """In the network's order. UserError if --rank is too large for one, or --hessian-mb too small."""
+    kinds = {name: base.family.precision(name) for name in float_layers(base.net)}
+    chosen = [(name, module) for name, module in float_layers(base.net).items() if kinds[name] != "16bit"]
+    layers = [Layer(name, module, kinds[name], i) for i, (name, module) in enumerate(chosen)]
+    for layer in layers:
+        if cfg.rank > min(layer.shape):
+            shape = tuple(layer.module.weight.shape)
+            raise UserError(f"--rank {cfg.rank} is larger than layer {layer.name} {shape}: choose a smaller one")
+    least = [hessian.least_bytes([layer.shape], reads_gradients(cfg)) for layer in layers]
+    widest = layers[least.index(max(least))]
+    if cfg.hessian_mb << 20 < max(least):
+        needed = f"give at least {-(-max(least) >> 20)}"
+        raise UserError(f"--hessian-mb {cfg.hessian_mb} has no room for layer {widest.name} {widest.shape}: {needed}")
+    return layers
+
+
+def rank_bounds(cfg) -> qra.Bounds:
+    return qra.bounds(cfg.rank, cfg.rank_granule, cfg.rank_least, cfg.rank_most)
+
+
+def reads_gradients(cfg) -> bool:
+    """Whether G is collected."""
+    return hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
+
+
+def spectrum(layer: Layer, cfg) -> Tensor:
+    """QRA's sigma_l, as many as a layer may have ranks: of what the grid costs, in the picture's units, or, where gradients are not
+    collected, of the residual W - Q."""
+    gw, most = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps), rank_bounds(cfg).most
+    if layer.white.R_OO is None:
+        return hgs_lora.whitened_spectrum(layer.w_OK - quant.dequantize(gw), layer.white.L_KK, rank=most).cpu()
+    cost_K = hgs_lora.grid_cost(layer.w_OK, layer.white, gw)
+    return hgs_lora.whitened_spectrum(layer.w_OK, cost_K.sqrt(), layer.white.R_OO, most).cpu()
+
+
+def energy(layer: Layer, cfg) -> float:
+    """QRA's E_l: the energy of the layer's output, or 1 where gradients put all layers in the picture's units."""
+    return 1.0 if layer.white.R_OO is not None else float((layer.w_OK.double() @ layer.white.L_KK).square().sum())
+
+
+def variation(layer: Layer, cfg) -> tuple[float, float]:
+    """QRA's v_x and v_w, of input and weight before smoothing."""
+    return hessian.variation(layer.stats, layer.module.weight)
+
+
+# What rules of qra.METHODS may read, each from a layer as Calibration hands it out: change this to add yours
+STATISTICS: dict[str, Callable] = {"spectrum": spectrum, "energy": energy, "variation": variation}
+
+
+# ---------------------------------------------------------------- slices, shared factors, devices
+
+
+class Calibration:
+    """Iterates over the layers that this process works on, each with its statistics, weight and Whitener, as often as it is asked
+    to. A layer has them until the next one is asked for, so that --hessian-mb is kept to (module docstring)."""
+
+    def __init__(self, cfg, base: Denoiser, layers: list[Layer], cond: dict[str, Tensor], x_T: Tensor):
+        self.cfg, self.layers, self.half = cfg, {layer.name: layer for layer in layers}, cfg.hessian_mb << 19
+        phases, micro = [int(K) for K in cfg.sampling_steps.split(",")], cfg.micro or 16
+        few = slice(-(-cfg.gradient_captions // process_count()) or None)
+        forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
+        _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
+        backward = backward if reads_gradients(cfg) else None
+        self.slices = hessian.Slices(base.net, list(self.layers), forward, backward, self.half, cfg.group_x)
+
+    def __iter__(self) -> Iterator[Layer]:
+        for part in self.slices:
+            yield from self.prepared(part)
+
+    def prepared(self, part: dict[str, tuple[hessian.Stats, Tensor | None]]) -> Iterator[Layer]:
+        """The layers of one slice that this process works on."""
+        layers = [self.layers[name] for name in part if self.layers[name].owner == process_index()]
+        shared = SharedWhiteners((part[layer.name][0], self.device(layer)) for layer in layers if not self.smooths(layer))
+        for layer in layers:
+            self.prepare(layer, *part[layer.name], shared)
+            yield layer
+            layer.let_go()
+
+    def prepare(self, layer: Layer, stats: hessian.Stats, G_OO: Tensor | None, shared: "SharedWhiteners") -> None:
+        device = self.device(layer)
+        layer.stats, layer.w_OK = stats, layer.weight(device)
+        if self.smooths(layer):
+            wmax_I = layer.w_OK.abs().unflatten(1, (layer.taps, -1)).amax((0, 1))
+            layer.smooth_I = quant.smoothing_factors(stats.xmax_I.to(device), wmax_I, self.cfg.smooth)
+            layer.w_OK = layer.w_OK * layer.smooth_I.repeat(layer.taps)
+            layer.white = hgs_lora.Whitener(hessian.smooth(stats.H_KK.to(device), layer.smooth_I))
+        else:
+            layer.white = shared.take(stats, device)
+        if G_OO is not None:
+            layer.white = layer.white.of_layer(G_OO.to(device), self.noise(layer))
+
+    def noise(self, layer: Layer) -> Tensor | None:
+        """N (K,) of the (smoothed) input, None where activations are not rounded. Under smoothing it is scaled as if each channel
+        had its own step, which is really a group's: an approximation."""
+        if layer.kind != "w4a4":
+            return None
+        lambda2_I = 1 if layer.smooth_I is None else layer.smooth_I**2
+        return (layer.stats.noise_I.to(layer.w_OK.device) / lambda2_I).repeat(layer.taps)
+
+    def smooths(self, layer: Layer) -> bool:
+        return bool(self.cfg.smooth) and layer.kind == "w4a4"
+
+    def device(self, layer: Layer) -> torch.device:
+        """Where its factors are: beside the layer if they fit one half of the budget."""
+        fits = hgs_lora.factor_bytes(*layer.shape, self.cfg.rounding) <= self.half
+        return layer.module.weight.device if fits else torch.device("cpu")
+
+
+class SharedWhiteners:
+    """One Whitener for all layers of a slice that read the same input (q, k and v); it is let go of with the last of them."""
+
+    def __init__(self, readers: Iterator[tuple[hessian.Stats, torch.device]]):
+        self.readers, self.made = Counter(readers), {}
+
+    def take(self, stats: hessian.Stats, device: torch.device) -> hgs_lora.Whitener:
+        key = stats, device
+        white = self.made.pop(key, None) or hgs_lora.Whitener(stats.H_KK.to(device))
+        self.readers[key] -= 1
+        if self.readers[key]:
+            self.made[key] = white
+        return white
+
+
+# ---------------------------------------------------------------- processes
+
+
+def of_all_processes(values: dict) -> dict:
+    """The entries that each process has, together."""
+    if process_count() == 1:
+        return values
+    parts = [None] * process_count()
+    dist.all_gather_object(parts, values)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def on_every_process(packed: PackedLayer | None, row: dict | None, layer: Layer) -> tuple[PackedLayer, dict]:
+    """The packed layer and its row of the table, which only its owner has, on every process; the layer in main memory."""
+    if process_count() == 1:
+        return packed, row
     rows = [row]
-    dist.broadcast_object_list(rows, src=owner)
+    dist.broadcast_object_list(rows, src=layer.owner)
     row = rows[0]
     if packed is None:
-        packed = packed_class(kind, layer)(layer, row["rank"], row["group_w"], row["group_x"], row["smooth"])
-    packed.to(layer.weight.device)
+        shape = row["rank"], row["group_w"], row["group_x"], row["smooth"]
+        packed = packed_class(layer.kind, layer.module)(layer.module, *shape)
+    packed.to(layer.module.weight.device)
     for tensor in packed.state_dict().values():
-        dist.broadcast(tensor, src=owner)
+        dist.broadcast(tensor, src=layer.owner)
     packed.set_anchor()
     return packed.cpu(), row

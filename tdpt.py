@@ -28,26 +28,29 @@ cond is any dict of tensors with leading batch dimension; nothing here looks ins
 Phases.  edges e_0 = start > e_1 > .. > e_K = 0 cut time into phases (e_k+1, e_k]: an edge belongs to the phase that
 *starts* there, since as an end nothing is left to do.  s_phase(t) = the largest edge below t.
 
-`tdpt_loss`, one step:  t = grid[idx], u = the next grid point, s = s_phase(t), T by stage:
+Stages.  A coarser cut of the same trajectory: split points T' divide it into stages, each with a network that its targets
+come from; a time T' belongs to the earlier stage. The paper has two stages and one T'; here there may be more.
+
+`tdpt_loss`, one step:  t = grid[idx], u = the next grid point, s = s_phase(t):
 
     x_t    = alpha_t x0 + sigma_t eps
     x_u    = jump(x_t, guided teacher(x_t, t), t, u)
-    target = jump(x_u, T(x_u, u), u, s)  no gradient;  T = targets[0] if t >= T' (early), else targets[1];
-             x_u itself if u == s
+    target = jump(x_u, T(x_u, u), u, s)  without gradient, T the network of the stage that t is in;  x_u itself if u == s
     loss   = pseudo-Huber( jump(x_t, student(x_t, t), t, s) - target )
 
-`rollout_loss` [O]:  student and a reference trajectory z leave one noise, y_0 = z_0; in each phase the student learns
+`rollout_phases` [O]:  student and a reference trajectory z leave one noise, y_0 = z_0; in each phase the student learns
 from *its own* state where the reference ends, so that what went wrong before is corrected instead of accumulated:
 
     loss_k = pseudo-Huber( y_k+1 - z_k+1 ),    y_k+1 = jump(y_k, student(y_k, e_k), e_k, e_k+1),  y_k detached
 
 Dimension key: B batch, K phases, n solver steps, M components, D coordinates (demo); states are (B, ...) of any shape.
 Coefficients float64, states float32 (float64 stays). Left out on purpose: higher-order and stochastic samplers, loss
-weights over time, EMA targets, adversarial terms, devices without float64 (MPS).
+weights over time, adversarial terms, devices without float64 (MPS).
 """
 
 import copy
 import itertools
+from dataclasses import dataclass
 
 import torch
 
@@ -55,7 +58,7 @@ import torch
 
 
 class Path:
-    """Shared by both paths; a child has start, alpha_sigma, coefficients, x0_eps, prediction_of, grid and timestep."""
+    """Shared by both paths; a child has start, alpha_sigma, coefficients, prediction_of, grid and timestep."""
 
     def add_noise(self, x0, eps, t):
         """x_t = alpha_t x0 + sigma_t eps;  x0, eps (B, ...), t (B,) -> (B, ...)."""
@@ -112,13 +115,6 @@ class VPPath(Path):
             return alpha_s / alpha_t, sigma_s - sigma_t * (alpha_s / alpha_t)
         return alpha_s * alpha_t + sigma_s * sigma_t, sigma_s * alpha_t - alpha_s * sigma_t
 
-    def x0_eps(self, x, pred, t):
-        """The (x0, eps) that a prediction stands for.  eps: x0 = (x - sigma eps) / alpha.  v: a rotation of (x, v)."""
-        alpha_B, sigma_B = self.alpha_sigma(t)
-        if self.prediction == "epsilon":
-            return _combine(1 / alpha_B, x, -sigma_B / alpha_B, pred), _wide(pred)
-        return _combine(alpha_B, x, -sigma_B, pred), _combine(sigma_B, x, alpha_B, pred)
-
     def prediction_of(self, x0, eps, t):
         """What a perfect network predicts: eps, or v = alpha eps - sigma x0. The regression target of a teacher."""
         alpha_B, sigma_B = self.alpha_sigma(t)
@@ -156,11 +152,6 @@ class FlowPath(Path):
         """a = 1, b = s - t: (B,) float64."""
         return torch.ones_like(t, dtype=torch.float64), s.double() - t.double()
 
-    def x0_eps(self, x, pred, t):
-        """x0 = x - t v,  eps = x + (1-t) v."""
-        one_B = torch.ones_like(t, dtype=torch.float64)
-        return _combine(one_B, x, -t.double(), pred), _combine(one_B, x, 1 - t.double(), pred)
-
     def prediction_of(self, x0, eps, t):
         """v = dx/dt = eps - x0. The regression target of a teacher."""
         return _wide(eps) - _wide(x0)
@@ -188,7 +179,7 @@ def _combine(a_B, x, b_B, y):
     return a_B.to(x.dtype).view(shape) * x + b_B.to(x.dtype).view(shape) * y
 
 
-# -------------------------------------------------------------------------------------------------- guidance and phases
+# ------------------------------------------------------------------------------------------ guidance, phases and stages
 
 
 def guided(teacher, w, null_cond):
@@ -210,11 +201,6 @@ def guided(teacher, w, null_cond):
         return u + w * (c - u)
 
     return model
-
-
-def most_steps(phases: str) -> int:
-    """Of the numbers of jumps in --phases, the largest: what pictures are drawn with unless a call says else."""
-    return max(map(int, phases.split(",")))
 
 
 def phase_edges(times, K):
@@ -245,6 +231,33 @@ def split_time(grid, split):
     return grid[round((1 - split) * (len(grid) - 1))]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How TDPT cuts a trajectory: grid (n+1,) into solver steps, edges (K+1,) into phases, split into stages.
+
+    grid, edges: descending path times. targets: names of the networks that the stages' targets come from, the noisiest stage
+    first: (anchor, fp) is the paper's choice, (self, self) PCM / LCM-style, (fp, fp) plain distillation. split: the points T'
+    between stages, one fewer than targets, in any order, each as `split_time` takes it. ValueError: another number of them.
+    """
+
+    path: Path
+    grid: torch.Tensor
+    edges: torch.Tensor
+    targets: tuple[str, ...] = ("anchor", "fp")
+    split: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self):
+        if len(self.split) != len(self.targets) - 1:
+            raise ValueError(f"{len(self.targets)} stages have {len(self.targets) - 1} split points, not {len(self.split)}")
+
+    def stage(self, t):
+        """The stage of each time t (B,), int64: 0 for the noisiest; a time T' belongs to the noisier stage of the two."""
+        stage_B = torch.zeros_like(t, dtype=torch.int64)
+        for fraction in self.split:
+            stage_B += t < split_time(self.grid, fraction)
+        return stage_B
+
+
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
@@ -254,47 +267,41 @@ def pseudo_huber(a, b, c):
 
 
 @torch.no_grad()
-def phased_target(networks, path, x_u, u, s, early_B, cond, targets, always=False):
-    """jump(x_u, T(x_u, u), u, s) with T = networks[targets[0]] on early rows and networks[targets[1]] on late ones.
+def phased_target(networks, schedule, x_u, t, u, s, cond, always=False):
+    """jump(x_u, T(x_u, u), u, s), T the network of the stage that each t (B,) is in -> (B, ...).
 
     Rows with u == s are the solver point itself. A network sees only the rows that need it; without any, no call, unless
     `always`: the call of a network that processes share between them (FSDP) must be made by all of them.
     """
-    target = x_u.clone()
-    for name in dict.fromkeys(targets):  # (fp, fp) is one call
-        chosen_B = early_B & (targets[0] == name) | ~early_B & (targets[1] == name)
-        rows = (chosen_B & (u > s)).nonzero().squeeze(1)
+    target, stage_B = x_u.clone(), schedule.stage(t)
+    for name in dict.fromkeys(schedule.targets):  # (fp, fp) is one call
+        stages = stage_B.new_tensor([i for i, of_stage in enumerate(schedule.targets) if of_stage == name])
+        rows = (torch.isin(stage_B, stages) & (u > s)).nonzero().squeeze(1)
         if len(rows) or always:
             called = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=u.device)
             x_r, u_r, s_r, cond_r = x_u[called], u[called], s[called], {k: v[called] for k, v in cond.items()}
-            jumped = path.jump(x_r, networks[name](x_r, u_r, s_r, cond_r), u_r, s_r)
+            jumped = schedule.path.jump(x_r, networks[name](x_r, u_r, s_r, cond_r), u_r, s_r)
             target[rows] = jumped[: len(rows)]
     return target
 
 
-def tdpt_loss(
-    student, anchor, fp, teacher_guided,
-    path, x0, cond, noise, idx, grid, edges, split, targets=("anchor", "fp"), c=1e-3, always=False,
-):  # fmt: skip
-    """One TDPT step -> (loss, info), equations at the top. Networks that `targets` does not name may be None.
+def tdpt_loss(networks, schedule, x0, cond, noise, idx, c=1e-3, always=False):
+    """One TDPT step -> loss of each sample (B,), equations at the top.
 
-    x0, noise (B, ...); idx (B,) int64 in 0..n-1, the grid point that each sample starts at; split: see split_time.
-    targets (early, late), each of anchor, fp, self, teacher: (anchor, fp) is the paper's, (self, self) PCM / LCM-style,
-    (fp, fp) plain distillation. always: see phased_target.  info: detached per-sample loss_B, early_B (bool), t_B.
+    networks: {"self": student, "teacher": guided teacher, and what else schedule.targets names}. x0, noise (B, ...);
+    idx (B,) int64 in 0..n-1, the grid point that each sample starts at. c: pseudo_huber's. always: see phased_target.
+    ValueError for a target without a network.
     """
-    networks = {"anchor": anchor, "fp": fp, "self": student, "teacher": teacher_guided}  # change this (and `known` in train.check)
-    if bad := [name for name in targets if networks.get(name) is None]:
-        raise ValueError(f"no network for targets {bad}: there are {[k for k in networks if networks[k] is not None]}")
-    t = grid[idx]
-    s = phase_end(t, edges)
-    u = torch.maximum(grid[idx + 1], s)  # a step stays in its phase even if the phase's edge is no grid point
+    if missing := [name for name in schedule.targets if name not in networks]:
+        raise ValueError(f"no network for targets {missing}: there are {list(networks)}")
+    path, t = schedule.path, schedule.grid[idx]
+    s = phase_end(t, schedule.edges)
+    u = torch.maximum(schedule.grid[idx + 1], s)  # a step stays in its phase even if the phase's edge is no grid point
     x_t = path.add_noise(x0, noise, t)
     with torch.no_grad():
-        x_u = path.jump(x_t, teacher_guided(x_t, t, u, cond), t, u)
-    early_B = t >= split_time(grid, split)
-    target = phased_target(networks, path, x_u, u, s, early_B, cond, targets, always)
-    loss_B = pseudo_huber(path.jump(x_t, student(x_t, t, s, cond), t, s), target, c)
-    return loss_B.mean(), {"loss_B": loss_B.detach(), "early_B": early_B, "t_B": t}
+        x_u = path.jump(x_t, networks["teacher"](x_t, t, u, cond), t, u)
+    target = phased_target(networks, schedule, x_u, t, u, s, cond, always)
+    return pseudo_huber(path.jump(x_t, networks["self"](x_t, t, s, cond), t, s), target, c)
 
 
 def rollout_phases(student, path, states, cond, edges, on_policy=True, c=1e-3):
@@ -312,12 +319,6 @@ def rollout_phases(student, path, states, cond, edges, on_policy=True, c=1e-3):
         y = y_end.detach() if on_policy else states[k + 1]
 
 
-def rollout_loss(student, path, states, cond, edges, on_policy=True, c=1e-3):
-    """Mean over phases of rollout_phases -> (loss, info); info: detached loss_K. Any edges with states at them."""
-    loss_K = torch.stack(list(rollout_phases(student, path, states, cond, edges, on_policy, c)))
-    return loss_K.mean(), {"loss_K": loss_K.detach()}
-
-
 # ------------------------------------------------------------------------------------------------- solvers and samplers
 
 
@@ -331,13 +332,13 @@ def rollout_states(model, path, x_T, cond, edges):
     return torch.stack(states)
 
 
-def sample(model, path, x_T, cond, steps=4, edges=None):
-    """Deterministic few-step sampler: where the rollout over `edges` (default path.grid(steps)) ends. x_T ~ N(0, 1)."""
-    return rollout_states(model, path, x_T, cond, path.grid(steps, x_T.device) if edges is None else edges)[-1]
+def sample(model, path, x_T, cond, steps=4):
+    """Deterministic few-step sampler: where the rollout over path.grid(steps) ends. x_T ~ N(0, 1)."""
+    return rollout_states(model, path, x_T, cond, path.grid(steps, x_T.device))[-1]
 
 
-def calibration(model, path, x_T, cond, phases, bins=4, micro=16):
-    """The two runs that hessian.py collects in, over every jump that samplers with K in `phases` make from x_T (B, ...).
+def calibration(model, path, x_T, cond, sampling_steps, bins=4, micro=16):
+    """The two runs that hessian.py collects in, over every jump of samplers with K steps, K in `sampling_steps`, from x_T (B, ...).
 
     forward(set_bin) makes the jumps, 4 `micro` samples at a time, in `bins` equal parts of the path's time. backward() sends
     v ~ N(0, 1) back from where each jump arrives, `micro` samples at a time, and returns how many samples it sent.
@@ -345,7 +346,7 @@ def calibration(model, path, x_T, cond, phases, bins=4, micro=16):
 
     def jumps(rows, set_bin):
         cond_r = {k: v[rows] for k, v in cond.items()}
-        for K in phases:
+        for K in sampling_steps:
             x = _wide(x_T[rows])
             for t, s in itertools.pairwise(path.grid(K, x_T.device)):
                 set_bin(min(bins - 1, int(bins * float(t) / path.start)))
@@ -368,17 +369,6 @@ def calibration(model, path, x_T, cond, phases, bins=4, micro=16):
         return samples
 
     return forward, backward
-
-
-def teacher_trajectory(teacher_guided, path, x_T, cond, n=25, edges=None):
-    """The guided teacher's own n-step solution read at `edges` (default: all) -> (len(edges), B, ...), to be cached.
-
-    Edges that path.grid(n) lacks become additional solver steps, so every state returned is a solver state.
-    """
-    times = path.grid(n, x_T.device)
-    edges = times if edges is None else edges
-    times = torch.cat([times, edges]).unique().flip(0)  # unique sorts upwards
-    return states_at(rollout_states(teacher_guided, path, x_T, cond, times), times, edges)
 
 
 def states_at(states, times, edges):
@@ -450,22 +440,25 @@ def main():
     path = VPPath.from_betas(zero_terminal_snr=True)
     grid, times = path.grid(48), path.grid(8)
     teacher, x_T, cond = toy(path, 4096, seed=0)
-    cached = teacher_trajectory(teacher, path, x_T, cond, 48, times)
+    cached = states_at(rollout_states(teacher, path, x_T, cond, grid), grid, times)
     _, test_T, test_cond = toy(path, 1024, seed=1)
     end = sample(teacher, path, test_T, test_cond, 200)  # the integrated ODE
+    networks = {"teacher": teacher}
 
     def fit(student, objective, steps, lr):
+        """objective: "own" or "reference's" states of a rollout, or TDPT's targets."""
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0)
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * min(1, 2 - 2 * step / steps)
-            optimizer.zero_grad()
             rows, edges = torch.randint(len(x_T), (256,)), phase_edges(times, (1, 2, 4)[step % 3])
             z, cond_B = states_at(cached, times, edges)[:, rows], {k: v[rows] for k, v in cond.items()}
             if objective in ("own", "reference's"):
-                loss, _ = rollout_loss(student, path, z, cond_B, edges, on_policy=objective == "own")
+                loss = torch.stack([*rollout_phases(student, path, z, cond_B, edges, objective == "own")]).mean()
             else:
+                schedule = Schedule(path, grid, edges, targets=objective)
                 noise, idx = torch.randn_like(z[0]), torch.randint(len(grid) - 1, (256,))
-                loss, _ = tdpt_loss(student, anchor, fp, teacher, path, z[-1], cond_B, noise, idx, grid, edges, 0.5, objective)
+                loss = tdpt_loss(networks | {"self": student}, schedule, z[-1], cond_B, noise, idx).mean()
+            optimizer.param_groups[0]["lr"] = lr * min(1, 2 - 2 * step / steps)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         return student
@@ -477,9 +470,9 @@ def main():
 
     print(f"{'mean distance to where the ODE ends, steps:':46s}" + "".join(f"{K:8d}" for K in (1, 2, 4)))
     report("guided teacher's own solver", teacher)
-    fp = fit(ToyCM(path.start), "own", 800, 1e-2)
+    networks["fp"] = fp = fit(ToyCM(path.start), "own", 800, 1e-2)
     report("FP CM, rollouts on the teacher's trajectories", fp)
-    anchor = toy_low_bit(fp)
+    networks["anchor"] = anchor = toy_low_bit(fp)
     before = report("4-bit copy, untrained (the anchor)", anchor)
     for targets in (("self", "self"), ("teacher", "teacher"), ("anchor", "fp"), ("fp", "fp")):
         report(f"  TDPT, targets ({', '.join(targets)})", fit(copy.deepcopy(anchor), targets, 120, 1e-3))

@@ -1,14 +1,14 @@
 """Speed, memory and error of the kernels on SDXL's and FLUX's layer shapes and networks, against what a user would run instead.
 
-    python -m benchmarks.bench kernels                          every shape, every implementation that is installed (five minutes)
-    python -m benchmarks.bench kernels --quick                  two shapes, under a minute
+    python -m benchmarks.bench kernels             every shape, every implementation that is installed (five minutes)
+    python -m benchmarks.bench kernels --quick     two shapes, under a minute
     python -m benchmarks.bench kernels --json rows.json --plot benchmarks/kernels.png
-    python -m benchmarks.bench model --model sdxl               a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
-                                                     tiny also 4 steps against the teacher's 20 guided ones, and throughput
-    python -m benchmarks.bench train                            an update of training, W4A4 against a LoRA of the 16-bit network
-    python -m benchmarks.bench costs                            how time grows with tokens, width and rank
-    python -m benchmarks.bench gpu                              all of these on CUDA, and training at full size; what fails is named, the
-                                                     others go on; --parts kernels,tiny chooses, --minutes 5 bounds each
+    python -m benchmarks.bench model --model sdxl  a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
+                                                   tiny also 4 steps against the teacher's 20 guided ones, and throughput
+    python -m benchmarks.bench train               an update of training, W4A4 against a LoRA of the 16-bit network
+    python -m benchmarks.bench costs               how time grows with tokens, width and rank
+    python -m benchmarks.bench gpu                 all of these on CUDA, and training at full size; what fails is named, the others
+                                                   go on; --parts kernels,tiny chooses, --minutes 5 bounds each
 
 One process, the same tensors for all: rounds in which every implementation runs once, in random order, after a warm-up that also
 pays for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
@@ -47,10 +47,10 @@ import kernels
 import quant
 import tdpt
 from backends import cpu, gpu
-from data import scenes
 from layers import W4A4Conv2d, W4A4Linear, packed_layers, set_backend
-from models import family, memory, pretrained, tiny
-from models.denoiser import Denoiser, LoRA, UNetDenoiser, float_layers, wrap
+from models import encoders, memory, tiny
+from models.denoiser import Denoiser, LoRA, float_layers
+from models.family import FACTOR, FAMILIES
 from run.common import UserError, peak_memory, run_script
 
 # model, kind, M rows (tokens or pixels), K = taps * I, N outputs
@@ -405,11 +405,11 @@ def fill(module: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> n
 def networks(args: argparse.Namespace, part: str) -> tuple[nn.Module, nn.Module]:
     """bf16 denoiser and its W4A4 twin, or one `part` of them, random weights."""
     with torch.device("meta"):
-        dense, packed = (family.NETWORKS[args.model]() for _ in range(2))
-        memory.packed_twin(packed, args.rank, under=part)
+        dense, packed = (FAMILIES[args.model].build() for _ in range(2))
+        memory.packed_twin(FAMILIES[args.model], packed, args.rank, under=part)
     dense, packed = (fill(net.get_submodule(part), args.device, torch.bfloat16) for net in (dense, packed))
     if not part:
-        dense, packed = (wrap(args.model, net) for net in (dense, packed))
+        dense, packed = (Denoiser(FAMILIES[args.model], net) for net in (dense, packed))
     set_backend(packed, "native")
     for _, layer in packed_layers(packed) if args.lora_bits == 8 else ():
         layer.store_8bit()  # as checkpoints of SDXL and FLUX are: factors and scales are computed in every call
@@ -486,12 +486,12 @@ class Graphed:
 
 def step_inputs(denoiser: Denoiser, batch: int, device: str) -> tuple:
     """x, t, s, cond for a step of `batch` pictures."""
-    tokens, pooled = CONDITION[denoiser.name]
+    family = denoiser.family
+    shapes = family.cond_shapes(denoiser.net.config, family.tokens)
     x = torch.randn(batch, *denoiser.latent, device=device, dtype=torch.bfloat16)
-    cond = {"tokens": torch.randn(batch, *tokens, device=device), "pooled": torch.randn(batch, *pooled, device=device)}
-    if isinstance(denoiser, UNetDenoiser):
-        side = family.FACTOR * denoiser.latent[1] if denoiser.name in family.REAL else scenes.SIDE
-        cond["time_ids"] = pretrained.square(side, batch).to(device)
+    cond = {k: torch.randn(batch, *shape, device=device) for k, shape in shapes.items()}
+    if family.told_sizes:
+        cond["time_ids"] = encoders.square(FACTOR * denoiser.latent[1], batch).to(device)
     times = denoiser.path.grid(4, device)
     return x, times[0].expand(batch), times[1].expand(batch), cond
 
@@ -683,7 +683,7 @@ def bench_train(args: argparse.Namespace) -> list[dict]:
     fp = copy.deepcopy(dense)
     gen = torch.Generator().manual_seed(0)
     for name, layer in float_layers(dense.net).items():
-        if family.precision(name) != "16bit":
+        if dense.family.precision(name) != "16bit":
             dense.net.set_submodule(name, LoRA(layer, args.rank, gen).to(args.device))
     _, _, _, cond = step_inputs(fp, args.batch, args.device)
     x_T, edges = torch.randn(args.batch, *fp.latent, device=args.device), fp.path.grid(4, args.device)

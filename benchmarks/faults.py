@@ -38,7 +38,6 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
 import evaluate
 import sample
 import train
@@ -46,14 +45,14 @@ from backends import cpu
 from data.cache import Trajectories
 from layers import packed_layers
 from models import checkpoint, tiny
-from models.denoiser import add_lora, random_tiny
+from models.denoiser import add_lora, random_denoiser
 from run import files
 from run.common import run_script
-from run.state import TrainingState
 
+ROOT = Path(__file__).parent.parent
 QUICK = (
     "--model tiny --steps 6 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4 --warmup 1"
-    " --save-every 2 --grid 8 --phases 1,2 --eval-n 8 --rollout 0.5"
+    " --save-every 2 --grid 8 --sampling-steps 1,2 --eval-n 8 --rollout 0.5"
 )
 RUNS = {"fp": QUICK, "cache": f"{QUICK} --trajectory teacher --cached 20"}
 KINDS = {"kill": 20, "bit flip": 20, "truncation": 10, "disk full": 5, "NaN": 5}
@@ -157,16 +156,15 @@ def full(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: fl
 
 def poison(kind: str, step: int, at: int) -> None:
     """In the child: from here on, update `step` meets a number that is none."""
-    update, calls = TrainingState.update, Counter()
+    average, calls = train.average_over_processes, Counter()
 
-    def poisoned(self, now, loss, log):
-        if now == step and kind == "loss":
+    def poisoned(grads, loss, *flags):
+        if calls["updates"] == step and kind == "loss":
             loss = float("nan")
-        if now == step and kind in ("gradient nan", "gradient inf"):
-            params = list(self.params.values())
-            params[at % len(params)].grad.view(-1)[at % 7] = float(kind[-3:])
-        update(self, now, loss, log)
+        if calls["updates"] == step and kind in ("gradient nan", "gradient inf"):
+            grads[at % len(grads)].view(-1)[at % 7] = float(kind[-3:])
         calls["updates"] += 1
+        return average(grads, loss, *flags)
 
     def hook(layer, args, output):
         if calls["updates"] == step and kind == "activation" and layer.training is False and not calls["once"]:
@@ -194,7 +192,7 @@ def poison(kind: str, step: int, at: int) -> None:
         return drawn * (float("nan") if calls["updates"] == step else 1)
 
     to_latents, rollout_states = tiny.to_latents, train.tdpt.rollout_states
-    TrainingState.update, checkpoint.load_start = poisoned, load_start
+    train.average_over_processes, checkpoint.load_start = poisoned, load_start
     if kind == "data":
         tiny.to_latents, train.tdpt.rollout_states = latents, states
 
@@ -257,7 +255,7 @@ FAULTS = {"kill": kill, "bit flip": flip, "truncation": truncate, "disk full": f
 def random_weights(folder: Path) -> None:
     """A teacher and a consistency LoRA of random numbers."""
     torch.manual_seed(0)
-    teacher = random_tiny("tiny")
+    teacher = random_denoiser("tiny")
     files.write_tensors(folder / "teacher.safetensors", {k: v.half() for k, v in teacher.state_dict().items()}, {})
     add_lora(teacher, 4)
     lora = {k: v.half() for k, v in teacher.net.state_dict().items() if "lora_" in k}
@@ -275,14 +273,14 @@ def undisturbed(task) -> float:
     good = folder / name
 
     def die_at_four():
-        update = TrainingState.update
+        rate = train.learning_rate
 
-        def killed(self, step, loss, log):
-            update(self, step, loss, log)
+        def killed(peak, step, *more):
             if step == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
+            return rate(peak, step, *more)
 
-        TrainingState.update = killed
+        train.learning_rate = killed
 
     code, printed, seconds = run(train, command(folder, flags, good))
     if code:
@@ -323,8 +321,10 @@ def main() -> None:
     cpu.is_available()  # built before anything is killed
     # inherited by every run
     real_pictures, draw, sample.PROMPTS, Trajectories.SHARD = evaluate.real_pictures, sample.draw, sample.PROMPTS[:2], 8
-    evaluate.real_pictures = lambda reader, n: real_pictures(reader, min(n, 64))
-    sample.draw = lambda model, denoiser, captions, steps, *more: draw(model, denoiser, captions, min(steps, 4), *more)
+    evaluate.real_pictures = lambda classifier, n: real_pictures(classifier, min(n, 64))
+    sample.draw = evaluate.draw = lambda model, denoiser, captions, steps, *more: draw(
+        model, denoiser, captions, min(steps, 4), *more
+    )
     plan = [(kind, list(RUNS)[k % 2]) for kind, count in KINDS.items() for k in range(count)]
     random.Random(args.seed).shuffle(plan)
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:

@@ -1,6 +1,6 @@
 """Layers of SDXL and FLUX on an NVIDIA GPU, ours against bf16: what the kernels take, not what Python takes to launch them.
 
-    python -m benchmarks.gpu_layers            half a minute; its table of an H200 is in benchmarks/gpu_layers.md
+    python -m benchmarks.gpu_layers            half a minute; its table of an H200 is docs/tables/gpu_layers.md
 
 Both sides as CUDA graphs (triton.testing.do_bench_cudagraph, the median of its runs), on the same inputs; ours has a branch of rank
 32, bias, unpacking and quantization in it. `prepare` is the first launch alone (backends/gpu.py), TOPS counts the rest."""

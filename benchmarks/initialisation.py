@@ -2,12 +2,13 @@
 
     python -m benchmarks.initialisation [--out runs/initialisation] [--n 256] [--jobs 2]        about a minute a row on two cores
 
-Each row is one run of `train.py --steps 0`; finished rows are not run again. Writes benchmarks/initialisation.md.
+Each row is one run of `train.py --steps 0`; finished rows are not run again. Writes docs/tables/initialisation.md.
 """
 
 import json
 
-from benchmarks.jobs import MACHINE, each, name_of, parser, write_table
+from benchmarks.jobs import MACHINE, each, name_of, parser
+from benchmarks.tables import write_table
 
 PLAIN = "--ranks uniform --rounding rtn"
 ROWS = [  # name, flags
@@ -46,7 +47,7 @@ def main() -> None:
         w = r["w4a4"]
         lines.append(f"| {name} | `{flags or '(none)'}` | {w['psnr_to_fp']:.2f} | {w['frechet']:.1f} | {r['mb_lora']:.2f} |")
     lines.append(f"\n{args.n} pictures, 4 steps, seed 0; fp Frechet {r['fp']['frechet']:.1f}; {MACHINE}")
-    write_table("initialisation.md", lines)
+    write_table("initialisation", lines)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,3 @@ def each(function: Callable, items: Iterable, jobs: int) -> Iterator:
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(lambda item: function(item, call), items)
-
-
-def write_table(name: str, lines: list[str]) -> None:
-    """benchmarks/NAME, and the same to the screen."""
-    (ROOT / "benchmarks" / name).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))

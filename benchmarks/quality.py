@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality [--seeds 3] [--n 2048] [--jobs 2] [--out runs/quality]
 
-Finished parts are not run again. benchmarks/quality.md (mean +- sd over training seeds) is written anew after every
+Finished parts are not run again. docs/tables/quality.md (mean +- sd over training seeds) is written anew after every
 part, so it is worth reading before the end. Teacher and fp rows have one set of weights and no spread.
 """
 
@@ -10,7 +10,8 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.jobs import MACHINE, each, name_of, parser, write_table
+from benchmarks.jobs import MACHINE, each, name_of, parser
+from benchmarks.tables import write_table
 
 ZERO = "--init zero --ranks uniform --rounding rtn --lr 2e-4"  # a start that is far off needs larger steps than ours
 UPDATES = "--steps 120"  # the same for all that are compared
@@ -95,7 +96,7 @@ def main() -> None:
         print(done, flush=True)
         dtype = rows_of(folder(runs[0]) / "config.json")["config"]["dtype"]
         note = f"\n{args.n} pictures, evaluation seed 1234; networks in {dtype}; {MACHINE}"
-        write_table("quality.md", [*table(args.out, args.n, args.seeds), note])
+        write_table("quality", [*table(args.out, args.n, args.seeds), note])
 
 
 if __name__ == "__main__":

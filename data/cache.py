@@ -1,33 +1,38 @@
 """Latents and text embeddings of SDXL and FLUX, computed once: afterwards VAE and text encoders can leave memory.
 
-    cache = Cache.build(folder, data.captioned(spec), encode_pictures, encode_captions, key, resolution=1024)
-    x0, cond = cache.latents(n, gen, mine)          one bucket a batch; cond = cache.conditions(n, gen, mine); cache.null()
+    cache = CacheBuilder(folder, sources.captioned(spec), encode_pictures, encode_captions, key, resolution=1024).open_or_make()
+    x0, cond = cache.latents(n, gen, local_rows)        a batch is of one bucket
+    cond = cache.conditions(n, gen, local_rows)
 
 Buckets. A picture goes to the size of nearest ratio among multiples of 64 whose area is at most resolution^2 (as in SDXL's list at
 1024), is scaled until it covers that size, and its middle is cut out. SDXL is told what happened:
 
     time_ids = (original height, width, top and left of the cut in the scaled picture, height and width of the bucket)
 
+Rows of prompts alone are in the bucket "drawn" if they got latents from the consistency model, else in "prompts", which has none.
+
 Storage. A folder with
 
     manifest.json        the key (what the cache was made of), and the number of shards, null as long as there may be more
-    00000.safetensors    shard k is made of rows [64 k, 64 k + 64) of the source alone: a killed build goes on at any shard, ranks
-                         share them, and a damaged one is made again. Tensors HxW/latents (n, C, H/8, W/8) float16, HxW/NAME
-                         (n, ..) for each tensor of cond: bfloat16, but time_ids float32; the metadata has the number of rows
-                         in each bucket and the unreadable pictures
+    00000.safetensors    shard k is made of rows [64 k, 64 k + 64) of the source alone. Tensors HxW/latents (n, C, H/8, W/8) float16
+                         and HxW/NAME (n, ..) for each tensor of cond: bfloat16, but time_ids float32. The metadata has the
+                         number of rows in each bucket and the unreadable pictures
     null.safetensors     cond of the caption ""
 
-Files are written as those of a run are (checkpoint.py): under another name, synced, renamed, with their checksum inside; shards
-also know their name and key. All of them are read through at every start. Rows of prompts alone are in the bucket "drawn" if
-`draw` gave them latents, else in "prompts", which has none.
+Since a shard depends on its own rows alone, a killed build goes on at any shard, processes share the shards, and a damaged one is
+made again. Files are written as those of a run are (run/files.py): under another name, synced, renamed, with their checksum inside;
+shards also know their name and key. All of them are read through at every start.
 
-Key: B batch, C, h, w latent shape, H, W pixels.
+The last class keeps another thing that is made once: the trajectories of a guided teacher, of which rollouts learn.
+
+Key: B batch, C, h, w latent shape, H, W pixels, n rows, E points of time.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -35,6 +40,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from tqdm import tqdm
 
 import tdpt
@@ -77,8 +83,170 @@ def fit(picture: Image.Image, sizes: list[tuple[int, int]]) -> tuple[torch.Tenso
     return pixels.contiguous(), [h, w, top, left, H, W]
 
 
-def _manifest(folder: Path) -> dict | None:
-    """{"key", "shards"}; None where there is none. UserError: damaged."""
+@dataclass
+class CacheBuilder:
+    """What a cache is made of. open_or_make() makes what is missing or damaged, and opens it; every process must call it.
+
+    The last three fields are there for tests, where threads stand for processes."""
+
+    folder: Path
+    source: sources.Source
+    encode_pictures: Callable[[Tensor], Tensor]  # (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w); B <= 8
+    encode_captions: Callable[[list[str]], dict[str, Tensor]]  # captions -> cond; the pictures' time_ids replace those in it
+    key: dict  # JSON: whatever the encoders depend on
+    resolution: int  # pixels
+    draw: Callable[[dict, torch.Generator], Tensor] | None = None  # latents of prompts alone, from cond; None: they have none
+    shard: int = 64  # rows of the source in a shard
+    index: int = field(default_factory=process_index)
+    count: int = field(default_factory=process_count)
+    wait: Callable[[], None] = dist.barrier  # returns when all processes have called it; not called if there is only one
+
+    @torch.no_grad()
+    def open_or_make(self) -> "Cache":
+        """UserError: a cache of another key, a damaged manifest, a full disk, encoders that overflow, no readable picture."""
+        self.sizes = buckets(self.resolution)
+        if self.index == 0:
+            self._begin()
+        self._wait_for_all()
+        key, shards = self._manifest_of_this_key()
+        self.run = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        if self.index == 0:
+            self._make_null(was_there=shards is not None)
+        if shards is None:
+            made = self._make_shards()
+            self._wait_for_all()
+            if self.index == 0:
+                self._finish(key, made)
+        else:
+            self._make_damaged_shards(shards)
+        self._wait_for_all()
+        cache = Cache(self.folder)
+        if self.index == 0 and shards is None:
+            sources.report_skipped(cache.skipped)
+        return cache
+
+    def _wait_for_all(self) -> None:
+        if self.count > 1:
+            self.wait()
+
+    def _full_key(self) -> dict:
+        """`key` with what the cache depends on besides, as JSON gives it back."""
+        given = {"resolution": self.resolution, "shard": self.shard, "drawn latents": self.draw is not None}
+        given |= {"data": self.source.spec, "fingerprint of the data": self.source.fingerprint}
+        return json.loads(json.dumps(self.key | given))
+
+    def _begin(self) -> None:
+        """The manifest of a new cache; from an old one what killed builds left half-written goes."""
+        if read_manifest(self.folder) is not None:
+            files.remove_leftovers(self.folder, 3600)  # younger ones may be another run's that fills the same cache
+            return
+        if self.folder.is_dir() and any(file.suffix != ".tmp" for file in self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not empty and no cache: choose another --cache, or delete the folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the cache folder {self.folder} ({error.strerror}): choose another --cache") from None
+        files.write_json(self.folder / "manifest.json", {"key": self._full_key(), "shards": None})
+
+    def _manifest_of_this_key(self) -> tuple[dict, int | None]:
+        """Key and number of shards in the manifest. UserError if the key differs from ours."""
+        if (manifest := read_manifest(self.folder)) is None:
+            where = f"process {self.index} does not see {self.folder.absolute()}"
+            raise UserError(f"{where}: give --cache on a disk that all machines share")
+        ours, its = self._full_key(), manifest["key"]
+        older = {k for k in ours if k.startswith("files of ") and k not in its}  # versions that did not write these
+        if changed := sorted(k for k in (ours.keys() | its.keys()) - older if ours.get(k) != its.get(k)):
+            raise UserError(
+                f"{self.folder} was made with another {', '.join(changed)}: delete the folder or choose another --cache"
+            )
+        return its, manifest["shards"]
+
+    def _make_null(self, was_there: bool) -> None:
+        """The file of the caption "", unless it is there and whole."""
+        if not self._is_whole(path := self.folder / "null.safetensors", was_there):
+            cond = self.encode_captions([scenes.UNCONDITIONAL])
+            tensors = {f"null/{name}": stored(name, tensor, ("",)) for name, tensor in cond.items()}
+            files.write_tensors(path, tensors, {"rows": {}, "skipped": []}, self.run)
+
+    def _make_shards(self) -> int:
+        """Those shards of this process that are not there yet. Returns how many the rows fill."""
+        k = -1
+        for k, rows in self._rows_by_shard():
+            if k % self.count == self.index and not self._is_whole(shard_file(self.folder, k), was_there=False):
+                self._make_shard(k, rows)
+        return k + 1
+
+    def _make_damaged_shards(self, shards: int) -> None:
+        """Those shards of this process, of a finished cache, that are damaged or gone. Without any, the source is not asked."""
+        of_this_process = range(self.index, shards, self.count)
+        damaged = [k for k in of_this_process if not self._is_whole(shard_file(self.folder, k), was_there=True)]
+        for k, rows in self._rows_by_shard() if damaged else ():
+            if k in damaged:
+                self._make_shard(k, rows)
+            if k == damaged[-1]:
+                break
+
+    def _finish(self, key: dict, shards: int) -> None:
+        """The manifest of a finished cache. `key` is that of the manifest, which the shards name."""
+        if missing := [path.stem for path in (shard_file(self.folder, k) for k in range(shards)) if not path.exists()]:
+            raise UserError(f"{self.folder} still lacks {', '.join(missing[:5])}: run the same command again on all processes")
+        files.write_json(self.folder / "manifest.json", {"key": key, "shards": shards})
+
+    def _is_whole(self, path: Path, was_there: bool) -> bool:
+        """Whether a file is there with the bytes that were written; says so if it was and is not any more."""
+        if was_there and not path.exists():
+            print(f"{path} is gone: it is made again")
+        return files.is_good(path, self.run, "it is made again")
+
+    def _rows_by_shard(self) -> Iterator[tuple[int, Iterator]]:
+        """(k, the source's rows of shard k), with a progress bar."""
+        groups = groupby(enumerate(self.source.rows()), lambda row: row[0] // self.shard)
+        for k, group in tqdm(groups, "cache", unit="shard", disable=self.index > 0):
+            yield k, (row for _, row in group)
+
+    def _make_shard(self, k: int, rows: Iterator) -> None:
+        """Reads and encodes the rows of shard k, at most 8 of one bucket at a time, and writes the file."""
+        groups, skipped = self._read(rows)
+        parts, gen = {}, step_generator(0, k, stream=4)
+        for bucket, group in sorted(groups.items()):
+            for i in range(0, len(group), BATCH):
+                for name, tensor in self._encode(bucket, group[i : i + BATCH], gen).items():
+                    parts.setdefault(f"{bucket}/{name}", []).append(tensor)
+        counts = {bucket: len(group) for bucket, group in sorted(groups.items())}
+        tensors = {name: torch.cat(part) for name, part in parts.items()}
+        files.write_tensors(shard_file(self.folder, k), tensors, {"rows": counts, "skipped": skipped}, self.run)
+
+    def _read(self, rows: Iterator) -> tuple[dict[str, list[tuple]], list[str]]:
+        """({bucket: [(key, caption, pixels, time_ids)]}, the pictures that could not be read)."""
+        groups, skipped = {}, []
+        for key, caption, opened in rows:
+            bucket, pixels, ids = "drawn" if self.draw else "prompts", None, None
+            if opened is not None:
+                try:
+                    pixels, ids = fit(opened(), self.sizes)
+                except sources.UNREADABLE as error:
+                    skipped.append(f"{key}: {error}")
+                    continue
+                bucket = f"{ids[4]}x{ids[5]}"
+            caption = caption.encode(errors="replace").decode()  # halves of surrogate pairs, which tokenizers refuse
+            groups.setdefault(bucket, []).append((key, caption, pixels, ids))
+        return groups, skipped
+
+    def _encode(self, bucket: str, group: list[tuple], gen: torch.Generator) -> dict[str, Tensor]:
+        """cond and, but for "prompts", latents of some rows of a bucket, as they are stored."""
+        keys, captions, pixels, ids = zip(*group, strict=True)
+        tensors = dict(self.encode_captions(list(captions)))
+        if bucket == "drawn":
+            tensors["latents"] = self.draw(tensors, gen)
+        elif bucket != "prompts":
+            if "time_ids" in tensors:
+                tensors["time_ids"] = torch.tensor(ids)
+            tensors["latents"] = self.encode_pictures(torch.stack(pixels).float() / 127.5 - 1)
+        return {name: stored(name, tensor, keys) for name, tensor in tensors.items()}
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """{"key", "shards"} of a cache; None where there is none. UserError: it is damaged."""
     path = folder / "manifest.json"
     if not path.is_file():
         return None
@@ -90,19 +258,13 @@ def _manifest(folder: Path) -> dict | None:
         raise UserError(f"{path} is damaged: restore it, or delete the folder to make the cache again") from None
 
 
-def _shard_file(folder: Path, k: int) -> Path:
+def shard_file(folder: Path, k: int) -> Path:
     return folder / f"{k:05d}.safetensors"
 
 
-def _whole(path: Path, run: str, was_there: bool) -> bool:
-    """Whether a shard is there with the bytes that were written; says so if it was and is not any more."""
-    if was_there and not path.exists():
-        print(f"{path} is gone: it is made again")
-    return files.is_good(path, run, "it is made again")
-
-
-def _stored(name: str, tensor: torch.Tensor, keys: tuple[str, ...]) -> torch.Tensor:
-    """As it is kept. UserError for what 16 bits do not hold, such as the NaN of a VAE that overflowed."""
+def stored(name: str, tensor: Tensor, keys: tuple[str, ...]) -> Tensor:
+    """A tensor as it is kept: latents in float16, time_ids in float32, the others in bfloat16. `keys` name the rows. UserError for
+    what 16 bits do not hold, such as the NaN of a VAE that overflowed."""
     tensor = tensor.detach().cpu()
     if name == "time_ids":
         return tensor.float()  # bfloat16 would round sizes above 256
@@ -115,50 +277,16 @@ def _stored(name: str, tensor: torch.Tensor, keys: tuple[str, ...]) -> torch.Ten
     return tensor.contiguous()
 
 
-def _shard(k: int, rows, sizes, encode_pictures, encode_captions, draw, latent) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors of shard k, and {"rows": {bucket: n}, "skipped": [unreadable picture]}."""
-    groups, skipped = {}, []
-    for key, caption, picture in rows:
-        bucket, pixels, ids = "drawn" if draw else "prompts", None, None
-        if picture is not None:
-            try:
-                pixels, ids = fit((picture() if callable(picture) else picture).convert("RGB"), sizes)
-            except sources.UNREADABLE as error:
-                skipped.append(f"{key}: {error}")
-                continue
-            bucket = f"{ids[4]}x{ids[5]}"
-        caption = caption.encode(errors="replace").decode()  # halves of surrogate pairs, which tokenizers refuse
-        groups.setdefault(bucket, []).append((key, caption, pixels, ids))
-    parts, gen = {}, step_generator(0, k, stream=4)
-    for bucket, group in sorted(groups.items()):
-        for i in range(0, len(group), BATCH):
-            keys, captions, pixels, ids = zip(*group[i : i + BATCH], strict=True)
-            tensors = dict(encode_captions(list(captions)))
-            if bucket == "drawn":
-                tensors["latents"] = draw(tensors, latent, gen)
-            elif bucket != "prompts":
-                if "time_ids" in tensors:
-                    tensors["time_ids"] = torch.tensor(ids)
-                tensors["latents"] = encode_pictures(torch.stack(pixels).float() / 127.5 - 1)
-            for name, tensor in tensors.items():
-                parts.setdefault(f"{bucket}/{name}", []).append(_stored(name, tensor, keys))
-    rows = {bucket: len(group) for bucket, group in sorted(groups.items())}
-    return {name: torch.cat(part) for name, part in parts.items()}, {"rows": rows, "skipped": skipped}
+class Cache(sources.Examples):
+    """Examples of a finished cache, read row by row from memory-mapped files. cond is on the CPU."""
 
-
-class Cache:
-    """Examples read from a finished cache, row by row from memory-mapped files; data.Live has the same three functions.
-
-    Every rank draws the whole batch of n from `gen` and keeps `mine` of it. cond: dict of tensors on the CPU, batch first.
-    """
-
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: Path):
         """UserError: no cache, an unfinished one, or no row in it."""
-        self.folder = Path(folder)
-        about, shards = _manifest(self.folder), {}
+        self.folder = folder
+        about, shards = read_manifest(folder), {}
         if about is None or about["shards"] is None:
             raise UserError(f"{folder} holds no finished cache: run the command that makes it again")
-        for name in (f"{k:05d}" for k in range(about["shards"])):
+        for name in (shard_file(folder, k).stem for k in range(about["shards"])):
             with self._open(name) as file:
                 shards[name] = json.loads(file.metadata()["info"])
         self.skipped = [line for shard in shards.values() for line in shard["skipped"]]
@@ -170,87 +298,6 @@ class Cache:
             raise UserError(f"no picture of --data could be read ({len(self.skipped)} tried): check the files and delete {folder}")
         self._null = self._read("null", "null", 0)
 
-    @staticmethod
-    @torch.no_grad()
-    def build(
-        folder: str | Path,
-        items: sources.Source | Iterable,
-        encode_pictures: Callable[[torch.Tensor], torch.Tensor] | None,
-        encode_captions: Callable[[list[str]], dict[str, torch.Tensor]],
-        key: dict,
-        resolution: int,
-        shard: int = 64,
-        draw: Callable | None = None,
-        rank: int = 0,
-        world: int = 1,
-        latent: tuple[int, int, int] | None = None,
-        wait: Callable[[], None] = dist.barrier,
-    ) -> "Cache":
-        """Makes what is missing or damaged, and opens the cache; every rank calls it with the same arguments.
-
-        items            a data.Source, or (key, caption, picture) with an RGB PIL picture, a function that opens one, or None
-        encode_pictures  (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w); B is at most 8
-        encode_captions  captions -> cond; its time_ids, if any, are replaced by those of the pictures
-        key              JSON: whatever the encoders depend on; resolution, shard and the source are added here
-        draw             (cond, latent, CPU generator) -> latents (B, C, h, w) for captions without picture; None: they have none
-        latent           (C, h, w) of `draw`; None: asked of encode_pictures
-        wait             returns when all ranks have come; called three times, and only with world > 1
-        UserError: a cache of another key, a damaged manifest, a full disk, encoders that overflow, no readable picture.
-        """
-        folder, sizes = Path(folder), buckets(resolution)
-        key = key | {"resolution": resolution, "shard": shard, "drawn latents": draw is not None}
-        if isinstance(items, sources.Source):
-            key |= {"data": items.spec, "fingerprint of the data": items.fingerprint}
-        key = json.loads(json.dumps(key))
-        manifest = folder / "manifest.json"
-        if rank == 0 and _manifest(folder) is None:
-            if folder.is_dir() and any(file.suffix != ".tmp" for file in folder.iterdir()):
-                raise UserError(f"{folder} is not empty and no cache: choose another --cache, or delete the folder")
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the cache folder {folder} ({error.strerror}): choose another --cache") from None
-            files.write_json(manifest, {"key": key, "shards": None})
-        elif rank == 0:
-            files.remove_leftovers(folder, 3600)  # younger ones may be another run's that fills the same cache
-        if world > 1:
-            wait()
-        if (about := _manifest(folder)) is None:
-            raise UserError(f"process {rank} does not see {folder.absolute()}: give --cache on a disk that all machines share")
-        asked = {k for k in key if k in about["key"] or not k.startswith("files of ")}  # which older versions did not write
-        if changed := sorted(k for k in asked | about["key"].keys() if key.get(k) != about["key"].get(k)):
-            raise UserError(f"{folder} was made with another {', '.join(changed)}: delete the folder or choose another --cache")
-        run = hashlib.sha256(json.dumps(about["key"], sort_keys=True).encode()).hexdigest()[:16]
-        n, complete = about["shards"] or 0, about["shards"] is not None
-        if rank == 0 and not _whole(folder / "null.safetensors", run, complete):
-            cond = {f"null/{k}": _stored(k, v, ("",)) for k, v in encode_captions([scenes.UNCONDITIONAL]).items()}
-            files.write_tensors(folder / "null.safetensors", cond, {"rows": {}, "skipped": []}, run)
-        damaged = [k for k in range(rank, n, world) if not _whole(_shard_file(folder, k), run, complete)]
-        if not complete or damaged:
-            if draw is not None and latent is None:
-                latent = tuple(encode_pictures(torch.zeros(1, 3, resolution, resolution)).shape[1:])
-            rows, k = enumerate(items.rows() if isinstance(items, sources.Source) else items), -1
-            for k, part in tqdm(groupby(rows, lambda row: row[0] // shard), "cache", unit="shard", disable=rank > 0):
-                path = _shard_file(folder, k)
-                if k in damaged if complete else k % world == rank and not _whole(path, run, False):
-                    made = _shard(k, (row for _, row in part), sizes, encode_pictures, encode_captions, draw, latent)
-                    files.write_tensors(path, *made, run)
-                if complete and k == damaged[-1]:
-                    break
-            n = n if complete else k + 1
-        if world > 1:
-            wait()
-        if rank == 0 and not complete:
-            if missing := [path.stem for path in (_shard_file(folder, k) for k in range(n)) if not path.exists()]:
-                raise UserError(f"{folder} still lacks {', '.join(missing[:5])}: run the same command again on all ranks")
-            files.write_json(manifest, {"key": about["key"], "shards": n})  # the one that the shards name
-        if world > 1:
-            wait()
-        made = Cache(folder)
-        if rank == 0 and not complete:
-            sources.report_skipped(made.skipped)
-        return made
-
     def _open(self, name: str):
         """A shard's file. UserError: it is gone."""
         path = self.folder / f"{name}.safetensors"
@@ -259,13 +306,13 @@ class Cache:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read any more ({error}): run the same command again, it is made again") from None
 
-    def _read(self, name: str, bucket: str, row: int, latents: bool = False) -> dict[str, torch.Tensor]:
+    def _read(self, name: str, bucket: str, row: int, latents: bool = False) -> dict[str, Tensor]:
         """Row `row` of a bucket in shard `name`: cond and, if asked for, latents, batch 1. UserError: the file is gone."""
         with self._open(name) as file:
             found = {key.split("/", 1)[1]: key for key in file.keys() if key.startswith(f"{bucket}/")}
             return {k: file.get_slice(key)[row : row + 1] for k, key in sorted(found.items()) if latents or k != "latents"}
 
-    def _gather(self, rows: list[tuple[str, int]], latents: bool = False) -> dict[str, torch.Tensor]:
+    def _gather(self, rows: list[tuple[str, int]], latents: bool = False) -> dict[str, Tensor]:
         """(bucket, row in the bucket) of each -> stacked tensors."""
         found = []
         for bucket, row in rows:
@@ -274,67 +321,79 @@ class Cache:
             found.append(self._read(names[i], bucket, row - (int(ends[i - 1]) if i else 0), latents))
         return {k: torch.cat([tensors[k] for tensors in found]) for k in found[0]}
 
-    def _counts(self, drawable: bool) -> tuple[list[str], torch.Tensor]:
+    def _counts(self, drawable: bool) -> tuple[list[str], Tensor]:
         """Buckets, all or those that have latents, and the number of rows up to the end of each."""
         names = [bucket for bucket in self.rows if not (drawable and bucket == "prompts")]
         return names, torch.tensor([int(self.rows[bucket][1][-1]) for bucket in names]).cumsum(0)
 
-    def latents(self, n: int, gen: torch.Generator, mine: slice = slice(None)) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents (m, C, h, w) float32 and cond of one bucket, which is drawn by its size. UserError: there are prompts alone."""
+    def latents(self, n, gen, local_rows=slice(None)):
+        """All of one bucket, which is drawn by its size. UserError: there are prompts alone."""
         names, ends = self._counts(drawable=True)
         if not names:
             raise UserError(f"{self.folder} was made of prompts alone: give --data with pictures, or train on rollouts alone")
         bucket = names[int(torch.searchsorted(ends, torch.randint(int(ends[-1]), (1,), generator=gen), right=True))]
-        pick = torch.randint(int(self.rows[bucket][1][-1]), (n,), generator=gen)[mine]
+        pick = torch.randint(int(self.rows[bucket][1][-1]), (n,), generator=gen)[local_rows]
         cond = self._gather([(bucket, row) for row in pick.tolist()], latents=True)
         return cond.pop("latents").float(), cond
 
-    def conditions(self, n: int, gen: torch.Generator, mine: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """cond of captions of any bucket, with the time_ids of null(): those of a whole square picture, as for drawing one."""
+    def conditions(self, n, gen, local_rows=slice(None)):
+        """Of captions of any bucket, with the time_ids of null(): those of a whole square picture, as for drawing one."""
         names, ends = self._counts(drawable=False)
-        pick = torch.randint(int(ends[-1]), (n,), generator=gen)[mine]
+        pick = torch.randint(int(ends[-1]), (n,), generator=gen)[local_rows]
         which = torch.searchsorted(ends, pick.contiguous(), right=True)
         starts = torch.cat([ends.new_zeros(1), ends])
         cond = self._gather([(names[b], row) for b, row in zip(which.tolist(), (pick - starts[which]).tolist(), strict=True)])
         return cond | {k: v.expand(len(pick), -1) for k, v in self._null.items() if k == "time_ids"}
 
-    def null(self) -> dict[str, torch.Tensor]:
-        """cond of the unconditional branch, batch 1."""
+    def null(self):
         return dict(self._null)
 
 
 class Trajectories:
-    """The guided teacher's own solutions of n captions, drawn once: states (E, n, C, H, W) fp16 at `times` (E,), and cond.
+    """The guided teacher's own solutions of n captions, drawn once: targets for rollouts that follow the teacher.
 
-    Kept in `folder` as shards, which the ranks share out; a killed run goes on with those that are missing. Damaged ones
-    are drawn again. `network` says path and latents; `micro` captions are drawn at a time (0: a shard), on `device`. UserError
-    if a state is no number."""
+    Attributes: times (E,), points of time from noise to clean data; states (E, n, C, H, W) float16, the solutions at these times;
+    cond, that of the captions.
+
+    They are kept in `folder`, a shard of 128 captions a file, which the processes share out. A killed run goes on with the shards
+    that are missing; one that is damaged, or of other captions, is drawn again. UserError if a state is not finite."""
 
     SHARD = 128  # captions
 
-    def __init__(self, folder: Path, teacher, network, examples, n: int, times, seed: int, micro: int, device):
-        self.times, states, conds, runs, run = times, [], [], [], files.run_digest(folder.parent)
-
-        def shard(k: int) -> Path:
-            return folder / f"{k:06d}.safetensors"
-
-        for i, k in enumerate(tqdm(range(0, n, self.SHARD), desc="teacher trajectories")):
-            gen, size = step_generator(seed, k, stream=3), min(self.SHARD, n - k)
-            conds.append(examples.conditions(size, gen, slice(None)))
-            captions = b"".join(conds[-1][name].detach().cpu().contiguous().view(torch.uint8).numpy() for name in sorted(conds[-1]))
-            runs.append(f"{run} {hashlib.sha256(captions).hexdigest()[:16]}")  # other data are other trajectories
-            if i % process_count() == process_index() and not files.is_good(shard(k), runs[i], "it is drawn again"):
-                x_T, parts = torch.randn(size, *network.latent, generator=gen), []
-                for rows in torch.arange(size).split(micro or size):
-                    cond = {name: v[rows].to(device) for name, v in conds[-1].items()}
-                    x, at = x_T[rows].to(device), times.to(device)
-                    parts.append(tdpt.rollout_states(teacher, network.path, x, cond, at).half().cpu())
-                drawn = torch.cat(parts, 1)
-                if not drawn.isfinite().all():
-                    raise UserError(f"the teacher's trajectories {k} to {k + size} are no numbers: look at --teacher or --guidance")
-                files.write_tensors(shard(k), {"states": drawn}, {}, runs[i])
+    def __init__(self, folder: Path, teacher, network, examples: sources.Examples, n: int, times, seed: int, micro: int, device):
+        """teacher: the guided one, as tdpt.rollout_states takes it. network says path and latent shape. micro: captions that are
+        drawn at a time on `device`; 0: a shard."""
+        self.times = times
+        digest, conds, runs = files.run_digest(folder.parent), [], {}
+        for i, first in enumerate(tqdm(range(0, n, self.SHARD), desc="teacher trajectories")):
+            gen, path = step_generator(seed, first, stream=3), folder / f"{first:06d}.safetensors"
+            cond = examples.conditions(min(self.SHARD, n - first), gen, slice(None))
+            conds.append(cond)
+            runs[path] = f"{digest} {digest_of(cond)}"
+            if i % process_count() == process_index() and not files.is_good(path, runs[path], "it is drawn again"):
+                states = self._draw(teacher, network, cond, gen, micro, device)
+                if not states.isfinite().all():
+                    last = first + states.shape[1]
+                    raise UserError(f"the teacher's trajectories {first} to {last} are no numbers: look at --teacher or --guidance")
+                files.write_tensors(path, {"states": states}, {}, runs[path])
         if dist.is_initialized():
             dist.barrier()
-        for k, run in zip(range(0, n, self.SHARD), runs, strict=True):
-            states.append(files.read_verified(shard(k), "run the same command again, it will be drawn again", run)[0]["states"])
-        self.states, self.cond = torch.cat(states, 1), {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+        hint = "run the same command again, it will be drawn again"
+        self.states = torch.cat([files.read_verified(path, hint, run)[0]["states"] for path, run in runs.items()], 1)
+        self.cond = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+
+    def _draw(self, teacher, network, cond: dict[str, Tensor], gen: torch.Generator, micro: int, device) -> Tensor:
+        """States (E, m, C, H, W) float16 of m captions, from noise of `gen`."""
+        parts, m = [], len(next(iter(cond.values())))
+        x_T = torch.randn(m, *network.latent, generator=gen)
+        for rows in torch.arange(m).split(micro or m):
+            cond_r = {name: v[rows].to(device) for name, v in cond.items()}
+            states = tdpt.rollout_states(teacher, network.path, x_T[rows].to(device), cond_r, self.times.to(device))
+            parts.append(states.half().cpu())
+        return torch.cat(parts, 1)
+
+
+def digest_of(cond: dict[str, Tensor]) -> str:
+    """Of the bytes of all its tensors."""
+    content = b"".join(cond[name].detach().cpu().contiguous().view(torch.uint8).numpy() for name in sorted(cond))
+    return hashlib.sha256(content).hexdigest()[:16]

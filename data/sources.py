@@ -1,7 +1,7 @@
 """Where a user's own captioned pictures come from.
 
-The tiny models read theirs live, 32x32 (`Folder`, which has the functions of scenes.Scenes: batch(n, gen) -> pictures
-(n, 3, 32, 32) in [-1, 1] and n captions, and captions(n, gen)).
+The tiny models keep theirs in memory, at 32x32 pixels: `source(SPEC)` is a `Folder`, or, without SPEC, the procedural scenes. Both
+have batch(n, gen) -> pictures (n, 3, 32, 32) in [-1, 1] with n captions, and captions(n, gen).
 
 SDXL and FLUX read pictures of any size, once, into a cache (cache.py). `captioned(SPEC)` finds out what --data names:
 
@@ -9,6 +9,10 @@ SDXL and FLUX read pictures of any size, once, into a cache (cache.py). `caption
     FOLDER, "X-*.tar"  WebDataset shards: KEY.jpg with KEY.txt, or KEY.json that has "caption" or "text", adjacent
     OWNER/NAME[@REV]   a dataset of the Hugging Face hub, streamed; also a folder that `datasets` saved or can read, or a .parquet
     prompts, FILE.txt  captions alone, ours (assets/prompts.txt) or one a line: the consistency model draws the latents
+
+Folders and shards have readers of our own, since nothing may be lost silently in a night of encoding. The imagefolder reader of
+`datasets` ignores NAME.txt and ends at the first absent picture or bad line; its webdataset reader refuses shards whose samples
+differ in their kinds of files; it and the library webdataset take a shard that was cut in a header for a whole one.
 
 Left out on purpose: filters for size and content, captioning, brace expansion of shard names.
 """
@@ -26,7 +30,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
+import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -42,7 +48,7 @@ UNREADABLE = (  # what PIL raises; the last three for EXIF that is none
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Upright, in RGB; reads the pixels. ValueError for 16 and 32 bits a pixel, which convert would clip at 255."""
+    """The picture upright and in RGB, its pixels read. ValueError for 16 and 32 bits a pixel, which convert would clip at 255."""
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"mode {picture.mode} is no picture of 8 bits: convert it")
     return ImageOps.exif_transpose(picture).convert("RGB")
@@ -55,17 +61,31 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
 
 
 def report_skipped(skipped: list[str]) -> None:
-    """Names the first pictures that could not be read, and counts them."""
+    """Prints the first five pictures that could not be read, and how many there were."""
     for line in skipped[:5]:
         print(f"skipped unreadable picture {line}".encode(errors="replace").decode())  # names that are no UTF-8
     if len(skipped) > 5:
         print(f"skipped {len(skipped)} unreadable pictures in all")
 
 
-def captioned_files(folder: Path) -> list[tuple[Path, str]]:
-    """Pictures of a folder and its sub-folders, with captions that are not blank. UserError: a bad line, no captions at all.
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of pictures
 
-    Side files are looked at where no metadata.jsonl names a picture."""
+
+def captioned_files(folder: Path) -> list[tuple[Path, str]]:
+    """The pictures of a folder and its sub-folders whose captions are not blank.
+
+    NAME.txt files are looked at where no metadata.jsonl names a picture. UserError for a line that is no pair, and for no captions
+    at all."""
+    pairs = _captions_of_tables(folder) or _captions_beside(folder)
+    pairs = [(file, text) for file, text in pairs if isinstance(text, str) and text.strip()]
+    if not pairs:
+        raise UserError(f"{folder} has no captions: add metadata.jsonl (file_name, text) or NAME.txt beside each picture")
+    return pairs
+
+
+def _captions_of_tables(folder: Path) -> list[tuple[Path, str]]:
+    """The pairs of every metadata.jsonl, whose file names are relative to it."""
     pairs = []
     for table in sorted(folder.rglob("metadata.jsonl")):
         for number, line in enumerate(table.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
@@ -76,38 +96,29 @@ def captioned_files(folder: Path) -> list[tuple[Path, str]]:
                 pairs.append((table.parent / row["file_name"], row["text"]))
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(f'{table} line {number}: every line must be {{"file_name": .., "text": ..}}') from None
-    for file in sorted(folder.rglob("*")) if not pairs else ():
-        if file.suffix.lower() in PICTURES and file.with_suffix(".txt").is_file():
-            pairs.append((file, file.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").strip()))
-    pairs = [(file, text) for file, text in pairs if isinstance(text, str) and text.strip()]
-    if not pairs:
-        raise UserError(f"{folder} has no captions: add metadata.jsonl (file_name, text) or NAME.txt beside each picture")
     return pairs
+
+
+def _captions_beside(folder: Path) -> list[tuple[Path, str]]:
+    """Every picture that has a NAME.txt beside it, with what that says."""
+    pictures = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURES]
+    beside = [(file, file.with_suffix(".txt")) for file in pictures]
+    return [(file, text.read_text(encoding="utf-8-sig", errors="replace").strip()) for file, text in beside if text.is_file()]
 
 
 class Folder:
     """Captioned pictures of a folder (`captioned_files`) for the tiny models.
 
-    Pictures are centre-cropped to a square, resized to 32x32 and kept in memory. One that cannot be read is named, counted and
-    left out. UserError: no such folder, no captions, no readable picture.
-    """
+    Pictures are cut to the square in their middle, scaled to 32x32 pixels and kept in memory. Those that cannot be read are left
+    out; they are named and counted. UserError: no such folder, no captions, no readable picture."""
 
     def __init__(self, path: str):
-        folder, self.skipped = Path(path), []
-        if not folder.is_dir():
+        if not Path(path).is_dir():
             raise UserError(f"--data {path} is not a folder: give a folder of pictures with metadata.jsonl or .txt captions")
-        pictures, self.texts = [], []
-        for file, text in captioned_files(folder):
-            try:
-                pictures.append(self._square(open_picture(file)))
-            except UNREADABLE as error:
-                self.skipped.append(f"{file.name}: {error}")
-            else:
-                self.texts.append(text)
-        report_skipped(self.skipped)
-        if not pictures:
-            raise UserError(f"no picture in {path} could be read ({len(self.skipped)} tried): check the files")
-        self.pictures = torch.stack(pictures)
+        found = [(text, self._square(picture)) for _, text, picture in _folder(path)]
+        if not found:
+            raise UserError(f"no picture in {path} could be read: check the files")
+        self.texts, self.pictures = [text for text, _ in found], torch.stack([picture for _, picture in found])
 
     @staticmethod
     def _square(picture: Image.Image) -> torch.Tensor:
@@ -130,43 +141,58 @@ def source(path: str = "") -> scenes.Scenes | Folder:
     return Folder(path) if path else scenes.Scenes()
 
 
-class LiveExamples:
-    """Examples of a tiny model, drawn and encoded when they are asked for; cache.Cache has the same three functions.
+class Examples(Protocol):
+    """What training asks of its data: `LiveExamples` for the tiny models, `cache.Cache` for the others.
 
-    Every rank draws the whole batch of n from `gen` and keeps `mine` of it. cond: dict of tensors, batch first.
-    """
+    Every process draws the whole batch of n from `gen` and keeps `local_rows` of it, so that several processes see together what
+    one sees alone. cond is a dict of tensors, batch first."""
+
+    def latents(
+        self, n: int, gen: torch.Generator, local_rows: slice = slice(None)
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents (m, C, H, W) float32 of pictures, and cond of their captions."""
+
+    def conditions(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+        """cond of captions alone."""
+
+    def null(self) -> dict[str, torch.Tensor]:
+        """cond of the unconditional branch, batch 1."""
+
+
+class LiveExamples(Examples):
+    """Examples of a tiny model, drawn and encoded by `network` when they are asked for."""
 
     def __init__(self, source: scenes.Scenes | Folder, network):
         self.source, self.network = source, network
 
-    def latents(self, n: int, gen: torch.Generator, mine: slice = slice(None)) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents (m, C, H, W) float32 of pictures, and their captions' cond."""
+    def latents(self, n, gen, local_rows=slice(None)):
         pictures, captions = self.source.batch(n, gen)
-        return self.network.encode_pictures(pictures)[mine], self.network.encode(captions[mine])
+        return self.network.encode_pictures(pictures)[local_rows], self.network.encode(captions[local_rows])
 
-    def conditions(self, n: int, gen: torch.Generator, mine: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """cond of captions alone."""
-        return self.network.encode(self.source.captions(n, gen)[mine])
+    def conditions(self, n, gen, local_rows=slice(None)):
+        return self.network.encode(self.source.captions(n, gen)[local_rows])
 
-    def null(self) -> dict[str, torch.Tensor]:
-        """cond of the unconditional branch, batch 1."""
+    def null(self):
         return self.network.encode([scenes.UNCONDITIONAL])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources for the cache
 
 
 @dataclass(frozen=True)
 class Source:
-    """What --data names. rows() -> iterator of (key, caption, open), every time from the beginning and in the same order.
+    """What --data names. rows() is an iterator of (key, caption, open), each time from the beginning and in the same order.
 
-    open() is the RGB picture or raises one of UNREADABLE, and must be called before the next row is asked for; it is None for a
-    prompt alone. So rows that are not needed cost no decoding. `fingerprint` changes when the data do.
-    """
+    open() returns the RGB picture or raises one of UNREADABLE; for a prompt alone, open is None. It must be called before the
+    next row is asked for. So rows that nobody needs cost no decoding. `fingerprint` changes when the data do."""
 
     spec: str
     fingerprint: str
     rows: Callable[[], Iterator[tuple[str, str, Callable | None]]]
 
     def __iter__(self) -> Iterator[tuple[str, str, Image.Image | None]]:
-        """(key, caption, RGB picture or None); unreadable pictures are left out, and named and counted at the end."""
+        """(key, caption, RGB picture or None). Unreadable pictures are left out, and named and counted at the end."""
         skipped = []
         for key, caption, opened in self.rows():
             try:
@@ -190,8 +216,7 @@ def captioned(spec: str = "") -> Source:
     if path.is_dir():
         if tars := sorted(path.rglob("*.tar")):
             return _tars(spec, tars)
-        saved = ("state.json", "dataset_dict.json", "metadata.csv", "*.parquet", "*/metadata.csv", "*/*.parquet")
-        return _hub(spec) if any(any(path.glob(name)) for name in saved) else _folder(spec)
+        return _hub(spec) if any(any(path.glob(name)) for name in OF_DATASETS) else _folder(spec)
     if (path.suffix == ".parquet" and path.is_file()) or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", spec):
         return _hub(spec)
     raise UserError(
@@ -209,8 +234,13 @@ def _stat(file: Path, folder: Path) -> list:
     return [os.path.relpath(file, folder), about and about.st_size, about and about.st_mtime_ns]
 
 
-def _broken(why: str):
-    raise OSError(why)
+def _unreadable(why: str):
+    """What stands for `open` where there is no picture to open."""
+
+    def opened():
+        raise OSError(why)
+
+    return opened
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -239,80 +269,77 @@ def _folder(spec: str) -> Source:
     return Source(spec, _hash([*_stat(file, folder), text] for file, text in pairs), rows)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# WebDataset shards
+
+
 def _tars(spec: str, tars: list[Path]) -> Source:
-    """WebDataset shards. A key is a member's path up to the first dot of its name."""
     if not tars or not all(tar.is_file() for tar in tars):
         raise UserError(f"--data {spec} matches no .tar file: check the path (no brace expansion, quote a glob)")
-
-    def key_of(member: tarfile.TarInfo) -> str:
-        folder, name = os.path.split(member.name)
-        return os.path.join(folder, name.split(".")[0])
-
-    def members(tar: tarfile.TarFile):
-        for member in tar:
-            tar.members = []  # tarfile would keep the headers of all
-            if member.isfile():
-                yield member
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a cut or broken header for the end
-            raise tarfile.ReadError("no end of archive")
-
-    def row(tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo]):
-        picture, caption = next((parts[e] for e in PICTURES if e in parts), None), None
-        try:
-            if ".txt" in parts:
-                caption = tar.extractfile(parts[".txt"]).read().decode(errors="replace").strip()
-            elif ".json" in parts:
-                about = json.loads(tar.extractfile(parts[".json"]).read())
-                caption = about.get("caption") or about.get("text")
-        except (ValueError, AttributeError):
-            pass  # a .json that is none: the picture has no caption
-        if not isinstance(caption, str) or not caption or picture is None:
-            return key, "", partial(_broken, "no caption" if picture else "no picture")
-        return key, caption, lambda: open_picture(io.BytesIO(tar.extractfile(picture).read()))
 
     def rows():
         for path in tars:
             try:
                 with tarfile.open(path, "r:") as tar:
-                    for key, group in groupby(members(tar), key_of):
-                        yield row(tar, f"{path.name}/{key}", {os.path.splitext(m.name)[1].lower(): m for m in group})
+                    for key, group in groupby(_members(tar), _key_of):
+                        yield _row_of_tar(tar, f"{path.name}/{key}", {os.path.splitext(m.name)[1].lower(): m for m in group})
             except (tarfile.TarError, OSError) as error:
-                yield path.name, "", partial(_broken, f"the rest of the shard is damaged ({error})")
+                yield path.name, "", _unreadable(f"the rest of the shard is damaged ({error})")
 
     return Source(spec, _hash(_stat(tar, tars[0].parent) for tar in tars), rows)
 
 
-def _hub(spec: str) -> Source:
-    """A dataset that the `datasets` library reads: of the hub, saved by it, or in a layout it knows. Split train, or the first.
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The files in a shard, without keeping their headers. ReadError if the shard has no end: tarfile takes a header that is cut or
+    broken for the end."""
+    for member in tar:
+        tar.members = []
+        if member.isfile():
+            yield member
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("no end of archive")
 
-    Caption: column text, caption or prompt; a list's first. UserError: no library, no such dataset, no such column."""
+
+def _key_of(member: tarfile.TarInfo) -> str:
+    """What the files of a sample share: the path up to the first dot of the name."""
+    folder, name = os.path.split(member.name)
+    return os.path.join(folder, name.split(".")[0])
+
+
+def _row_of_tar(tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo]) -> tuple[str, str, Callable]:
+    """The row of a sample whose files are `parts`, by suffix."""
+    picture, caption = next((parts[suffix] for suffix in PICTURES if suffix in parts), None), None
+    try:
+        if ".txt" in parts:
+            caption = tar.extractfile(parts[".txt"]).read().decode(errors="replace").strip()
+        elif ".json" in parts:
+            about = json.loads(tar.extractfile(parts[".json"]).read())
+            caption = about.get("caption") or about.get("text")
+    except (ValueError, AttributeError):
+        pass  # the .json is none, or no table: the picture has no caption
+    if picture is None:
+        return key, "", _unreadable("no picture")
+    if not isinstance(caption, str) or not caption:
+        return key, "", _unreadable("no caption")
+    return key, caption, lambda: open_picture(io.BytesIO(tar.extractfile(picture).read()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets that the library `datasets` reads
+
+OF_DATASETS = ("state.json", "dataset_dict.json", "metadata.csv", "*.parquet", "*/metadata.csv", "*/*.parquet")  # marks of a folder
+
+
+def _hub(spec: str) -> Source:
+    """A dataset of the hub, one that `datasets` saved, or one in a layout that it knows. Split train, or the first.
+
+    The caption is the column text, caption or prompt; of a list, the first. UserError: no library, no such dataset or column."""
     try:
         import datasets
     except ImportError:
         raise UserError(f"--data {spec} is read by another library: `pip install datasets`") from None
-    name, _, revision = spec.partition("@")
-    path, mark = Path(spec), None
-    try:
-        if path.is_dir():
-            mark = [_stat(file, path) for file in sorted(path.rglob("*")) if file.is_file()]
-            saved = any((path / part).exists() for part in ("state.json", "dataset_dict.json"))
-            table = datasets.load_from_disk(spec) if saved else datasets.load_dataset(spec, streaming=True)
-        elif path.is_file():
-            mark, table = [_stat(path, path.parent)], datasets.load_dataset("parquet", data_files=spec, streaming=True)
-        else:
-            from huggingface_hub import dataset_info
-
-            mark = [dataset_info(name, revision=revision or None).sha]
-            table = datasets.load_dataset(name, revision=mark[0], streaming=True)
-    except Exception as error:  # without network, without rights, for a wrong name: the libraries' errors have no common class
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"--data {spec} is not here and cannot be had from the Hugging Face hub ({why}): check the name and the network, "
-            "accept its terms and `hf auth login` if it is gated, or give a folder"
-        ) from None
-    if isinstance(table, dict):
-        table = table["train" if "train" in table else next(iter(table))]
+    table, mark = _open_dataset(datasets, spec)
     columns = table.features or next(iter(table), {})
     text = next((c for c in ("text", "caption", "prompt") if c in columns), None)
     image = next((c for c, kind in columns.items() if isinstance(kind, datasets.Image)), None)
@@ -328,11 +355,39 @@ def _hub(spec: str) -> Source:
             for i, values in enumerate(table):
                 caption = values[text][0] if isinstance(values[text], list) and values[text] else values[text]
                 picture = values[image] if image else None
-                if not isinstance(caption, str) or not caption.strip() or (image and picture is None):
-                    yield str(i), "", partial(_broken, "no caption" if picture else "no picture")
+                if image and picture is None:
+                    yield str(i), "", _unreadable("no picture")
+                elif not isinstance(caption, str) or not caption.strip():
+                    yield str(i), "", _unreadable("no caption")
                 else:
                     yield str(i), caption, picture and (lambda p=picture: rgb(datasets.Image().decode_example(p)))
         except OSError as error:
             raise UserError(f"--data {spec} broke off ({error}): run the same command again to go on") from None
 
     return Source(spec, _hash(mark), rows)
+
+
+def _open_dataset(datasets, spec: str):
+    """(table of one split, what the fingerprint is made of: a folder's files, or the commit on the hub). UserError if it cannot be
+    opened."""
+    path = Path(spec)
+    try:
+        if path.is_dir():
+            mark = [_stat(file, path) for file in sorted(path.rglob("*")) if file.is_file()]
+            saved = any((path / part).exists() for part in ("state.json", "dataset_dict.json"))
+            table = datasets.load_from_disk(spec) if saved else datasets.load_dataset(spec, streaming=True)
+        elif path.is_file():
+            mark, table = [_stat(path, path.parent)], datasets.load_dataset("parquet", data_files=spec, streaming=True)
+        else:
+            name, _, revision = spec.partition("@")
+            mark = [huggingface_hub.dataset_info(name, revision=revision or None).sha]
+            table = datasets.load_dataset(name, revision=mark[0], streaming=True)
+    except Exception as error:  # without network, without rights, for a wrong name: the libraries' errors have no common class
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--data {spec} is not here and cannot be had from the Hugging Face hub ({why}): check the name and the network, "
+            "accept its terms and `hf auth login` if it is gated, or give a folder"
+        ) from None
+    if isinstance(table, dict):
+        table = table["train" if "train" in table else next(iter(table))]
+    return table, mark

@@ -21,8 +21,7 @@ from layers import (
     set_backend,
     store_8bit,
 )
-from models import family
-from models.denoiser import FAST, Denoiser, blueprint, from_blueprint, random_tiny
+from models.denoiser import FAST, Denoiser, blueprint, from_blueprint, random_denoiser
 from run import files
 from run.common import UserError
 
@@ -36,7 +35,7 @@ def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
 
 def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> Denoiser:
     """The architecture (name of a tiny one, or models.blueprint) with packed layers where `table` says so, and `tensors` loaded."""
-    student = random_tiny(name) if isinstance(name, str) else from_blueprint(name)
+    student = random_denoiser(name) if isinstance(name, str) else from_blueprint(name)
     try:
         place_packed(student.net, table)
         state = student.state_dict()
@@ -44,13 +43,13 @@ def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, t
         student.load_state_dict(tensors, assign=not isinstance(name, str))
     except (RuntimeError, KeyError, ValueError, AttributeError):
         raise UserError(f"{where} does not fit its table of layers: restore both files, or train again") from None
-    student.told = True
+    student.knows_destination = True
     return student.eval().requires_grad_(False)
 
 
 def network_of(student: Denoiser) -> str | dict:
     """What _packed_model builds the architecture from."""
-    return student.name if student.name in family.TINY else blueprint(student)
+    return student.name if student.family.embedded else blueprint(student)
 
 
 def save_start(out: Path, student: Denoiser, table: dict) -> None:
@@ -115,8 +114,8 @@ def load_checkpoint(folder: str | Path) -> tuple[Denoiser, dict]:
     tensors = {k: kernels.unpack_scales(v) if k in floats else v for k, v in tensors.items()}
     student = _packed_model(about["network"], about["layers"], tensors, folder / "model.safetensors")
     backend = about["config"].get("backend", "native")  # older folders name none
-    set_backend(student, "native" if backend == "compile" and student.name in family.TINY else backend)  # for the CPU
-    return student.to(FAST if student.name in family.TINY else getattr(torch, about["config"]["dtype"])), about
+    set_backend(student, "native" if backend == "compile" and student.family.embedded else backend)  # for the CPU
+    return student.to(FAST if student.family.embedded else getattr(torch, about["config"]["dtype"])), about
 
 
 def packed_size(student: Denoiser) -> dict[str, float]:

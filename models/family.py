@@ -1,111 +1,413 @@
-"""Model families: what tiny, tiny-flux, sdxl and flux are, and which of their layers may go to 4 bits.
+"""Model families: one record for each kind of model, and nowhere else a question which kind it is.
 
-Layer policy (`precision`): first and last layers and the MLPs that embed time and pooled text stay 16 bit; what runs once a step
-and not once a token (FLUX's AdaLN modulations, SDXL's `time_emb_proj`), and FLUX's `context_embedder`, is W4A16; every other
-Linear and Conv2d is W4A4.
+A `Family` says what is particular about its members: the denoiser's class and official architecture, how its inputs are built from
+latents and captions, its noise path, which of its layers may go to 4 bits, how guidance enters, which diffusers pipeline it belongs
+to and how that pipeline encodes captions. A new family is a new record in FAMILIES, and its miniature in the tests.
+
+    tiny, tiny-flux      trained here (assets/), on procedural scenes, with a text encoder of their own (tiny.py)
+    sdxl, sd15, flux     public weights in diffusers' formats (pretrained.py); sd15 includes Stable Diffusion 2.x and SD-Turbo,
+                         which are the same classes at another width of the text
+
+Conditioning `cond` is a dict of tensors with leading batch dimension B: tokens (B, L, D); pooled (B, D) where the network reads a
+pooled embedding; time_ids (B, 6) where it is told sizes (SDXL): original height and width, top and left of the crop, height and
+width of the picture, in pixels.
+
+Layers (`precision`): what touches latents, and the MLPs that embed time and pooled text, keep 16 bits: at most 0.4% of the
+parameters and much of the error. Layers that run once a step and not once a token (FLUX's AdaLN modulations, the UNets'
+time_emb_proj, FLUX's context_embedder) have 4-bit weights and unquantized activations, W4A16. Every other Linear and Conv2d is
+W4A4.
+
+Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 """
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from torch import nn
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
 
 from models import tiny
 from tdpt import FlowPath, VPPath
 
-TINY, REAL = ("tiny", "tiny-flux"), ("sdxl", "flux")
-MODELS = TINY + REAL
+FACTOR = 8  # pixels to a latent of every public family
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular about one kind of model. Functions that take `config` read the configuration of a diffusers network."""
+
+    name: str  # --model
+    network: type[nn.Module]  # diffusers' class of the denoiser
+    build: Callable[[], nn.Module]  # the official architecture with random weights
+    is_one: Callable[[dict], bool]  # whether a configuration of class `network` belongs to this family
+    latent: tuple[int, int, int]  # (C, H, W) of a picture of the official size
+    latent_channels: Callable[[dict], int]
+    tokens: int  # of a caption
+    cond_shapes: Callable[[dict, int], dict[str, tuple[int, ...]]]  # (config, tokens) -> shapes of cond without the batch
+    inputs: Callable[..., dict]  # (config, x, timestep, cond, scalar) -> keyword arguments of the network's forward
+    scalar: Callable[..., Tensor | None]  # (t, s, guidance) -> the network's scalar input beside time, if it has one
+    output: Callable[[Tensor, Tensor], Tensor]  # (network's answer, x) -> prediction (B, C, H, W)
+    path: Callable[[dict, tuple[int, int, int]], VPPath | FlowPath]  # (scheduler's configuration, latent) -> noise path
+    precision: Callable[[str], str]  # name of a layer -> 16bit, w4a16 or w4a4
+    classifier_free: bool  # guidance u + w (c - u) by a second call; False: guidance is an input of the network
+    most_grid_points: float = 1000  # of a solver grid on the path
+    preset: dict = field(default_factory=dict)  # defaults of train.Config for this family
+    # families that are trained here
+    embedded: bool = False  # weights in assets/, scenes as data, whose closing report is judged by the classifier of scenes
+    text: Callable[[], nn.Module] | None = None  # the text encoder inside of the denoiser
+    # public families
+    base: str = ""  # hub id of the official base
+    part: str = ""  # the denoiser's name in a pipeline and in its folder
+    pipeline_name: str = ""  # of the class in diffusers
+    encode: Callable[..., dict] | None = None  # (pipeline, captions, device) -> cond without time_ids
+    text_options: dict = field(default_factory=dict)  # of from_pretrained, where text encoders alone are wanted
+    told_sizes: bool = False  # cond has time_ids
+    guidance_input: Callable[[dict], float | None] = lambda config: None  # default of a network that has guidance as an input
+    compare_guidance: float = 0.0  # of the base's own 25 steps in pictures that compare
+    pack: Callable[..., Tensor] = lambda pipe, noise: noise  # (pipeline, noise (1, C, H, W)) -> latents as the pipeline takes them
+    check_keys: Callable[[set[str]], str] = lambda keys: ""  # what a single file without --components lacks; "": nothing
+    few_step_scheduler: Callable | None = None  # (base's scheduler configuration, path) -> scheduler whose steps are path.jump
+    cm_example: str = ""  # a consistency LoRA, with the flags that it needs
+    licences: dict[str, tuple[dict, str]] = field(default_factory=dict)  # part of a base's name -> its entries in a card, sentence
+
+    def few_step_guidance(self, guidance: float | None) -> float:
+        """guidance_scale of a call: 1 where guidance is distilled into the network, else what the network was given."""
+        return 1.0 if self.classifier_free else 3.5 if guidance is None else guidance
+
+    def pipeline(self):
+        """diffusers' pipeline class."""
+        import diffusers  # its pipelines take seconds to import, and only public families need them
+        from transformers.utils import logging
+
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # of image processors that want torchvision, which no part of ours calls
+        cls = getattr(diffusers, self.pipeline_name)
+        logging.set_verbosity(before)  # a text encoder whose file lacks weights must be heard of
+        return cls
+
+    def build_meta(self) -> nn.Module:
+        """The official network in bfloat16, without memory."""
+        with torch.device("meta"):
+            net = self.build()
+        return nn.Module.to(net, torch.bfloat16)  # diffusers' own .to warns about layers that it has none of
+
+
+def family_of(config: dict) -> Family | None:
+    """The family of a network's configuration (with its _class_name), or None."""
+    for family in FAMILIES.values():
+        if config.get("_class_name") == family.network.__name__ and family.is_one(config):
+            return family
+    return None
+
+
+def family_of_network(net: nn.Module) -> Family | None:
+    """The family of a diffusers network, or None."""
+    return family_of(dict(net.config) | {"_class_name": type(net).__name__})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UNets: Stable Diffusion, SDXL
+
+
+def unet_inputs(config, x: Tensor, timestep: Tensor, cond: dict[str, Tensor], scalar: Tensor | None) -> dict:
+    """Arguments of UNet2DConditionModel.forward. `scalar` is embedded as timestep_cond."""
+    given = {"sample": x, "timestep": timestep, "encoder_hidden_states": cond["tokens"]}
+    if scalar is not None:
+        given["timestep_cond"] = get_timestep_embedding(scalar, config.time_cond_proj_dim).to(x)
+    if config.addition_embed_type == "text_time":
+        sizes = cond["time_ids"] if "time_ids" in cond else timestep.new_tensor(tiny.TIME_IDS).expand(len(x), 6)
+        given["added_cond_kwargs"] = {"text_embeds": cond["pooled"], "time_ids": sizes}
+    return given
+
+
+def unet_cond_shapes(config, tokens: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"tokens": (tokens, config.cross_attention_dim)}
+    if config.addition_embed_type == "text_time":
+        shapes["pooled"] = (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,)
+    return shapes
+
+
+def unet_precision(name: str) -> str:
+    first, last = name.split(".")[0], name.split(".")[-1]
+    if first in ("conv_in", "conv_out", "time_embedding", "add_embedding"):
+        return "16bit"
+    return "w4a16" if last == "time_emb_proj" else "w4a4"
+
+
+def vp_path(scheduler: dict, latent: tuple[int, int, int]) -> VPPath:
+    """Of a scheduler's configuration; {} stands for the official base's. ValueError for a schedule that has no path here: betas
+    that are not scaled_linear, eps-prediction at zero signal-to-noise ratio."""
+    if (schedule := scheduler.get("beta_schedule", "scaled_linear")) != "scaled_linear":
+        raise ValueError(f"beta_schedule {schedule} is not supported, scaled_linear is")
+    if "sigma_data" in scheduler or scheduler.get("trained_betas") is not None:
+        raise ValueError("EDM's sigmas and trained_betas are not supported, scaled_linear betas are")
+    betas = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
+    kind, steps = scheduler.get("prediction_type", "epsilon"), scheduler.get("num_train_timesteps", 1000)
+    return VPPath.from_betas(kind, bool(scheduler.get("rescale_betas_zero_snr", False)), betas, steps)
+
+
+def ddim_scheduler(scheduler: dict, path: VPPath) -> DDIMScheduler:
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": path.start}
+    schedule["rescale_betas_zero_snr"] = False
+    return DDIMScheduler(
+        **{k: scheduler.get(k, v) for k, v in schedule.items()},
+        prediction_type=path.prediction,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
 
 
 def sdxl_unet() -> UNet2DConditionModel:
     """SDXL base 1.0, 2.567 B parameters (its unet/config.json)."""
     return UNet2DConditionModel(
-        sample_size=128, in_channels=4, out_channels=4,
+        sample_size=128,
+        in_channels=4,
+        out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, cross_attention_dim=2048,
-        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
+        block_out_channels=(320, 640, 1280),
+        layers_per_block=2,
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+def encode_sdxl(pipe, captions: list[str], device) -> dict[str, Tensor]:
+    """tokens (B, 77, 2048), pooled (B, 1280). The empty caption is zeros where the base says so, as in its pipeline."""
+    tokens, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=device)
+    if pipe.config.force_zeros_for_empty_prompt:
+        empty = torch.tensor([not caption for caption in captions], device=tokens.device)
+        tokens, pooled = tokens.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+    return {"tokens": tokens, "pooled": pooled}
+
+
+def sd15_unet() -> UNet2DConditionModel:
+    """Stable Diffusion 1.5, 0.860 B parameters (its unet/config.json)."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        attention_head_dim=8,
+        cross_attention_dim=768,
+    )
+
+
+def encode_sd15(pipe, captions: list[str], device) -> dict[str, Tensor]:
+    """tokens (B, 77, 768), of Stable Diffusion 2.x (B, 77, 1024). The empty caption is encoded like any other."""
+    tokens, _ = pipe.encode_prompt(captions, device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return {"tokens": tokens}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLUX
+
+
+def flux_inputs(config, x: Tensor, timestep: Tensor, cond: dict[str, Tensor], scalar: Tensor | None) -> dict:
+    """Arguments of FluxTransformer2DModel.forward: latents as 2x2 patches, one token each, and positions. `scalar`: guidance."""
+    B, C, H, W = x.shape
+    tokens = x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
+    row, column = torch.meshgrid(*(torch.arange(n // 2, device=x.device) for n in (H, W)), indexing="ij")
+    ids = torch.stack([torch.zeros_like(row), row, column], -1).view(-1, 3).to(x)
+    return {
+        "hidden_states": tokens,
+        "encoder_hidden_states": cond["tokens"],
+        "pooled_projections": cond["pooled"],
+        "timestep": timestep,
+        "img_ids": ids,
+        "txt_ids": ids.new_zeros(cond["tokens"].shape[1], 3),
+        "guidance": scalar,
+    }
+
+
+def flux_output(y: Tensor, x: Tensor) -> Tensor:
+    """Patches (B, H W / 4, 4 C) -> (B, C, H, W)."""
+    B, C, H, W = x.shape
+    return y.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+def flux_cond_shapes(config, tokens: int) -> dict[str, tuple[int, ...]]:
+    return {"tokens": (tokens, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
+
+def flux_precision(name: str) -> str:
+    first = name.split(".")[0]
+    if first in ("x_embedder", "proj_out", "time_text_embed"):
+        return "16bit"
+    modulation = re.search(r"(^|\.)(norm1|norm1_context|norm|norm_out)\.linear$", name)
+    return "w4a16" if modulation or first == "context_embedder" else "w4a4"
+
+
+def flux_path(scheduler: dict, latent: tuple[int, int, int]) -> FlowPath:
+    """Of a scheduler's configuration; {} stands for the official base's, whose shift grows with the number of tokens."""
+    if scheduler and not scheduler.get("use_dynamic_shifting", False):
+        return FlowPath(scheduler.get("shift", 1.0))  # the class's own defaults
+    low, high = (scheduler.get(f"{k}_image_seq_len", n) for k, n in (("base", 256), ("max", 4096)))
+    mu, top = (scheduler.get(f"{k}_shift", shift) for k, shift in (("base", 0.5), ("max", 1.15)))
+    return FlowPath(math.exp(mu + (top - mu) * (latent[1] * latent[2] / 4 - low) / (high - low)))
 
 
 def flux_transformer() -> FluxTransformer2DModel:
     """FLUX.1 [dev], 11.90 B parameters (its transformer/config.json)."""
     return FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-        joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=128,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 56, 56),
+    )
 
 
-NETWORK_CLASSES = {"sdxl": UNet2DConditionModel, "flux": FluxTransformer2DModel}
-NETWORKS = {"tiny": tiny.tiny_unet, "tiny-flux": tiny.tiny_flux, "sdxl": sdxl_unet, "flux": flux_transformer}
+def encode_flux(pipe, captions: list[str], device) -> dict[str, Tensor]:
+    """tokens (B, L, 4096), pooled (B, 768)."""
+    longest = min(512, pipe.tokenizer_2.model_max_length)
+    tokens, pooled, _ = pipe.encode_prompt(captions, None, max_sequence_length=longest, device=device)
+    return {"tokens": tokens, "pooled": pooled}
 
 
-def noise_path(name: str, scheduler: dict, latent: tuple[int, int, int]):
-    """The path of a base's scheduler config; {} stands for that of the official base. ValueError for a schedule that has no path
-    here: betas that are not scaled_linear, eps-prediction at zero signal-to-noise ratio."""
-    if name == "tiny":
-        return VPPath.from_betas("v_prediction", zero_terminal_snr=True)
-    if name == "tiny-flux":
-        return FlowPath()
-    if name == "sdxl":
-        if (schedule := scheduler.get("beta_schedule", "scaled_linear")) != "scaled_linear":
-            raise ValueError(f"beta_schedule {schedule} is not supported, scaled_linear is")
-        if "sigma_data" in scheduler or scheduler.get("trained_betas") is not None:
-            raise ValueError("EDM's sigmas and trained_betas are not supported, scaled_linear betas are")
-        betas = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
-        kind, steps = scheduler.get("prediction_type", "epsilon"), scheduler.get("num_train_timesteps", 1000)
-        return VPPath.from_betas(kind, bool(scheduler.get("rescale_betas_zero_snr", False)), betas, steps)
-    if scheduler and not scheduler.get("use_dynamic_shifting", False):
-        return FlowPath(scheduler.get("shift", 1.0))  # the class's own defaults
-    low, high = (scheduler.get(f"{k}_image_seq_len", n) for k, n in (("base", 256), ("max", 4096)))
-    mu, top = (scheduler.get(f"{k}_shift", shift) for k, shift in (("base", 0.5), ("max", 1.15)))
-    return FlowPath(math.exp(mu + (top - mu) * (latent[1] * latent[2] / 4 - low) / (high - low)))  # linear in the number of tokens
+def pack_flux(pipe, noise: Tensor) -> Tensor:
+    return pipe._pack_latents(noise, *noise.shape)
 
 
-def precision(name: str) -> str:
-    """Which of 16bit, w4a16, w4a4 the Linear or Conv2d `name` of a UNet2DConditionModel or FluxTransformer2DModel becomes."""
-    first, last = name.split(".")[0], name.split(".")[-1]
-    if first in ("conv_in", "conv_out", "x_embedder", "proj_out"):
-        return "16bit"  # what touches pixels: at most 0.4% of the parameters, much of the error
-    if first in ("time_embedding", "add_embedding", "time_text_embed"):
-        return "16bit"
-    if first == "context_embedder":
-        return "w4a16"  # FLUX's text, once for each step
-    if last == "time_emb_proj" or re.search(r"(^|\.)(norm1|norm1_context|norm|norm_out)\.linear$", name):
-        return "w4a16"  # modulations: many parameters, one token, no compute
-    return "w4a4"
+def flux_file_lacks(keys: set[str]) -> str:
+    if any("guidance" in key for key in keys):
+        return ""
+    return "has no input for guidance: give --components black-forest-labs/FLUX.1-schnell, or its own base"
 
 
-BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "flux": "black-forest-labs/FLUX.1-dev"}
-PART = {"sdxl": "unet", "flux": "transformer"}  # subfolder of the denoiser
-CM_EXAMPLES = {
-    "sdxl": "latent-consistency/lcm-lora-sdxl",
-    "flux": "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --phases 8",
-}
-FACTOR = 8  # pixels to a latent
+# ---------------------------------------------------------------------------------------------------------------------
+# The records
 
+UNET = dict(
+    network=UNet2DConditionModel,
+    latent_channels=lambda config: config.in_channels,
+    cond_shapes=unet_cond_shapes,
+    inputs=unet_inputs,
+    output=lambda y, x: y,
+    precision=unet_precision,
+    classifier_free=True,
+)
+FLUX = dict(
+    network=FluxTransformer2DModel,
+    most_grid_points=math.inf,
+    latent_channels=lambda config: config.in_channels // 4,
+    cond_shapes=flux_cond_shapes,
+    inputs=flux_inputs,
+    output=flux_output,
+    precision=flux_precision,
+)
+EMBEDDED = dict(latent=tiny.LATENT, tokens=tiny.TOKENS, embedded=True, text=tiny.TinyText)
+SDXL_LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
+SD_LICENCE = "https://huggingface.co/spaces/CompVis/stable-diffusion-license"
+DEV_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
 
-def pipeline_class(name: str):
-    from transformers.utils import logging  # these imports take seconds, and only SDXL and FLUX need them
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # of image processors that want torchvision, which no part of ours calls
-    from diffusers import FluxPipeline, StableDiffusionXLPipeline
-
-    logging.set_verbosity(before)  # a text encoder whose file lacks weights must be heard of
-    return {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}[name]
-
-
-SHAPES = {  # latent (C, H, W) and caption tokens
-    "tiny": ((12, 16, 16), 24), "tiny-flux": ((12, 16, 16), 24), "sdxl": ((4, 128, 128), 77), "flux": ((16, 128, 128), 512),
-}  # fmt: skip
-
-
-def meta_network(name: str) -> nn.Module:
-    """A network of models.NETWORKS in bfloat16, without memory."""
-    with torch.device("meta"):
-        net = NETWORKS[name]()
-    return nn.Module.to(net, torch.bfloat16)  # diffusers' own .to warns about layers that it has none of
+TINY = Family(
+    name="tiny",
+    build=tiny.tiny_unet,
+    is_one=lambda config: config.get("in_channels") == tiny.LATENT[0],
+    scalar=lambda t, s, guidance: s,  # timestep_cond, made for the guidance scale, carries the time that a jump goes to
+    path=lambda scheduler, latent: VPPath.from_betas("v_prediction", zero_terminal_snr=True),
+    **UNET,
+    **EMBEDDED,
+)
+TINY_FLUX = Family(
+    name="tiny-flux",
+    build=tiny.tiny_flux,
+    is_one=lambda config: config.get("in_channels") == 4 * tiny.LATENT[0],
+    scalar=lambda t, s, guidance: torch.zeros_like(t) if s is None else s,  # the input for guidance carries it here
+    path=lambda scheduler, latent: FlowPath(),
+    classifier_free=True,
+    **FLUX,
+    **EMBEDDED,
+)
+SDXL = Family(
+    name="sdxl",
+    build=sdxl_unet,
+    is_one=lambda config: config.get("addition_embed_type") == "text_time" and config.get("in_channels") == 4,
+    latent=(4, 128, 128),
+    tokens=77,
+    scalar=lambda t, s, guidance: None,
+    path=vp_path,
+    preset={"guidance": 7.5},
+    base="stabilityai/stable-diffusion-xl-base-1.0",
+    part="unet",
+    pipeline_name="StableDiffusionXLPipeline",
+    encode=encode_sdxl,
+    told_sizes=True,
+    compare_guidance=5.0,
+    few_step_scheduler=ddim_scheduler,
+    cm_example="latent-consistency/lcm-lora-sdxl",
+    licences={
+        "stable-diffusion-xl": ({"license": "openrail++"}, f"CreativeML Open RAIL++-M License ({SDXL_LICENCE})"),
+    },
+    **UNET,
+)
+SD15 = Family(
+    name="sd15",
+    build=sd15_unet,
+    is_one=lambda config: config.get("addition_embed_type") is None and config.get("in_channels") == 4,
+    latent=(4, 64, 64),
+    tokens=77,
+    scalar=lambda t, s, guidance: None,
+    path=vp_path,
+    preset={"guidance": 7.5},
+    base="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    part="unet",
+    pipeline_name="StableDiffusionPipeline",
+    encode=encode_sd15,
+    text_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    compare_guidance=7.5,
+    few_step_scheduler=ddim_scheduler,
+    cm_example="latent-consistency/lcm-lora-sdv1-5",
+    licences={
+        "stable-diffusion-v1": ({"license": "creativeml-openrail-m"}, f"CreativeML Open RAIL-M License ({SD_LICENCE})"),
+    },
+    **UNET,
+)
+FLUX_DEV = Family(
+    name="flux",
+    build=flux_transformer,
+    is_one=lambda config: config.get("in_channels", 64) == 64,
+    latent=(16, 128, 128),
+    tokens=512,
+    scalar=lambda t, s, guidance: None if guidance is None else torch.full_like(t, guidance),
+    path=flux_path,
+    classifier_free=False,
+    preset={"guidance": 3.5, "gradient_captions": 8},
+    base="black-forest-labs/FLUX.1-dev",
+    part="transformer",
+    pipeline_name="FluxPipeline",
+    encode=encode_flux,
+    guidance_input=lambda config: 3.5 if config.guidance_embeds else None,  # schnell has no such input
+    compare_guidance=3.5,
+    pack=pack_flux,
+    check_keys=flux_file_lacks,
+    few_step_scheduler=lambda scheduler, path: FlowMatchEulerDiscreteScheduler(shift=path.shift),
+    cm_example="ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --sampling-steps 8",
+    licences={
+        "FLUX.1-dev": (
+            {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "license_link": DEV_LICENCE},
+            f"FLUX.1 [dev] Non-Commercial License ({DEV_LICENCE})",
+        )
+    },
+    **FLUX,
+)
+FAMILIES = {family.name: family for family in (TINY, TINY_FLUX, SDXL, SD15, FLUX_DEV)}

@@ -6,7 +6,7 @@
 
     python -m models.pipeline --checkpoint runs/sdxl --export diffusers --out FOLDER     a pipeline folder with a model card
     python -m models.pipeline --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B for stock diffusers
-    python -m models.pipeline --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed: see export_lora
+    python -m models.pipeline --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed (export_lora)
     python -m models.pipeline --checkpoint runs/sdxl --export card                       README.md beside the weights
 
 diffusers.  Importing this file adds the quantization method "cmquant" to the two mappings of diffusers.quantizers.auto. From
@@ -32,11 +32,7 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 
 import argparse
 import itertools
-import json
-import math
-import re
 import textwrap
-from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -47,16 +43,16 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import delete_adapter_layers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
 import kernels
 import quant
-import tdpt
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
-from models import checkpoint, family, pretrained
+from models import card, checkpoint, pretrained
 from models.denoiser import FAST, Denoiser, is_plain_lora
+from models.family import FAMILIES, family_of_network
 from run import files
 from run.common import UserError, run_script
 
@@ -138,22 +134,10 @@ def quantization_config(net: nn.Module) -> CMQuantConfig:
     return net.hf_quantizer.quantization_config
 
 
-def pipeline_of(net: nn.Module):
-    """(pipeline class, name of the denoiser in it)."""
-    name = "sdxl" if isinstance(net, diffusers.UNet2DConditionModel) else "flux"
-    return family.pipeline_class(name), family.PART[name]
-
-
-def few_step_scheduler(scheduler: dict, path):
-    """The scheduler whose steps are `path.jump`s over path.grid; `scheduler`: the configuration of the base's own, {}: SDXL's."""
-    if isinstance(path, tdpt.FlowPath):
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=path.shift)
-    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": path.start}
-    schedule["rescale_betas_zero_snr"] = False
-    return diffusers.DDIMScheduler(
-        **{k: scheduler.get(k, v) for k, v in schedule.items()}, prediction_type=path.prediction,
-        timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
-    )  # fmt: skip
+def denoiser_of(pipe) -> nn.Module:
+    """The denoiser of a pipeline of any family, or None."""
+    parts = (getattr(pipe, family.part, None) for family in FAMILIES.values() if family.part)
+    return next((net for net in parts if net is not None), None)
 
 
 def read_run(folder: Path) -> dict:
@@ -171,14 +155,14 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
     denoiser.to(dtype)
-    backend, steps = about["config"].get("backend", "native"), tdpt.most_steps(about["config"]["phases"])
+    backend, steps = about["config"].get("backend", "native"), files.most_steps(about["config"])
     config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
     mark_quantized(denoiser.net, config)
     return denoiser
 
 
 def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False, dtype: torch.dtype | None = None, base: str = ""):
-    """StableDiffusionXLPipeline or FluxPipeline with the packed denoiser and a scheduler for few steps.
+    """The family's pipeline (StableDiffusionXLPipeline, FluxPipeline ..) with the packed denoiser and a scheduler for few steps.
 
     folder: a run folder of train.py, whose other components come from the base that it names (`base`: another copy of it, a
     hub id, folder or single file), or a pipeline folder of save_pretrained. dtype: of everything that is not packed; default
@@ -189,29 +173,28 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     dtype = dtype or (FAST if on_cpu else torch.bfloat16)
     if (folder / "model_index.json").is_file():
         pipe = read_base(diffusers.DiffusionPipeline, str(folder), torch_dtype=dtype)
-        part = next((part for part in ("unet", "transformer") if hasattr(pipe, part)), None)
-        if part is None or not any(packed_layers(getattr(pipe, part))):
+        net = denoiser_of(pipe)
+        if net is None or not any(packed_layers(net)):
             raise UserError(
                 f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --teacher {folder}`"
             )
     else:
         denoiser = load_denoiser(folder, dtype)
-        cls, part = pipeline_of(denoiser.net)
-        base, scheduler = base or denoiser.base, few_step_scheduler(denoiser.scheduler, denoiser.path)
+        family, net, base = denoiser.family, denoiser.net, base or denoiser.base
+        ours = {family.part: net, "scheduler": family.few_step_scheduler(denoiser.scheduler, denoiser.path)}
         if pretrained.is_file(base):
             components = components_of(folder)
-            pipe = pretrained.Text(denoiser.name, base, components, dtype=dtype).pipeline
-            vae = pretrained.VAE(denoiser.name, base, components).vae.to(dtype)
-            pipe.register_modules(vae=vae, scheduler=scheduler, **{part: denoiser.net})
-            pipe.set_progress_bar_config(disable=False)
+            pipe = pretrained.load_text_pipeline(family, base, components, dtype)
+            pipe.register_modules(vae=pretrained.load_vae(family, base, components).to(dtype), **ours)
         else:
-            pipe = read_base(cls, base, torch_dtype=dtype, scheduler=scheduler, **{part: denoiser.net})
-    pipe.default_sample_size = max(quantization_config(getattr(pipe, part)).latent[1:])  # where a call names no size
+            pipe = read_base(family.pipeline(), base, torch_dtype=dtype, **ours)
+    config = quantization_config(net)
+    pipe.default_sample_size = max(config.latent[1:])  # where a call names no size
     pipe.to(device)
-    if on_cpu and quantization_config(getattr(pipe, part)).backend == "compile":
-        set_backend(getattr(pipe, part), "native")
+    if on_cpu and config.backend == "compile":
+        set_backend(net, "native")
     if compile:
-        getattr(pipe, part).compile(mode=compile if isinstance(compile, str) else None)
+        net.compile(mode=compile if isinstance(compile, str) else None)
     return pipe
 
 
@@ -220,8 +203,10 @@ def components_of(folder: Path) -> str:
     return "" if (folder / "model_index.json").is_file() else files.read_config(folder)["config"].get("components", "")
 
 
-def is_hub_id(base: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+def _stem(name: str) -> str:
+    """What the pipelines of one family begin with: StableDiffusionXL of StableDiffusionXLInpaintPipeline."""
+    stems = [family.pipeline_name.removesuffix("Pipeline") for family in FAMILIES.values() if family.pipeline_name]
+    return max((stem for stem in stems if name.startswith(stem)), key=len, default=name)
 
 
 def read_base(cls, base: str, components: str = "", **kwargs):
@@ -235,7 +220,7 @@ def read_base(cls, base: str, components: str = "", **kwargs):
         if pretrained.is_file(base):
             return cls.from_single_file(base, **({"config": components} if components else {}), **kwargs)
         found = cls.load_config(base)["_class_name"]
-        if cls is not diffusers.DiffusionPipeline and not found.startswith(cls.__name__.removesuffix("Pipeline")):
+        if cls is not diffusers.DiffusionPipeline and _stem(found) != _stem(cls.__name__):
             raise UserError(f"{base} is a {found}, not a {cls.__name__}: name the one that was quantized by --base")
         return pretrained.from_pretrained(cls, base, **kwargs)
 
@@ -268,7 +253,7 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
     denoiser, start, layers = load_denoiser(folder, torch.float32), {}, {}
     if update:
         start = dict(packed_layers(checkpoint.load_start(folder)[0].net))
-    cls, part = pipeline_of(denoiser.net)
+    family = denoiser.family
     for name, layer in packed_layers(denoiser.net):
         if layer.rank:
             A_rK, B_Or = layer.factors()
@@ -282,7 +267,7 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
     if all(torch.equal(t.bfloat16().float(), t) for t in layers.values()):
         layers = {k: t.bfloat16() for k, t in layers.items()}  # one dtype for all: PEFT multiplies B by A
     with files.atomic(Path(out)) as file:
-        cls.save_lora_weights(file.parent, **{f"{part}_lora_layers": layers}, weight_name=file.name)
+        family.pipeline().save_lora_weights(file.parent, **{f"{family.part}_lora_layers": layers}, weight_name=file.name)
     return len(layers) // 2
 
 
@@ -296,8 +281,9 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
     No tensor of the network changes: the branch is a forward hook, on packed and on 16-bit layers, and several add up. A
     pipeline's text encoders get theirs by PEFT. Remove styles before save_pretrained. UserError if the file fits no layer."""
     pipe = pipe_or_net if isinstance(pipe_or_net, diffusers.DiffusionPipeline) else None
-    net = pipe_or_net if pipe is None else getattr(pipe, "unet", None) or pipe.transformer
-    (cls, part), name = pipeline_of(net), f"style_{next(_STYLES)}"
+    net = pipe_or_net if pipe is None else denoiser_of(pipe)
+    family, name = family_of_network(net), f"style_{next(_STYLES)}"
+    cls, part = family.pipeline(), family.part
     shown, handles, texts = "the LoRA" if isinstance(file, dict) else str(file), [], []
 
     def remove() -> None:
@@ -318,12 +304,9 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
         for prefix in ("text_encoder", "text_encoder_2"):
             text = getattr(pipe, prefix, None)
             if text is not None and any(key.startswith(f"{prefix}.") for key in state):
-                cls.load_lora_into_text_encoder(state, text_encoder=text, prefix=prefix, **about)
                 texts.append(text)
-                for layer in text.modules():
-                    if name in getattr(layer, "lora_A", {}):
-                        layer.set_adapter([*layer.lora_A])  # beside earlier styles
-                        layer.set_scale(name, scale)
+                cls.load_lora_into_text_encoder(state, text_encoder=text, prefix=prefix, **about)
+                _beside_others(text, name, scale)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         remove()
         why = textwrap.shorten(str(error), 200, placeholder=" ..")
@@ -340,6 +323,14 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
     if net._compiled_call_impl is not None:
         torch.compiler.reset()
     return remove
+
+
+def _beside_others(text: nn.Module, name: str, scale: float) -> None:
+    """The adapter `name` of a text encoder acts at `scale`, beside those that are on already."""
+    for layer in text.modules():
+        if name in getattr(layer, "lora_A", {}):
+            layer.set_adapter([*layer.lora_A])
+            layer.set_scale(name, scale)
 
 
 def weightless(net: nn.Module) -> nn.Module:
@@ -365,131 +356,18 @@ def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
     return style
 
 
-LICENSES = {  # of the base: YAML, sentence
-    "stable-diffusion-xl": (
-        "license: openrail++",
-        "CreativeML Open RAIL++-M License (https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md)",
-    ),
-    "FLUX.1-dev": (
-        "license: other\nlicense_name: flux-1-dev-non-commercial-license\n"
-        "license_link: https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
-        "FLUX.1 [dev] Non-Commercial License (https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md)",
-    ),
-}
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
-CARD = """---
-{front}
-library_name: diffusers
-pipeline_tag: text-to-image
-tags:
-- cmquant
-- consistency-model
-- w4a4
-- quantized
----
-
-# {title}
-
-A few-step consistency model with 4-bit weights and 4-bit activations, made with CMQuant from {base}.
-
-- **Method.** Distilled while it was quantized (TDPT: targets by stage of the trajectory); the LoRA beside the packed
-  weights starts from a Hessian-guided split of each weight (HGS-LoRA) with ranks by layer (QRA). Pictures in 1 to {steps} steps.
-- **Base and licence.** {base}. Its licence holds for these weights too: {licence}.
-- **Number format.** Two-level INT4: weight = scale[row] * multiplier[row, group] * code, codes -8..7, multipliers 1..16, {groups};
-  activations the same way, at run time. {counts}. Computed as one int8 product with int32 sums.
-- **Memory.** {mb:.1f} MB of the {network} on disk, {ratio:.1%} of its {twin:.1f} MB in bfloat16.
-{metrics}
-## Use
-
-With CMQuant's files on the Python path:
-
-```python
-{use}
-image.save("picture.png")
-```
-
-The first call on a CPU compiles the kernels (20 seconds).
-"""
-
-
 def write_card(folder: str | Path) -> Path:
     """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
     folder = Path(folder)
-    report = {}
     if (folder / "model_index.json").is_file():
-        part = next((p.parent for p in folder.glob("*/config.json") if '"quant_method": "cmquant"' in p.read_text()), None)
-        if part is None:
-            raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --teacher {folder}`")
-        config = json.loads((part / "config.json").read_text())
-        network, packed = config["_class_name"], config["quantization_config"]
-        pixels = "height={}, width={}, ".format(*(8 * side for side in packed["latent"][1:]))  # not the base's
-        table, base, guidance, steps = packed["layers"], packed["base"], packed.get("guidance"), packed.get("steps", 4)
-        files, imports = (
-            sorted(part.glob("*.safetensors")),
-            "from diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant\n",
-        )
-        load = f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)'
-        imports = f"import torch\n{imports}"
-    else:
-        about = read_run(folder)
-        network, table, base = about["network"]["class"], about["layers"], about["network"]["base"]
-        guidance, pixels, steps = about["network"].get("guidance"), "", tdpt.most_steps(about["config"]["phases"])
-        files, imports, load = (
-            [folder / "model.safetensors"],
-            "from models import pipeline\n",
-            f'pipeline.load_pipeline("{folder.name}")',
-        )
-        report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
-    call = f"guidance_scale={1.0 if network == 'UNet2DConditionModel' else 3.5 if guidance is None else guidance}"
-    size, twin = _sizes(files, table)
-    yaml, licence = next((v for k, v in LICENSES.items() if k in base), ("license: other", f"see {base}"))
-    kinds = Counter(row["kind"] for row in table.values())
-    groups = sorted({(row["group_w"], row["group_x"]) for row in table.values()})
-    text = CARD.format(
-        front=yaml + (f"\nbase_model: {base}\nbase_model_relation: quantized" if is_hub_id(base) else ""),
-        title=f"{Path(base).name}, W4A4 in few steps",
-        base=base, licence=licence, network=network, steps=steps,
-        mb=size / 1e6, twin=twin / 1e6, ratio=size / twin, metrics=_metrics(report),
-        groups=" and ".join(f"groups of {w} (weights), {x} (activations)" for w, x in groups),
-        counts=", ".join(f"{n} layers {kind.upper()}" for kind, n in sorted(kinds.items())) + ", the first and last ones 16 bit",
-        use=f'{imports}\npipe = {load}\nimage = pipe("a large red house", num_inference_steps={steps}, {pixels}{call}).images[0]',
-    )  # fmt: skip
-    with files.atomic(folder / "README.md") as file:
-        file.write_text(text)
-    return folder / "README.md"
-
-
-def _sizes(files: list[Path], table: dict[str, dict]) -> tuple[int, int]:
-    """(bytes of the tensors in `files`, bytes of the network that was quantized in bfloat16), from the files' headers."""
-    size, twin = 0, sum(2 * math.prod(row["shape"]) for row in table.values())
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():
-                view = file.get_slice(key)
-                values = math.prod(view.get_shape())
-                size += values * BYTES[view.get_dtype()]
-                layer, _, name = key.removeprefix("net.").rpartition(".")
-                twin += 2 * values if layer not in table or name == "bias" else 0
-    return size, twin
-
-
-def _metrics(report: dict) -> str:
-    """report.json for the card: its numbers as a list, its rows of scores as a table; "" if there is none."""
-    if not report:
-        return ""
-    text = f"\n## Metrics\n\nMeasured by CMQuant's evaluate.py on {report['n']} pictures of {report['steps']} steps.\n\n"
-    text += "".join(f"- {name}: {value:.3f}\n" for name, value in report.items() if isinstance(value, float))
-    if rows := {name: row for name, row in report.items() if isinstance(row, dict)}:
-        names = list(dict.fromkeys(k for row in rows.values() for k in row))
-        cells = [[name, *(f"{row[k]:.3f}" if isinstance(row.get(k), float) else "" for k in names)] for name, row in rows.items()]
-        lines = [["", *names], ["---"] * (len(names) + 1), *cells]
-        text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return text
+        return card.write_for_pipeline(folder)
+    about = read_run(folder)
+    return card.write_for_run(folder, about, files.most_steps(about["config"]))
 
 
 def save_pipeline(pipe, out: str | Path) -> None:
     """save_pretrained and the card. UserError while a style LoRA is on, which is not saved."""
-    net = getattr(pipe, "unet", None) or pipe.transformer
+    net = denoiser_of(pipe)
     hooks = (hook for layer in net.modules() for hook in layer._forward_hooks.values())
     if any(getattr(hook, "__name__", "") == "style" for hook in hooks):
         raise UserError("styles are not saved with a pipeline: remove them (call what add_style_lora returned), then save")

@@ -55,6 +55,23 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
+def local_rows() -> slice:
+    """Rows of a batch that this process works on; every process draws the whole batch, so that their number changes nothing."""
+    return slice(process_index(), None, process_count())
+
+
+def average_over_processes(tensors: list[torch.Tensor], *numbers: float) -> list[float]:
+    """Tensors become their averages over the processes, in place, in one all-reduce; the averages of the numbers are returned."""
+    if process_count() == 1:
+        return list(numbers)
+    flat = torch.cat([tensor.flatten() for tensor in tensors] + [tensors[0].new_tensor(numbers)])
+    dist.all_reduce(flat)
+    *averages, means = flat.div_(process_count()).split([tensor.numel() for tensor in tensors] + [len(numbers)])
+    for tensor, average in zip(tensors, averages, strict=True):
+        tensor.copy_(average.view_as(tensor))
+    return means.tolist()
+
+
 def free_memory() -> float:
     """Bytes of main memory that are free or can be freed (Linux); infinity where the system does not tell."""
     try:

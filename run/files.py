@@ -31,6 +31,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -85,9 +86,9 @@ def checksum(path: Path) -> str:
     return digest
 
 
-FORMAT = 3
-# how much is held at a time, written, or drawn at the end: a run may go on with others
-MAY_CHANGE = {"micro", "memory_limit", "checkpointing", "offload", "shard_teacher", "hessian_mb", "save_every", "eval_n", "export"}
+FORMAT = 4
+READABLE = (3, FORMAT)  # formats that read_config understands
+RENAMED = {"phases": "sampling_steps", "edges": "tdpt_phases"}  # fields of the configuration: name in format 3, name today
 LEFTOVER = re.compile(r".*\.\d+\.tmp|\.tmp\w{6}|probe\.tmp")  # by a killed run; the second are safetensors' own
 
 
@@ -184,17 +185,38 @@ def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}): {hint}") from None
 
 
-def refuse_another(out: Path, config: dict) -> None:
-    """UserError if the run in `out` cannot go on as `config`; Damaged as read_config."""
+def fingerprint(*paths: str) -> str:
+    """Digest of local files and folders of weights: names, sizes and the ends of every safetensors file. Hub ids say nothing.
+    UserError for a file of ours that does not fit its checksum."""
+    digest = hashlib.sha256()
+    for path in map(Path, filter(None, paths)):
+        try:
+            if path.is_file():
+                checksum(path)
+        except ValueError as error:
+            raise UserError(f"{path} is truncated or damaged ({error}): copy it again, or delete it to train it again") from None
+        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []:
+            with open(file, "rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                ends = [opened.read(1 << 20) for at in (0, max(0, size - (1 << 20))) if opened.seek(at) >= 0]
+            digest.update(f"{file.relative_to(path.parent)} {size} ".encode() + b"".join(ends))
+    return digest.hexdigest()[:16]
+
+
+def refuse_another(out: Path, config: dict, may_change: Set[str]) -> None:
+    """UserError if the run in `out` cannot go on as `config`, in fields other than those of may_change. DamagedConfig as
+    read_config. Fields that the run does not know (it is of an older version) are no difference."""
     old = read_config(out)["config"]
-    asked = {k for k in config if k not in MAY_CHANGE and old.get(k, config[k]) != config[k]}  # older versions know fewer
+    asked = {k for k in config.keys() & old.keys() - may_change if str(old[k]) != str(config[k])}  # 0.5 was a number once
     moved = {k for k in ("teacher", "cm", "components") if config.get(k) and Path(config[k]).exists()}  # "files of .." has these
     if changed := sorted(asked - moved):
         raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
 
 
-def open_run(out: Path, config: dict, leader: bool) -> None:
-    """Make sure that `out` can be written before anything costly, and that it is no other configuration's. UserError if not."""
+def open_run(out: Path, config: dict, leader: bool, may_change: Set[str] = frozenset()) -> None:
+    """Make sure that `out` can be written before anything costly, and that it is no other configuration's. UserError if not.
+
+    may_change: fields with which a run that has begun may go on at other values."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if leader:
@@ -210,7 +232,7 @@ def open_run(out: Path, config: dict, leader: bool) -> None:
     known = False
     if any((out / f"{name}.safetensors").exists() for name in ("start", "state", "state-previous", "model")):
         try:
-            refuse_another(out, config)
+            refuse_another(out, config, may_change)
             known = True
         except DamagedConfig:  # all of it can be had again; if it was another configuration's, the other files know
             if leader:
@@ -244,16 +266,17 @@ def write_config(out: Path, about: dict) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json. UserError if it is of another format version, Damaged if it is missing or damaged."""
+    """config.json, as today's format has it.
+
+    UserError if it is of another format version, DamagedConfig if it is missing or damaged."""
     try:
         about = json.loads((folder / "config.json").read_text())
-        if about["format"] != FORMAT:
-            raise UserError(
-                f"{folder} has checkpoint format {about['format']}, this code reads {FORMAT}: use the version that wrote it"
-            )
+        if about["format"] not in READABLE:
+            formats = f"checkpoint format {about['format']}, this code reads {' and '.join(map(str, READABLE))}"
+            raise UserError(f"{folder} has {formats}: use the version that wrote it")
         if not checksum(folder / "config.json"):
             raise ValueError
-        return about | {"config": dict(about["config"])}
+        return about | {"format": FORMAT, "config": {RENAMED.get(k, k): v for k, v in about["config"].items()}}
     except NotADirectoryError:
         raise UserError(f"{folder} is a file: give the folder that train.py wrote") from None
     except FileNotFoundError:
@@ -265,7 +288,16 @@ def read_config(folder: Path) -> dict:
 
 
 def run_digest(folder: Path) -> str:
-    """What the files of a run folder have in common: a digest of its configuration; "" where there is no config.json."""
+    """What the files of a run folder have in common: a digest of its configuration; "" where there is no config.json.
+
+    It is made of the names in format 3, so that the files of older runs stay their own."""
     if not (folder / "config.json").exists():
         return ""
-    return hashlib.sha256(json.dumps(read_config(folder)["config"], sort_keys=True).encode()).hexdigest()[:16]
+    first_names = {new: old for old, new in RENAMED.items()}
+    config = {first_names.get(k, k): v for k, v in read_config(folder)["config"].items()}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def most_steps(config: dict) -> int:
+    """The largest number of steps that a run's student learns to draw in: what pictures are drawn with unless a call says else."""
+    return max(map(int, config["sampling_steps"].split(",")))

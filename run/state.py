@@ -1,8 +1,8 @@
 """Resuming: the state of a training after some update, and the signals that end a run without losing one.
 
-State. state.safetensors has the trained parameters, the optimizers' moments after some step, and the lines of metrics.jsonl up to
-there: all that resuming needs, since everything random is a function of (seed, step). metrics.jsonl is written anew from it when
-a run goes on, so no line is lost, halved or twice.
+State. state.safetensors has the trained parameters, the optimizers' moments after some step, averages of the parameters where a
+training keeps any, and the lines of metrics.jsonl up to there: all that resuming needs, since everything random is a function of
+(seed, step). metrics.jsonl is written anew from it when a run goes on, so no line is lost, halved or twice.
 
 Signals. SIGTERM or Ctrl-C during training: the current micro-batch ends, on all processes. If it was the last of its update, the
 update is made, else it is given up (with --shard-teacher it is always finished). Then the state is saved and the process ends
@@ -12,32 +12,29 @@ with code 0 (SIGTERM) or 130 (Ctrl-C). At any other time, or at the second signa
 import contextlib
 import functools
 import json
-import math
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 
 from run import files
-from run.common import UserError, process_count, process_index
+from run.common import UserError, process_index
 
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # exit codes
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+stop = SimpleNamespace(asked=0, wait=False, saved="")  # signal that came, whether an update is to be finished, what was saved
 
 
 class Stopped(BaseException):
     """Leaves main after a signal; `stoppable` turns it into a sentence and an exit code."""
 
 
-stop = SimpleNamespace(asked=0, wait=False, saved="")  # signal that came, whether an update is to be finished, what was saved
-
-
 def stoppable(main):
-    """Decorator of main(argv): SIGTERM and SIGINT end it with a sentence and their code of CODES."""
+    """Decorator of main(argv): SIGTERM and SIGINT end it with a sentence and their code of EXIT_CODES."""
 
     def handler(number, frame):
         again, stop.asked = stop.asked, number
@@ -69,82 +66,62 @@ def stoppable(main):
     return wrapped
 
 
-class TrainingState:
-    """Trainable parameters, their optimizers and moments, by name. cfg: optimizer, lr, warmup, steps, clip, shard_teacher.
+class MicroBatches:
+    """Iterates over the micro-batches of one update. A signal ends the iteration and the update is given up (`given_up`): one
+    update of FLUX may take longer than a scheduler waits.
 
-    muon: Muon (Jordan et al. 2024) on the matrices inside the network's blocks, AdamW on embeddings, convolutions, norms,
-    biases and the layers at both ends. Muon's step, scaled to AdamW's size (Liu et al. 2025), is taken 5 times as long: after
-    200 updates of tiny-flux the validation loss was .441 with 10 times as long ones, .470 with equal ones, .533 with AdamW."""
+    finish: go on to the end all the same; processes that share a teacher wait for each other's calls."""
 
-    MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    def __init__(self, parts: tuple[torch.Tensor, ...], finish: bool = False):
+        self.parts, self.finish, self.given_up = parts, finish, False
 
-    def __init__(self, out: Path, params: dict[str, torch.Tensor], cfg):
-        self.path, self.previous = out / "state.safetensors", out / "state-previous.safetensors"
-        self.start, self.params, self.cfg, self.run = out / "start.safetensors", params, cfg, files.run_digest(out)
-        self.lines, self.good, self.stopping = "", False, False  # of metrics.jsonl; whether the newest state is; whether to stop
-        self.given_up = False  # whether the update is not to be made, since a signal came before its gradients were complete
-        inner = {k: p for k, p in params.items() if cfg.optimizer == "muon" and p.dim() == 2 and "block" in k}
-        rest = [p for k, p in params.items() if k not in inner]
-        self.optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)] if rest else []
-        if inner:
-            muon = torch.optim.Muon(inner.values(), lr=5 * cfg.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-            self.optimizers.append(muon)
-        self.optimizer_of = {k: self.optimizers[-1 if k in inner else 0] for k in params}
-
-    def unless_stopped(self, parts):
-        """The micro-batches; a signal ends them and the update is given up: one of FLUX may take longer than a scheduler waits.
-        Ranks that share a teacher make all calls, which the others wait for."""
-        for part in parts:
-            self.given_up = self.given_up or bool(stop.asked and not self.cfg.shard_teacher)
-            if self.given_up:
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for part in self.parts:
+            if stop.asked and not self.finish:
+                self.given_up = True
                 return
             yield part
 
-    def update(self, step: int, loss: float, log) -> None:
-        """Average gradients and loss over ranks (one all-reduce), clip, AdamW with warm-up and cosine, one line in metrics.jsonl.
 
-        A loss or gradient that is no number stops the run (UserError); the last saved state stays. A signal on any rank goes
-        round with the loss, so all ranks stop after the same update, or before it if one of them gave it up."""
-        params = list(self.params.values())
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a layer that this update did not use
-        self.stopping = bool(stop.asked)
-        if process_count() > 1:
-            flat = torch.cat([p.grad.flatten() for p in params] + [params[0].new_tensor([loss, self.stopping, self.given_up])])
-            dist.all_reduce(flat)
-            *grads, mean = flat.div_(process_count()).split([p.numel() for p in params] + [3])
-            loss, self.stopping, self.given_up = mean[0].item(), bool(mean[1] > 0), bool(mean[2] > 0)
-            for p, g in zip(params, grads, strict=True):
-                p.grad.copy_(g.view_as(p))
-        if self.given_up:
-            return
-        warm, decay = min(1.0, (step + 1) / max(1, self.cfg.warmup)), 0.5 * (1 + math.cos(math.pi * step / self.cfg.steps))
-        norm = torch.nn.utils.clip_grad_norm_(params, self.cfg.clip).item()
-        if not math.isfinite(loss + norm):
-            kept = f"{self.path} keeps an earlier step" if self.path.exists() else "nothing was saved yet"
-            what = f"step {step}: loss {loss}, gradient norm {norm}"
-            raise UserError(f"{what}: look at the data, or lower --lr and change --out ({kept})")
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * warm * decay
-            optimizer.step()
-            optimizer.zero_grad()
-        if process_index() == 0:
-            line = json.dumps({"step": step, "loss": loss, "norm": norm, "lr": self.cfg.lr * warm * decay}) + "\n"
-            self.lines += line
-            try:
-                written = os.write(log.fileno(), line.encode())  # no buffer that is written again when the file is closed
-                error = "disk full" if written < len(line) else ""
-            except OSError as full:
-                error = full
-            if error:
-                raise UserError(f"cannot write {log.name} ({error}): free some space and run the same command again to resume")
+class TrainingState:
+    """What a training of `steps` updates resumes from: params, the moments that `optimizers` keep of them, averages of some of
+    them (both dictionaries of tensors by name), and the lines of metrics.jsonl."""
 
-    def due(self, step: int) -> bool:
-        """Whether the state after `step` updates is to be saved."""
-        return self.stopping or step % self.cfg.save_every == 0 or step == self.cfg.steps
+    MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
-    def save(self, step: int, extra: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the state; a good one that is there becomes the previous one. If a signal came, this ends the process."""
+    def __init__(
+        self,
+        out: Path,
+        params: dict[str, torch.Tensor],
+        optimizers: list[torch.optim.Optimizer],
+        averages: dict[str, torch.Tensor],
+        steps: int,
+    ):
+        self.path, self.previous = out / "state.safetensors", out / "state-previous.safetensors"
+        self.start, self.metrics, self.run = out / "start.safetensors", out / "metrics.jsonl", files.run_digest(out)
+        self.params, self.averages, self.steps = params, averages, steps
+        owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        self.optimizer_of = {k: owner[id(p)] for k, p in params.items()}
+        self.lines = ""  # of metrics.jsonl
+        self.good = False  # whether the newest state is
+
+    def log(self, row: dict) -> None:
+        """Add a line to metrics.jsonl. UserError if the disk is full."""
+        line = json.dumps(row) + "\n"
+        self.lines += line
+        try:
+            with open(self.metrics, "a") as file:
+                written = os.write(file.fileno(), line.encode())  # no buffer that is written again when the file is closed
+            error = "disk full" if written < len(line) else ""
+        except OSError as full:
+            error = full
+        if error:
+            raise UserError(f"cannot write {self.metrics} ({error}): free some space and run the same command again to resume")
+
+    def save(self, step: int, stopping: bool = False) -> None:
+        """Write the state after `step` updates; a good one that is there becomes the previous one.
+
+        If `stopping`, or if a signal came and no further update is to be made, this ends the process."""
         if process_index() == 0:
             moments = {
                 f"{key}.{k}": value
@@ -152,20 +129,21 @@ class TrainingState:
                 for key, value in optimizer.state[self.params[k]].items()
                 if key in self.MOMENTS
             }
-            metrics = {"metrics.jsonl": torch.tensor(list(self.lines.encode()), dtype=torch.uint8)}
-            tensors = {f"p.{k}": p for k, p in self.params.items()} | moments | metrics | (extra or {})
+            tensors = {f"p.{k}": p for k, p in self.params.items()} | moments
+            tensors |= {f"ema.{k}": average for k, average in self.averages.items()}
+            tensors["metrics.jsonl"] = torch.tensor(list(self.lines.encode()), dtype=torch.uint8)
             if self.good:
                 with files.atomic(self.previous) as file:
                     files.link_or_copy(self.path, file)  # the first one stays until the new state takes it
             files.write_tensors(self.path, tensors, {"step": step, "start": files.recorded_checksum(self.start)}, self.run)
             self.good = True
-        stop.wait = step < self.cfg.steps
-        if self.stopping or (stop.asked and not stop.wait):
+        stop.wait = step < self.steps
+        if stopping or (stop.asked and not stop.wait):
             stop.asked, stop.saved = stop.asked or signal.SIGTERM, f" after update {step}, which is saved"
             raise Stopped
 
-    def load(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """(updates done, every tensor of the file); (0, {}) where there is no file.
+    def load(self) -> int:
+        """Fill parameters, moments and averages from the newest good state -> updates done; 0 where there is no state.
 
         From here to the last save, a signal waits for the end of a micro-batch or update. UserError if no state is good."""
         tensors, info = self._newest()
@@ -176,12 +154,14 @@ class TrainingState:
             moments = {key: tensors[f"{key}.{k}"].to(p.device, copy=True) for key in self.MOMENTS if f"{key}.{k}" in tensors}
             if moments:  # none if the first update was given up
                 self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
+        for k, average in self.averages.items() if tensors else ():
+            average.copy_(tensors[f"ema.{k}"])
         if process_index() == 0:
             self.lines = bytes(tensors["metrics.jsonl"].tolist()).decode() if tensors else ""
-            with files.atomic(self.path.with_name("metrics.jsonl")) as file:
+            with files.atomic(self.metrics) as file:
                 file.write_text(self.lines)
-        stop.wait = info["step"] < self.cfg.steps
-        return info["step"], tensors
+        stop.wait = info["step"] < self.steps
+        return info["step"]
 
     def _newest(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Tensors and info of the newest good state; ({}, {"step": 0}) where there is none at all."""

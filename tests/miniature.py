@@ -1,4 +1,4 @@
-"""SDXL and FLUX in miniature: whole pipelines of diffusers' and transformers' own classes, random weights, in the on-disk format
+"""Public models in miniature: whole pipelines of diffusers' and transformers' own classes, random weights, in the on-disk format
 of the real ones (`save_pretrained`), tokenizers with their vocabulary files included. A picture has 64 x 64 pixels."""
 
 from pathlib import Path
@@ -10,6 +10,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -24,6 +26,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from models.family import FAMILIES
 
 WORDS = "a an the and on in of red green blue large small house tree cat river ring left right photo painting".split()
 PIXELS = 64
@@ -111,7 +115,32 @@ def flux() -> FluxPipeline:
     )  # fmt: skip
 
 
-PIPELINES = {"sdxl": sdxl, "flux": flux, "sdxl-v": lambda: sdxl("v_prediction")}
+def sd15(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=PIXELS // 8, in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(64, 128), layers_per_block=1,
+        attention_head_dim=2, cross_attention_dim=64,
+    ).eval()  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1,
+        skip_prk_steps=True, set_alpha_to_one=False,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae(4, scaling_factor=0.18215), clip_text(CLIPTextModel, 64, tokenizer), tokenizer, unet, scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+PIPELINES = {
+    "sdxl": sdxl,
+    "sdxl-v": lambda: sdxl("v_prediction"),
+    "sd15": sd15,
+    "flux": flux,
+}
+PUBLIC = [name for name, family in FAMILIES.items() if not family.embedded]
+EMBEDDED = [name for name, family in FAMILIES.items() if family.embedded]
 
 
 def save(name: str, folder: Path) -> Path:

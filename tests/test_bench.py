@@ -9,8 +9,8 @@ import torch
 import train
 from benchmarks import bench
 from layers import packed_layers, set_backend
-from models import family
 from models.denoiser import float_layers
+from models.family import FAMILIES
 from run.common import UserError
 
 
@@ -54,7 +54,7 @@ def test_the_networks_that_are_compared_have_the_same_architecture_and_the_packe
     """Catches layers left in bf16, a packed twin that does not run, NaN from the random fill."""
     dense, packed = bench.networks(OPTIONS, "")
     assert {name for name, _ in packed_layers(packed.net)} == {
-        name for name in float_layers(dense.net) if family.precision(name) != "16bit"
+        name for name in float_layers(dense.net) if dense.family.precision(name) != "16bit"
     }
     inputs = bench.step_inputs(dense, 2, "cpu")
     with torch.inference_mode():
@@ -75,7 +75,7 @@ def test_the_networks_that_are_compared_have_the_same_architecture_and_the_packe
 def test_the_large_networks_are_the_published_ones(name, parameters, linears, convs):
     """Catches a wrong width, depth or attention setting, and parts whose arguments changed with the library."""
     with torch.device("meta"):
-        net = family.NETWORKS[name]().to(torch.bfloat16)
+        net = FAMILIES[name].build().to(torch.bfloat16)
         layers = [type(layer) for layer in float_layers(net).values()]
         assert abs(sum(p.numel() for p in net.parameters()) / parameters - 1) < 1e-3
         assert (layers.count(torch.nn.Linear), layers.count(torch.nn.Conv2d)) == (linears, convs)
@@ -147,7 +147,7 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
                 monkeypatch.setattr(bench, f"bench_{name}", lambda parsed: [{"what": "x", "impl": "ours", "median_ms": 1.0}])
             bench.main(flags)
         elif script == "train.py":
-            train.check(train.parse([*flags, "--device", "cpu"]))
+            train.validate(train.parse([*flags, "--device", "cpu"]))
         seen.append(script)
         stdout.write("last words\n")
         if "flux" in args:

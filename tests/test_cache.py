@@ -1,4 +1,4 @@
-"""cache.py: buckets are near and inside the picture; a cache survives kills, flipped bits and ranks; stale ones are refused."""
+"""data/cache.py: buckets are near and inside the picture; caches survive kills, flipped bits, several processes; stale: refused."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import sources
-from data.cache import BATCH, Cache, buckets, fit, nearest_size
+from data.cache import BATCH, Cache, CacheBuilder, buckets, fit, nearest_size
 from run import files as run_files
 from run.common import UserError, step_generator
 
@@ -43,17 +43,17 @@ def encode_captions(captions):
     return {"tokens": numbers.view(-1, 3, 2), "pooled": numbers[:, :4] / 7, "time_ids": torch.full((len(captions), 6), 128.0)}
 
 
-def build(folder, items, **changes):
+def build(folder, source, **changes):
     options = {"encode_pictures": encode_pictures, "encode_captions": encode_captions, "key": KEY, "resolution": 128, "shard": 3}
-    return Cache.build(folder, items, **(options | changes))
+    return CacheBuilder(folder, source, **(options | changes)).open_or_make()
 
 
 def contents_of(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix != ".tmp"}
 
 
-def draw(cond, latent, gen):
-    noise = torch.randn(len(cond["tokens"]), *latent, generator=gen)
+def draw(cond, gen):
+    noise = torch.randn(len(cond["tokens"]), 3, 16, 16, generator=gen)
     noise[:, 0] += cond["pooled"][:, 0, None, None]
     return noise
 
@@ -154,21 +154,21 @@ def test_the_cache_gives_back_what_the_encoders_gave(source, finished):
 
 @given(st.integers(0, 10**6), st.integers(2, 9))
 @settings(max_examples=15)
-def test_a_batch_is_a_function_of_the_generator_and_ranks_share_it(finished, step, n):
-    """Catches global random state, a bucket drawn by each rank for itself, and shares that overlap."""
+def test_a_batch_is_a_function_of_the_generator_and_processes_share_it(finished, step, n):
+    """Catches global random state, a bucket drawn by each process for itself, and shares that overlap."""
     made = finished[0]
 
-    def ask(mine=slice(None)):
-        x0, cond = made.latents(n, step_generator(1, step), mine)
-        prompts = made.conditions(n, step_generator(1, step), mine)
+    def ask(local_rows=slice(None)):
+        x0, cond = made.latents(n, step_generator(1, step), local_rows)
+        prompts = made.conditions(n, step_generator(1, step), local_rows)
         return {"x0": x0} | cond | {f"prompts/{k}": v for k, v in prompts.items()}
 
     whole = ask()
     torch.rand(3)
-    again, shares = ask(), [ask(slice(rank, None, 2)) for rank in range(2)]
+    again, shares = ask(), [ask(slice(index, None, 2)) for index in range(2)]
     for k, v in whole.items():
         assert len(v) == n and torch.equal(v, again[k])
-        assert all(torch.equal(v[rank::2], shares[rank][k]) for rank in range(2))
+        assert all(torch.equal(v[index::2], shares[index][k]) for index in range(2))
 
 
 def test_buckets_are_drawn_by_their_size(finished):
@@ -194,7 +194,7 @@ def test_prompts_alone_get_drawn_latents_or_none(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(11)))
     prompts = sources.captioned(str(tmp_path / "p.txt"))
     made = build(tmp_path / "a", prompts, draw=draw)
-    build(tmp_path / "b", prompts, draw=draw, encode_pictures=None, latent=(3, 16, 16))
+    build(tmp_path / "b", prompts, draw=draw, encode_pictures=None)
     assert contents_of(tmp_path / "a") == contents_of(tmp_path / "b")
     x0, cond = made.latents(40, step_generator(0, 0))
     assert x0.shape == (40, 3, 16, 16) and len(x0[:, 1:].flatten(1).unique(dim=0)) == 11
@@ -228,9 +228,11 @@ def test_a_caption_that_no_tokenizer_takes_and_exif_that_is_none_end_no_build(tm
     def broken():
         raise AttributeError("'IFDRational' object has no attribute 'encode'")
 
-    whole = Image.new("RGB", (128, 128))
+    def whole():
+        return Image.new("RGB", (128, 128))
+
     rows = [("a", "a cat \ud83d", whole), ("caf\udce9", "a dog", broken), ("c", "a tree", whole)]
-    made = build(tmp_path / "c", rows, encode_captions=strict)
+    made = build(tmp_path / "c", sources.Source("x", "y", lambda: iter(rows)), encode_captions=strict)
     assert [line.split(":")[0] for line in made.skipped] == [
         "caf\udce9"
     ] and "skipped unreadable picture caf?" in capsys.readouterr().out
@@ -357,32 +359,32 @@ def test_damaged_shards_are_named_and_made_again(source, finished, tmp_path, cap
     assert re.search(f"{one} (is gone|is truncated|was swapped).*made again", capsys.readouterr().out)
 
 
-def test_two_ranks_make_the_cache_that_one_makes(source, finished, tmp_path):
-    """Catches a shard that two ranks or none make, and a rank that reads before all have written; also on a damaged cache."""
+def test_two_processes_make_the_cache_that_one_makes(source, finished, tmp_path):
+    """Catches a shard that two processes or none make, and reading before all have written; also on a damaged cache."""
     for contents in ({}, finished[1] | {"00000.safetensors": b"", "00001.safetensors": b"", "null.safetensors": b""}):
         folder, wait, made, errors = tmp_path / f"{len(contents)}", threading.Barrier(2, timeout=30).wait, {}, []
         if contents:
             restore(folder, contents)
         captions = {0: [], 1: []}
 
-        def work(rank, folder=folder, wait=wait, made=made, captions=captions, errors=errors):
+        def work(index, folder=folder, wait=wait, made=made, captions=captions, errors=errors):
             def encode(texts):
-                captions[rank].extend(texts)
+                captions[index].extend(texts)
                 return encode_captions(texts)
 
             try:
-                made[rank] = build(folder, source, rank=rank, world=2, wait=wait, encode_captions=encode)
+                made[index] = build(folder, source, index=index, count=2, wait=wait, encode_captions=encode)
             except Exception as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert not errors and contents_of(folder) == finished[1]
         assert captions[0] and captions[1] and not set(captions[0]) & set(captions[1])
-        x, y = (made[rank].latents(4, step_generator(0, 0))[0] for rank in range(2))
+        x, y = (made[index].latents(4, step_generator(0, 0))[0] for index in range(2))
         assert torch.equal(x, y)
 
 
@@ -433,7 +435,7 @@ def refused_overflow(source, folder):
 
 
 def refused_nothing(source, folder):
-    build(folder, sources.Source("x", "y", lambda: iter([("a", "b", lambda: sources._broken("no"))])))
+    build(folder, sources.Source("x", "y", lambda: iter([("a", "b", sources._unreadable("no"))])))
 
 
 def refused_no_cache(source, folder):

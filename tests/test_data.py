@@ -1,4 +1,4 @@
-"""data.py: scenes are what their captions say, batches depend on (seed, step) alone, every kind of --data is read with care."""
+"""data/: scenes are what their captions say, batches depend on (seed, step) alone, every kind of --data is read with care."""
 
 import io
 import json
@@ -10,18 +10,19 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from data import scenes, sources
 from models import tiny
-from models.denoiser import random_tiny
+from models.denoiser import random_denoiser
 from run import files
 from run.common import UserError, step_generator
 
 
-@given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 9))
+@given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 5))
+@settings(max_examples=12)
 def test_a_batch_is_a_function_of_seed_and_step(seed, step, n):
     """Catches global random state in the renderer."""
     pictures, captions = scenes.Scenes().batch(n, step_generator(seed, step))
@@ -165,10 +166,10 @@ def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, case):
 
 
 @pytest.mark.parametrize("kind", ["scenes", "folder"])
-def test_live_examples_are_those_of_the_source_and_ranks_share_them(tmp_path, kind):
+def test_live_examples_are_those_of_the_source_and_processes_share_them(tmp_path, kind):
     """Catches another order of draws, by which every existing run would change its numbers, and overlapping shares."""
     source = scenes.Scenes() if kind == "scenes" else sources.Folder(str(write_folder(tmp_path / "a")))
-    network = random_tiny("tiny")
+    network = random_denoiser("tiny")
     live, gen, same = sources.LiveExamples(source, network), step_generator(1, 2), step_generator(1, 2)
     pictures, captions = source.batch(6, gen)
     x0, cond = live.latents(6, same, slice(1, None, 2))

@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import quant
+import train
 from layers import anchor_state, packed_class, replace_layer, store_8bit
-from models import family, memory
+from models import memory, plan
 from models.denoiser import float_layers
+from models.family import FAMILIES
 from run.common import UserError
 
 
@@ -26,13 +28,13 @@ from run.common import UserError
 def tables():
     """Rows of SDXL and FLUX, with and without a branch."""
     return {
-        (name, merged): memory.layer_table(family.meta_network(name), merged=merged)
+        (name, merged): memory.layer_table(FAMILIES[name], FAMILIES[name].build_meta(), merged=merged)
         for name in ("sdxl", "flux")
         for merged in (False, True)
     }
 
 
-def pack_really(net: nn.Module, rank: int) -> None:
+def pack_really(family, net: nn.Module, rank: int) -> None:
     """Every layer of `net` rounded to nearest, in place, with random factors."""
     generator = torch.Generator().manual_seed(0)
     for name, layer in float_layers(net).items():
@@ -51,13 +53,13 @@ def pack_really(net: nn.Module, rank: int) -> None:
 
 def test_a_full_width_block_of_sdxl_has_in_memory_and_on_disk_the_bytes_of_its_table(tmp_path):
     """Catches: a tensor that the table forgets (scales, biases, norms), padding, factors that are not int8, a kind of layer."""
-    block = family.meta_network("sdxl").down_blocks[1]  # 320 -> 640 channels, 60 M parameters: convolutions and attention
-    rows = memory.layer_table(block, rank=16)
+    block = FAMILIES["sdxl"].build_meta().down_blocks[1]  # 320 -> 640 channels, 60 M parameters: convolutions and attention
+    rows = memory.layer_table(FAMILIES["sdxl"], block, rank=16)
     torch.manual_seed(0)
     block.to_empty(device="cpu")
     for p in block.parameters():
         nn.init.normal_(p, std=0.02)
-    pack_really(block, 16)
+    pack_really(FAMILIES["sdxl"], block, 16)
     store_8bit(block)
     state = block.state_dict()
     assert {row.kind for row in rows} == {"w4a4", "w4a16", "16bit"}  # 16bit: norms
@@ -86,7 +88,7 @@ def test_sdxl_and_merged_networks_stay_within_their_share_of_bf16(tables):
     """Catches: factors in 16 bits (27.6%), float scales in a file, a larger share of 16-bit layers."""
     assert memory.ratio(tables["sdxl", False]) <= 0.270
     assert memory.ratio(tables["sdxl", True]) <= 0.258 and memory.ratio(tables["flux", True]) <= 0.258
-    assert memory.ratio(memory.layer_table(family.meta_network("sdxl"), lora_bits=16)) > 0.275
+    assert memory.ratio(memory.layer_table(FAMILIES["sdxl"], FAMILIES["sdxl"].build_meta(), lora_bits=16)) > 0.275
 
 
 def test_flux_stays_within_its_share_of_bf16(tables):
@@ -96,24 +98,30 @@ def test_flux_stays_within_its_share_of_bf16(tables):
 
 def test_ranks_by_name_are_the_ranks_of_the_table():
     """Catches: QRA's ranks ignored, a budget counted at the uniform rank."""
-    net = family.meta_network("tiny")
-    names = [row.name for row in memory.layer_table(net) if row.kind in ("w4a4", "w4a16")]
+    net = FAMILIES["tiny"].build_meta()
+    names = [row.name for row in memory.layer_table(FAMILIES["tiny"], net) if row.kind in ("w4a4", "w4a16")]
     ranks = {name: 4 * (i % 3) for i, name in enumerate(names)}
-    rows = {row.name: row for row in memory.layer_table(net, ranks)}
+    rows = {row.name: row for row in memory.layer_table(FAMILIES["tiny"], net, ranks)}
     for name, r in ranks.items():
         O, K = rows[name].shape[0], math.prod(rows[name].shape[1:])
         assert rows[name].rank == r and rows[name].lora == r * (O + K) + 8 * r
 
 
-def test_report_ends_with_the_ratio_and_names_every_kind(capsys):
-    """Catches: a last line that a script cannot read, a total that is not the sum of its parts."""
-    memory.print_plan("flux", 16, training=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"memory_ratio: {memory.ratio(memory.layer_table(family.meta_network('flux'))):.3f}"
-    text = "\n".join(lines)
-    assert all(kind in text for kind in ("w4a4", "w4a16", "16bit", "merged", "11.901 B parameters"))
-    counts = [int(line.split()[0]) for line in lines if line[:5].strip().isdigit()]
+def test_the_printed_table_names_every_kind_and_counts_every_layer(tables):
+    """Catches: a total that is not the sum of its parts."""
+    text = memory.format_table(tables["flux", False])
+    assert all(kind in text for kind in ("w4a4", "w4a16", "16bit", "11.901 B parameters"))
+    counts = [int(line.split()[0]) for line in text.splitlines() if line[:5].strip().isdigit()]
     assert sum(counts) == 505  # 504 layers and the rest
+
+
+def test_a_dry_run_ends_with_the_ratio(capsys):
+    """Catches: a last line that a script cannot read, or that is another table's."""
+    plan.dry_run(train.parse("--model tiny-flux --lora-bits 8 --micro 1 --batch 1".split()))
+    lines = capsys.readouterr().out.splitlines()
+    rows = memory.layer_table(FAMILIES["tiny-flux"], FAMILIES["tiny-flux"].build_meta())
+    assert lines[-1] == f"memory_ratio: {memory.ratio(rows):.3f}"
+    assert any(line.startswith("merged, without a branch") for line in lines)
 
 
 # ---------------------------------------------------------------- training
@@ -122,13 +130,14 @@ MEASURE = """
 import re, sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_memory
-from models import family, memory
+from models import memory
+from models.family import FAMILIES
 name, batch, checkpointing = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 def field(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.manual_seed(0)
-net = family.NETWORKS[name]()
-test_memory.pack_really(net, 16)
+net = FAMILIES[name].build()
+test_memory.pack_really(FAMILIES[name], net, 16)
 for key, p in net.named_parameters():
     p.requires_grad_("lora_" in key)
     p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -136,7 +145,7 @@ net.train()
 if checkpointing:
     net.enable_gradient_checkpointing()
 def given(n):
-    return memory.inputs(net, *family.SHAPES[name], n, torch.float32)
+    return memory.example_inputs(net, FAMILIES[name].latent, FAMILIES[name].tokens, n, torch.float32)
 def run(given):
     net(**given, return_dict=False)[0].square().mean().backward()
 run(given(2))
@@ -158,7 +167,9 @@ def test_planned_activations_are_within_15_percent_of_resident_memory(name, batc
     command = [sys.executable, "-c", code, name, str(batch), str(checkpointing)]
     out = subprocess.run(command, env=os.environ | large_blocks_go_back, capture_output=True, text=True, check=True).stdout
     resident, tracked = map(int, out.split())
-    fp = memory.Footprint(lambda: float_network(name), *family.SHAPES[name], 16, cm_rank=0, dtype=torch.float32)
+    fp = memory.Footprint(
+        lambda: float_network(name), FAMILIES[name].latent, FAMILIES[name].tokens, 16, cm_rank=0, dtype=torch.float32
+    )
     planned = fp.activations("checkpointed" if checkpointing else "trained", batch)
     assert planned == pytest.approx(resident, rel=0.15), tracked
     assert planned == pytest.approx(tracked, rel=0.001)  # real tensors, the same operations
@@ -166,21 +177,23 @@ def test_planned_activations_are_within_15_percent_of_resident_memory(name, batc
 
 def float_network(name: str) -> nn.Module:
     with torch.device("meta"):
-        return family.NETWORKS[name]()
+        return FAMILIES[name].build()
 
 
 @pytest.fixture(scope="module")
 def footprint():
-    return memory.Footprint(lambda: family.meta_network("tiny-flux"), *family.SHAPES["tiny-flux"], 16)
+    return memory.Footprint(
+        lambda: FAMILIES["tiny-flux"].build_meta(), FAMILIES["tiny-flux"].latent, FAMILIES["tiny-flux"].tokens, 16
+    )
 
 
 def test_what_stays_is_the_size_of_the_real_student_and_teacher(footprint):
     """Catches: Adam's moments or the anchor forgotten, the teacher's LoRA left in float32, a student in deployed form."""
-    net = family.NETWORKS["tiny-flux"]().to(torch.bfloat16)
+    net = FAMILIES["tiny-flux"].build().to(torch.bfloat16)
     teacher = sum(p.nbytes for p in net.parameters())
     layers = float_layers(net).values()
     cm = sum(2 * min(64, *layer.weight.shape) * sum(layer.weight.shape) for layer in layers)
-    pack_really(net, 16)
+    pack_really(FAMILIES["tiny-flux"], net, 16)
     params = [p.requires_grad_() for key, p in net.named_parameters() if "lora_" in key]
     optimizer = torch.optim.AdamW(params)
     for p in params:
@@ -189,79 +202,82 @@ def test_what_stays_is_the_size_of_the_real_student_and_teacher(footprint):
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
     anchor = sum(t.nbytes for t in anchor_state(net).values())
     held = sum(t.nbytes for t in net.state_dict().values()) + anchor + moments + sum(p.grad.nbytes for p in params)
-    plan = memory.plan(footprint, 8, 4, checkpointing=False)
-    inside = {k: v for k, v in plan.parts.items() if k not in ("inputs and states", "activations", "teacher and its LoRA")}
-    assert sum(inside.values()) == held and plan.parts["teacher and its LoRA"] == teacher + cm == footprint.network
-    assert plan.peak == sum(plan.parts.values()) and plan.moment == "train"
+    planned = plan.plan(footprint, 8, 4, checkpointing=False)
+    inside = {k: v for k, v in planned.parts.items() if k not in ("inputs and states", "activations", "teacher and its LoRA")}
+    assert sum(inside.values()) == held and planned.parts["teacher and its LoRA"] == teacher + cm == footprint.network
+    assert planned.peak == sum(planned.parts.values()) and planned.moment == "train"
 
 
 def test_every_measure_that_saves_memory_does(footprint):
     """Catches: arguments that are ignored or swapped."""
 
     def peak(*args, **kwargs):
-        return memory.plan(footprint, 64, *args, **kwargs).peak
+        return plan.plan(footprint, 64, *args, **kwargs).peak
 
     assert peak(16, True) < peak(16, False) and peak(8, False) < peak(16, False)
     assert peak(16, False, "offload", world=2) < peak(16, False, "shard", world=2) < peak(16, False, "resident", world=2)
     assert peak(16, False, world=2) < peak(16, False)  # half of the batch's inputs
-    assert memory.plan(footprint, 64, 1, True, "offload").moment == "teach"
-    sharded = [memory.plan(footprint, 64, 16, False, "shard", world).parts["teacher and its LoRA"] for world in (2, 4)]
+    assert plan.plan(footprint, 64, 1, True, "offload").moment == "teach"
+    sharded = [plan.plan(footprint, 64, 16, False, "shard", world).parts["teacher and its LoRA"] for world in (2, 4)]
     assert sharded == [-(-footprint.network // 2), -(-footprint.network // 4)]
 
 
 def test_choose_gives_the_fastest_way_that_fits_and_says_what_is_missing(footprint):
     """Catches: a plan above its limit, a smaller micro-batch than fits, checkpointing or offload where there is room."""
-    plan = memory.plan
-    roomy = memory.choose(10**12, footprint, 48)
+    roomy = plan.choose(10**12, footprint, 48)
     assert (roomy.micro_batch, roomy.checkpointing, roomy.teacher) == (16, False, "resident")  # 32 does not divide 48
-    limit = plan(footprint, 48, 4, False).peak
-    fits = memory.choose(limit, footprint, 48)
+    limit = plan.plan(footprint, 48, 4, False).peak
+    fits = plan.choose(limit, footprint, 48)
     assert (fits.micro_batch, fits.checkpointing, fits.teacher, fits.peak) == (4, False, "resident", limit)
-    below = plan(footprint, 48, 1, False).peak - 1
-    tight = memory.choose(below, footprint, 48)
+    below = plan.plan(footprint, 48, 1, False).peak - 1
+    tight = plan.choose(below, footprint, 48)
     assert tight.checkpointing and tight.teacher == "resident" and tight.peak <= below
-    tighter = memory.choose(plan(footprint, 48, 1, True).peak - 1, footprint, 48)
+    tighter = plan.choose(plan.plan(footprint, 48, 1, True).peak - 1, footprint, 48)
     assert tighter.teacher == "offloaded" and not tighter.checkpointing
-    assert memory.choose(10**12, footprint, 48, world=2, teacher="shard").teacher == "sharded"
+    assert plan.choose(10**12, footprint, 48, world=2, teacher="shard").teacher == "sharded"
     with pytest.raises(
         UserError, match=r"needs 0\.0\d GB \(micro-batch 1 with gradient checkpointing, teacher offloaded\)"
     ) as error:
-        memory.choose(10**6, footprint, 48)
+        plan.choose(10**6, footprint, 48)
     assert "limit is 0.00 GB" in str(error.value) and "--rank" in str(error.value) and str(error.value).count("\n") == 0
 
 
 def test_the_start_is_planned_with_what_statistics_may_hold(footprint):
     """Catches: statistics forgotten (24 GB on SDXL where 8 were planned), too few for the widest layer, an unused limit."""
     some = 2 * max(footprint.sums) - 2  # not room for all layers at once
-    alone, roomy = memory.plan(footprint, 48, 1, True), memory.plan(footprint, 48, 1, True, statistics=some)
+    alone, roomy = plan.plan(footprint, 48, 1, True), plan.plan(footprint, 48, 1, True, statistics=some)
     assert alone.moment != "start" and roomy.moment == "start" and roomy.parts["statistics and factors"] == some
     limit = 10**8
-    chosen = memory.choose(limit, footprint, 48, statistics=None)
-    rest = sum(memory.start_of(footprint, chosen.micro_batch, chosen.checkpointing).values())
+    chosen = plan.choose(limit, footprint, 48, statistics=None)
+    rest = sum(plan.start_of(footprint, chosen.micro_batch, chosen.checkpointing).values())
     assert chosen.peak == limit and chosen.statistics == limit - rest < footprint.most
-    assert memory.choose(10**10, footprint, 48, statistics=None).statistics == footprint.most  # all of them at once
+    assert plan.choose(10**10, footprint, 48, statistics=None).statistics == footprint.most  # all of them at once
     all_H, all_G = footprint.sums
     assert max(all_H, all_H // 2 + all_G) <= footprint.held(footprint.most) < footprint.most  # which halves for each would come to
     room = footprint.held(footprint.most)
     assert (footprint.budget(room), footprint.budget(room - 1)) == (footprint.most, room - 1)
     assert footprint.most % (1 << 20) == 0  # a budget in MiB can say it: one layer that does not fit costs all passes again
-    net = family.meta_network("tiny-flux")
-    sides = {max(w.weight.shape[0], w.weight[0].numel()) for n, w in float_layers(net).items() if family.precision(n) != "16bit"}
+    net = FAMILIES["tiny-flux"].build_meta()
+    sides = {
+        max(w.weight.shape[0], w.weight[0].numel())
+        for n, w in float_layers(net).items()
+        if FAMILIES["tiny-flux"].precision(n) != "16bit"
+    }
     assert footprint.least == 16 * max(sides) ** 2  # H or G of the widest
-    roomy = memory.plan(footprint, 48, 1, True, statistics=10**9)
-    small, cpu, large, both = (memory.main_memory(footprint, roomy, n, on_cpu) for n in (10**6, 10**9) for on_cpu in (False, True))
+    roomy = plan.plan(footprint, 48, 1, True, statistics=10**9)
+    small, cpu, large, both = (plan.main_memory(footprint, roomy, n, on_cpu) for n in (10**6, 10**9) for on_cpu in (False, True))
     assert small == footprint.packed + 2 * footprint.factors and large == small + 10**9
-    rest = small + sum(memory.start_of(footprint, 1, True).values())
+    rest = small + sum(plan.start_of(footprint, 1, True).values())
     assert (cpu, both) == (rest + max(footprint.held(10**9), 10**9 // 4 + 10**6), rest + 10**9 // 4 + 10**9)
 
 
 def test_amounts_of_memory_are_decimal_unless_they_say_otherwise():
     """Catches: 24GB read as 24 GiB, a unit that is ignored."""
     cases = {"24GB": 24e9, "24 gb": 24e9, "24G": 24e9, "24GiB": 24 * 2**30, "1.5TB": 1.5e12, "800MB": 8e8, "4096": 4096}
-    assert {text: memory.parse_bytes(text) for text in cases} == cases
+    assert {text: plan.parse_bytes(text) for text in cases} == cases
     for bad in ("", "much", "-1GB", "24 apples", "GB", "1e3GB"):
         with pytest.raises(UserError, match="write it as 24GB"):
-            memory.parse_bytes(bad)
+            plan.parse_bytes(bad)
 
 
 def test_live_follows_storages_not_tensors():

@@ -3,14 +3,17 @@
 import copy
 import re
 
+import miniature
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from data import scenes
-from models import family, tiny
-from models.denoiser import Denoiser, add_lora, as_cm, as_teacher, float_layers, fuse, load_teacher, lora_layers, random_tiny
+from models import tiny
+from models.denoiser import Denoiser, add_lora, as_cm, as_teacher, float_layers, fuse, lora_layers, random_denoiser
+from models.family import FAMILIES
+from models.pretrained import load_teacher
 from run.common import UserError, run_script, step_generator
 
 SDXL = dict(
@@ -23,7 +26,7 @@ SDXL = dict(
 
 def small(name: str, seed: int = 0) -> Denoiser:
     torch.manual_seed(seed)
-    return random_tiny(name).eval().requires_grad_(False)
+    return random_denoiser(name).eval().requires_grad_(False)
 
 
 def ask(model, denoiser, seed: int = 1, s: float = 0.5):
@@ -51,7 +54,7 @@ def test_policy_on_sdxl_leaves_only_edges_and_embeddings_at_16_bit():
     with torch.device("meta"):
         net = UNet2DConditionModel(**SDXL)
     layers = float_layers(net)
-    kinds = {name: family.precision(name) for name in layers}
+    kinds = {name: FAMILIES["sdxl"].precision(name) for name in layers}
     assert sum(isinstance(layer, torch.nn.Linear) for layer in layers.values()) == 743
     assert sum(isinstance(layer, torch.nn.Conv2d) for layer in layers.values()) == 51
     embeddings = {f"{which}_embedding.linear_{i}" for which in ("time", "add") for i in (1, 2)}
@@ -67,14 +70,14 @@ def test_policy_on_flux_makes_every_modulation_w4a16():
     layers = float_layers(net)
     count = {"16bit": 0, "w4a16": 0, "w4a4": 0}
     for name, layer in layers.items():
-        count[family.precision(name)] += layer.weight.numel()
+        count[FAMILIES["flux"].precision(name)] += layer.weight.numel()
     assert abs(count["w4a16"] / 1e9 - 3.25) < 0.03
     assert count["16bit"] / sum(count.values()) < 0.01
-    edges = {n.split(".")[0] for n in layers if family.precision(n) == "16bit"}
+    edges = {n.split(".")[0] for n in layers if FAMILIES["flux"].precision(n) == "16bit"}
     assert edges == {"x_embedder", "time_text_embed", "proj_out"}
 
 
-@pytest.mark.parametrize("name", family.TINY)
+@pytest.mark.parametrize("name", miniature.EMBEDDED)
 def test_lora_off_is_the_teacher_and_fused_is_lora_on(name):
     """Catches a switch that leaves part of the network on, and a fused weight that is not W + B A."""
     plain = small(name)
@@ -89,7 +92,7 @@ def test_lora_off_is_the_teacher_and_fused_is_lora_on(name):
     torch.testing.assert_close(ask(fused, fused), cm, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", family.TINY)
+@pytest.mark.parametrize("name", miniature.EMBEDDED)
 def test_only_a_told_network_depends_on_the_destination(name):
     """Catches a teacher that sees s, and a consistency model that does not."""
     network = small(name)
@@ -106,10 +109,8 @@ def test_pictures_survive_the_latents():
     torch.testing.assert_close(tiny.to_pictures(tiny.to_latents(x)), x)
 
 
-def test_unknown_model_missing_truncated_and_foreign_teacher_are_one_sentence(tmp_path):
+def test_missing_truncated_and_foreign_teacher_are_one_sentence(tmp_path):
     """Catches a traceback where the user needs the command that mends it."""
-    with pytest.raises(ValueError, match="unknown tiny model 'big': choose from tiny, tiny-flux"):
-        random_tiny("big")
     with pytest.raises(UserError, match=r"does not exist: make it with `python train.py --model tiny --stage teacher`"):
         load_teacher("tiny", str(tmp_path / "none.safetensors"))
     path = tmp_path / "teacher.safetensors"

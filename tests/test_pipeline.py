@@ -21,8 +21,9 @@ import sample
 import tdpt
 import train
 from layers import W4A4Conv2d, packed_class, packed_layers
-from models import checkpoint, family, pipeline
+from models import checkpoint, pipeline
 from models.denoiser import float_layers, from_blueprint
+from models.family import FAMILIES
 from run import files
 from run.common import UserError
 
@@ -31,7 +32,7 @@ PROMPT = "a large red house on the left"
 
 
 def write_run(folder: Path, name: str, base: Path) -> Path:
-    """What train.py would leave: the miniature's layers rounded to nearest, random A, B, ranks 2 to 5, each third one smoothed."""
+    """What train.py would leave: layers rounded to nearest, random A, B of ranks 0 to 5, each third layer smoothed."""
     gen = torch.Generator().manual_seed(0)
     pipe = diffusers.DiffusionPipeline.from_pretrained(base)
     net, table = denoiser_of(pipe), {}
@@ -39,10 +40,10 @@ def write_run(folder: Path, name: str, base: Path) -> Path:
     plan |= {"latent": [4, 8, 8] if name == "sdxl" else [16, 8, 8], "config": dict(net.config)}
     plan["config"].pop("_name_or_path")
     for i, (key, layer) in enumerate(float_layers(net).items()):
-        if (kind := family.precision(key)) == "16bit":
+        if (kind := FAMILIES[name].precision(key)) == "16bit":
             continue
         w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).detach()
-        (O, K), taps, rank = w_OK.shape, layer.weight[0, 0].numel(), 2 + i % 4
+        (O, K), taps, rank = w_OK.shape, layer.weight[0, 0].numel(), (2, 3, 0, 5)[i % 4]
         lam = torch.rand(K // taps, generator=gen) + 0.5 if i % 3 == 0 else None
         gw = quant.quantize_weight(w_OK if lam is None else w_OK * lam.repeat(taps), 64, taps)
         A, B = torch.randn(rank, K, generator=gen) / K**0.5, 0.1 * torch.randn(O, rank, generator=gen)
@@ -55,7 +56,8 @@ def write_run(folder: Path, name: str, base: Path) -> Path:
     files.write_config(folder, {"format": files.FORMAT, "config": config})
     checkpoint.save_start(folder, denoiser, table)
     for _, layer in packed_layers(net):
-        layer.lora_B.data.mul_(1.5)  # training
+        if layer.rank:
+            layer.lora_B.data.mul_(1.5)  # training
     checkpoint.save_checkpoint(folder, denoiser, table, merged=False)
     return folder
 
@@ -284,11 +286,11 @@ def test_saved_networks_that_lack_or_bend_a_tensor_are_refused(runs, bases, tmp_
 @pytest.mark.parametrize("name", ("sdxl", "flux"))
 @torch.no_grad()
 def test_the_exported_lora_is_w_plus_ba_in_stock_diffusers(runs, bases, tmp_path, name, update):
-    """Catches a forgotten or inverted smoothing, tap-major A taken as it is, ranks or scales that PEFT infers otherwise; an
-    update with the initial factors added instead of subtracted."""
+    """Catches a forgotten or inverted smoothing, tap-major A taken as it is, ranks or scales that PEFT infers otherwise, a
+    branch on a layer of rank 0; an update with the initial factors added instead of subtracted."""
     file = tmp_path / "lora.safetensors"
     table = files.read_config(runs[name])["layers"]
-    assert pipeline.export_lora(runs[name], file, update) == len(table)
+    assert pipeline.export_lora(runs[name], file, update) == sum(row["rank"] > 0 for row in table.values()) < len(table)
     ours = dict(packed_layers(denoiser_of(load(runs[name]))))
     start = dict(packed_layers(checkpoint.load_start(runs[name])[0].net))
     pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(bases[name]))
@@ -298,6 +300,9 @@ def test_the_exported_lora_is_w_plus_ba_in_stock_diffusers(runs, bases, tmp_path
     gen, seen = torch.Generator().manual_seed(1), set()
     for key, layer in ours.items():
         stock = denoiser_of(pipe).get_submodule(key)
+        if not layer.rank:
+            assert not hasattr(stock, "base_layer"), f"{key} has no branch"
+            continue
         assert stock.r["default_0"] == table[key]["rank"] * (1 + update)
         kind = (type(layer), getattr(layer, "kernel_size", None), layer.inv_smooth is not None)
         if kind in seen:
@@ -480,13 +485,13 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
 def test_sample_draws_picture_i_from_the_noise_of_seed_plus_i(runs, tmp_path, name, monkeypatch):
     """Catches noise that depends on the batch, and a base row that is drawn with the few-step scheduler."""
     pipe = load(runs[name])
-    two = sample.draw_real(pipe, [PROMPT, "a cat"], 2, seed=5)
-    assert two.shape == (2, 3, 64, 64) and torch.equal(two[1:], sample.draw_real(pipe, ["a cat"], 2, seed=6))
-    twin = sample.real_base(pipe, str(files.read_config(runs[name])["network"]["base"]))
+    two = sample.draw_with_pipeline(pipe, [PROMPT, "a cat"], 2, seed=5)
+    assert two.shape == (2, 3, 64, 64) and torch.equal(two[1:], sample.draw_with_pipeline(pipe, ["a cat"], 2, seed=6))
+    twin = sample.base_of(pipe, str(files.read_config(runs[name])["network"]["base"]))
     assert not any(packed_layers(denoiser_of(twin))) and twin.vae is pipe.vae
     assert twin.scheduler.config.get("use_dynamic_shifting", False) == (name == "flux")
     assert type(twin.scheduler).__name__ == ("EulerDiscreteScheduler" if name == "sdxl" else "FlowMatchEulerDiscreteScheduler")
-    monkeypatch.setattr(sample, "REAL_PROMPTS", (PROMPT,))
+    monkeypatch.setattr(sample, "PIPELINE_PROMPTS", (PROMPT,))
     sample.main(["--checkpoint", str(runs[name]), "--steps", "1", "--compare", "--out", str(tmp_path / "grid.png")])
     assert sample.Image.open(tmp_path / "grid.png").size == (96 + 68, 2 * 68)
 

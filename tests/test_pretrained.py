@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import tdpt
 import train
-from models import family, pipeline, pretrained
+from models import encoders, pipeline, pretrained
 from models.denoiser import lora_layers
+from models.family import FAMILIES, family_of_network
 from run.common import UserError
 
 FLUX_DEV = {  # transformer/config.json of FLUX.1-dev, written by diffusers 0.30
@@ -28,7 +29,7 @@ FLUX_DEV = {  # transformer/config.json of FLUX.1-dev, written by diffusers 0.30
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {name: miniature.save(name, folder / name) for name in family.REAL}
+    return {name: miniature.save(name, folder / name) for name in miniature.PUBLIC}
 
 
 def thinned(file: Path, lacks: str) -> None:
@@ -40,27 +41,37 @@ def thinned(file: Path, lacks: str) -> None:
 
 def test_flux_is_known_by_its_class():
     """Catches a key that only newer configs have, and relatives of FLUX (or FLUX with more input channels) that pass for it."""
-    pretrained.check_architecture("flux", FLUX_DEV, "dev")
+    pretrained.check_architecture(FAMILIES["flux"], FLUX_DEV, "dev")
     with torch.device("meta"):
-        pretrained.check_architecture("flux", diffusers.FluxTransformer2DModel.from_config(FLUX_DEV | {"num_layers": 1}), "dev")
+        net = diffusers.FluxTransformer2DModel.from_config(FLUX_DEV | {"num_layers": 1})
+    assert family_of_network(net) is FAMILIES["flux"]
     for other in ({"_class_name": "ChromaTransformer2DModel", "axes_dims_rope": (16, 56, 56)}, {"in_channels": 384}):
         with pytest.raises(UserError, match="is no FLUX model"):
-            pretrained.check_architecture("flux", FLUX_DEV | other, "other")
+            pretrained.check_architecture(FAMILIES["flux"], FLUX_DEV | other, "other")
+
+
+def test_each_architecture_is_of_exactly_one_family():
+    """Catches a record whose rule also claims the members of another, or not its own; Stable Diffusion 2.x is sd15's."""
+    for family in FAMILIES.values():
+        config = dict(family.build_meta().config)
+        assert [f.name for f in FAMILIES.values() if f.network is family.network and f.is_one(config)] == [family.name]
+    sd2 = dict(FAMILIES["sd15"].build_meta().config, cross_attention_dim=1024, use_linear_projection=True, sample_size=96)
+    assert FAMILIES["sd15"].is_one(sd2)
 
 
 @pytest.mark.parametrize("scheduler", ({"sigma_data": 0.5, "sigma_max": 80.0}, {"trained_betas": [0.1] * 1000}))
 def test_a_schedule_without_a_path_is_refused(scheduler):
     """Catches Playground's EDM schedule, or betas from a list, that are taken for scaled_linear ones."""
     with pytest.raises(ValueError, match="not supported"):
-        family.noise_path("sdxl", scheduler, (4, 128, 128))
+        FAMILIES["sdxl"].path(scheduler, (4, 128, 128))
 
 
 def test_what_a_flow_schedule_does_not_say_is_its_class_s_default():
     """Catches a fixed shift that becomes one by the number of tokens."""
     default = diffusers.FlowMatchEulerDiscreteScheduler().config
-    assert family.noise_path("flux", {"num_train_timesteps": 1000}, (16, 128, 128)).shift == default.shift == 1.0
+    assert FAMILIES["flux"].path({"num_train_timesteps": 1000}, (16, 128, 128)).shift == default.shift == 1.0
     assert not default.use_dynamic_shifting
-    assert family.noise_path("flux", {}, (16, 128, 128)).shift == pytest.approx(2.718281828**1.15)  # FLUX.1-dev's
+    assert FAMILIES["flux"].path({}, (16, 128, 128)).shift == pytest.approx(2.718281828**1.15)  # FLUX.1-dev's
 
 
 @pytest.mark.parametrize(
@@ -103,9 +114,8 @@ def test_schnell_s_teacher_has_no_classifier_free_guidance(bases, tmp_path, monk
     (tmp_path / "prompts.txt").write_text("a red house\na blue cat\na tree\na river\n")
     weights, guided = [], tdpt.guided
     monkeypatch.setattr(tdpt, "guided", lambda teacher, w, null: weights.append((w, null)) or guided(teacher, w, null))
-    flags = (
-        "--steps 1 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 4 --grid 8 --phases 1 --rollout 0"
-    )
+    flags = "--steps 1 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 4 --grid 8 --rollout 0"
+    flags += " --sampling-steps 1"
     flags += f" --eval-n 2 --dtype float32 --resolution 64 --data {tmp_path}/prompts.txt --out {tmp_path}/r --no-checkpointing"
     train.main(f"--model flux --teacher {tmp_path}/schnell --cm {tmp_path}/cm.safetensors {flags}".split())
     assert weights == [(1.0, {})]
@@ -117,7 +127,7 @@ def test_files_that_lack_weights_are_refused(bases, tmp_path, part, lacks):
     copy = shutil.copytree(bases["sdxl"], tmp_path / "copy")
     thinned(next((copy / part).glob("*.safetensors")), lacks)
     with pytest.raises(UserError, match=rf"lacks \S*{lacks}\S* and \d+ more tensors: get the whole of it"):
-        {"unet": pretrained.load_network, "vae": pretrained.VAE}[part]("sdxl", str(copy))
+        {"unet": pretrained.load_network, "vae": encoders.VAE}[part]("sdxl", str(copy))
 
 
 def test_a_text_encoder_that_lacks_weights_is_heard_of(bases, tmp_path, monkeypatch):
@@ -130,14 +140,14 @@ def test_a_text_encoder_that_lacks_weights_is_heard_of(bases, tmp_path, monkeypa
     copy = shutil.copytree(bases["sdxl"], tmp_path / "copy")
     thinned(next((copy / "text_encoder").glob("*.safetensors")), "layers.1.mlp")
     before = logging.get_verbosity()
-    pretrained.Text("sdxl", str(copy), dtype=torch.float32)
+    encoders.Text("sdxl", str(copy), dtype=torch.float32)
     assert logging.get_verbosity() == before <= logging.WARNING
 
 
 def lora_of(name: str, base: Path, folder: Path, **config) -> Path:
     """A LoRA on some layers of a base as diffusers' training scripts write it: alpha and kind in the file's metadata."""
     stock = diffusers.DiffusionPipeline.from_pretrained(base)
-    part = family.PART[name]
+    part = FAMILIES[name].part
     net = getattr(stock, part)
     torch.manual_seed(0)
     net.add_adapter(LoraConfig(r=8, target_modules=["to_q", "proj_in", "conv1"], init_lora_weights=False, **config))
@@ -146,11 +156,11 @@ def lora_of(name: str, base: Path, folder: Path, **config) -> Path:
     return folder / "pytorch_lora_weights.safetensors"
 
 
-@pytest.mark.parametrize("name", family.REAL)
+@pytest.mark.parametrize("name", miniature.PUBLIC)
 @pytest.mark.parametrize("config", ({"lora_alpha": 2}, {"lora_alpha": 8, "use_rslora": True}))
 def test_a_lora_is_as_strong_as_its_metadata_says(bases, tmp_path, name, config):
     """Catches an alpha that is not looked for where diffusers writes it now, and --cm-scale that is ignored."""
-    file, part = lora_of(name, bases[name], tmp_path, **config), family.PART[name]
+    file, part = lora_of(name, bases[name], tmp_path, **config), FAMILIES[name].part
     stock = diffusers.DiffusionPipeline.from_pretrained(bases[name])
     stock.load_lora_weights(file)
     for strength in (1.0, 0.125):

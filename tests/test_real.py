@@ -20,18 +20,19 @@ from test_train import kill_at, losses, refuse, same_files
 import sample
 import tdpt
 import train
-from models import checkpoint, family, memory, pipeline, pretrained
+from models import checkpoint, encoders, pipeline, plan, pretrained
 from models.denoiser import lora_layers
+from models.family import FAMILIES
 from run import files
 from run.common import UserError
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a {size} {color} {thing} on the {side}" for size in ("large", "small") for color in ("red", "green")
            for thing in ("house", "tree") for side in ("left", "right")]  # fmt: skip
-BASES = [*family.REAL, "sdxl-v"]  # the last one predicts v
+BASES = [*miniature.PUBLIC, "sdxl-v"]  # the last one predicts v
 QUICK = (
     "--steps 3 --batch 4 --micro 2 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 4 --lr 1e-3 --warmup 1"
-    " --save-every 1 --grid 8 --phases 1,2 --rollout 0.5 --eval-n 2 --dtype float32"
+    " --save-every 1 --grid 8 --sampling-steps 1,2 --rollout 0.5 --eval-n 2 --dtype float32"
 )
 
 
@@ -62,7 +63,7 @@ def finished(real, tmp_path_factory) -> dict[str, Path]:
     return outs
 
 
-@pytest.mark.parametrize("name", family.REAL)
+@pytest.mark.parametrize("name", miniature.PUBLIC)
 def test_killed_runs_resume_bit_for_bit(real, finished, tmp_path, monkeypatch, name):
     """Catches a cache, a start or a state that is not what the undisturbed run had."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -73,14 +74,14 @@ def test_killed_runs_resume_bit_for_bit(real, finished, tmp_path, monkeypatch, n
     assert losses(tmp_path / "r") == losses(finished[name]) and len(losses(tmp_path / "r")) == 3
 
 
-@pytest.mark.parametrize("name", family.REAL)
+@pytest.mark.parametrize("name", miniature.PUBLIC)
 def test_text_encoders_are_not_asked_again_and_micro_batches_change_nothing(real, finished, tmp_path, monkeypatch, name):
     """Catches encoders that are loaded although the cache is complete, and a micro-batch with a share that is not its own."""
 
     def asked(*args):
         raise AssertionError("the text encoders were loaded")
 
-    monkeypatch.setattr(pretrained, "Text", asked)
+    monkeypatch.setattr(encoders, "Text", asked)
     cache = f"--cache {finished[name]}/cache"
     run(real, name, tmp_path / "whole", f"{cache} --micro 0 --steps 2")
     for (_, a), (_, b) in zip(losses(tmp_path / "whole"), losses(finished[name])[:1], strict=False):
@@ -94,16 +95,18 @@ def test_the_finished_run_is_a_pipeline_that_draws_what_was_trained(finished, ba
     student, about = checkpoint.load_checkpoint(finished[base])
     assert (about["network"]["scheduler"].get("prediction_type") == "v_prediction") == (base == "sdxl-v")
     pipe = pipeline.load_pipeline(finished[base], dtype=torch.float32)
-    text = pretrained.Text(name, about["network"]["base"], resolution=64, dtype=torch.float32)
+    text = encoders.Text(name, about["network"]["base"], resolution=64, dtype=torch.float32)
     cond, x_T = text(PROMPTS[:1]), torch.randn(1, *student.latent, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = tdpt.sample(student.float(), student.path, x_T, cond, 2)
-    start = x_T if name == "sdxl" else pipe._pack_latents(x_T, 1, *x_T.shape[1:])
+    family = FAMILIES[name]
     pipe.set_progress_bar_config(disable=True)
-    guidance = 1.0 if name == "sdxl" else about["config"]["guidance"]
+    guidance = family.few_step_guidance(about["network"]["guidance"])
+    assert guidance == (1.0 if family.classifier_free else about["config"]["guidance"])
+    start = family.pack(pipe, x_T)
     size = dict(height=64, width=64, num_inference_steps=2, guidance_scale=guidance, latents=start, output_type="latent")
-    theirs = pipe(PROMPTS[0], **size, **({} if name == "sdxl" else {"max_sequence_length": 32})).images
-    theirs = theirs if name == "sdxl" else pipe._unpack_latents(theirs, 64, 64, pipe.vae_scale_factor)
+    theirs = pipe(PROMPTS[0], **size, **({"max_sequence_length": 32} if name == "flux" else {})).images
+    theirs = theirs if name != "flux" else pipe._unpack_latents(theirs, 64, 64, pipe.vae_scale_factor)
     assert (ours - theirs).abs().max() < 0.02 * ours.std()
 
 
@@ -147,7 +150,7 @@ def test_checkpointing_changes_no_loss_of_the_consistency_model(real, finished, 
         assert abs(a - b) < 1e-5 * abs(b)
 
 
-@pytest.mark.parametrize("name", family.REAL)
+@pytest.mark.parametrize("name", miniature.PUBLIC)
 def test_recomputed_activations_change_no_statistics(real, finished, tmp_path, name):
     """Catches gradients that are counted twice, or not at all, where checkpointing runs a layer's forward again."""
     flags = f"--cache {finished[name]}/cache --init hgs --iters 1 --ranks qra --rank 8 --steps 0"
@@ -158,17 +161,17 @@ def test_recomputed_activations_change_no_statistics(real, finished, tmp_path, n
     same_files(tmp_path / "kept", tmp_path / "again", "start.safetensors")
 
 
-@pytest.mark.parametrize("name", family.REAL)
+@pytest.mark.parametrize("name", miniature.PUBLIC)
 def test_without_resolution_the_plan_is_for_pictures_of_the_base_s_own_size(real, name):
     """Catches a plan for 1024 pixels where the run has others."""
     flags = real[name].replace("--resolution 64", "").split()
     side = pretrained.load_network(name, flags[3]).latent[1]
-    assert memory.sizes(train.parse(flags))[1][0][1:] == (side, side)
+    assert plan.footprint_of(train.parse(flags)).shapes[0][1:] == (side, side)
 
 
 def test_too_little_main_memory_is_one_sentence(real, tmp_path, capsys, monkeypatch):
     """Catches a start that the system kills in its middle."""
-    monkeypatch.setattr(memory, "free_memory", lambda: 10**8)
+    monkeypatch.setattr(plan, "free_memory", lambda: 10**8)
     argv = [*QUICK.split(), *real["sdxl"].split(), "--out", str(tmp_path / "r")]
     refuse(argv, capsys, "GB of main memory and 0.1 GB are there")
 
@@ -178,13 +181,12 @@ def test_a_resumed_run_makes_the_choices_of_its_beginning(real, tmp_path, monkey
     cfg, seen = train.parse(f"{QUICK} {real['sdxl']} --batch 64 --out {tmp_path} --memory-limit 150MB".split()), []
     for has_start in (False, True):
         monkeypatch.setattr(checkpoint, "has_start", lambda out, has_start=has_start: has_start)
-        chosen = memory.planned(cfg)
+        chosen = plan.planned(cfg)
         seen.append((chosen.micro, chosen.checkpointing, chosen.offload))
-    build, shapes, _ = memory.sizes(cfg)
-    alone = memory.choose(15 * 10**7, memory.footprint(cfg, build, shapes), cfg.batch)
+    alone = plan.choose(15 * 10**7, plan.footprint_of(cfg), cfg.batch)
     assert seen[0] == seen[1] and seen[0][0] < alone.micro_batch  # training alone has room for more
-    monkeypatch.setattr(memory, "plan", None)  # takes long, and says nothing new where there is no limit
-    assert memory.planned(dataclasses.replace(cfg, memory_limit="")).micro == memory.sizes(cfg)[2]
+    monkeypatch.setattr(plan, "plan", None)  # takes long, and says nothing new where there is no limit
+    assert plan.planned(dataclasses.replace(cfg, memory_limit="")).micro == plan.micro_of(cfg)
 
 
 def test_dry_run_prints_what_the_flags_make(real, capsys):
@@ -234,7 +236,7 @@ def test_guidance_reaches_the_student_the_reference_and_the_card(real, finished,
     """Catches a student that is given 3.5 where its targets are given 5."""
     run(real, "flux", tmp_path / "r", f"--guidance 5 --steps 1 --cache {finished['flux']}/cache")
     assert checkpoint.load_checkpoint(tmp_path / "r")[0].guidance == checkpoint.load_start(tmp_path / "r")[0].guidance == 5
-    assert "num_inference_steps=2, guidance_scale=5.0" in (tmp_path / "r" / "README.md").read_text()  # --phases 1,2
+    assert "num_inference_steps=2, guidance_scale=5.0" in (tmp_path / "r" / "README.md").read_text()  # --sampling-steps 1,2
     assert pipeline.quantization_config(pipeline.load_pipeline(tmp_path / "r").transformer).guidance == 5
     assert checkpoint.load_checkpoint(finished["flux"])[0].guidance == 3.5
 
@@ -263,7 +265,7 @@ def test_pickles_are_never_read(real, tmp_path):
         torch.save(load_file(weights), copy / part / f"{name}.bin")
         weights.unlink()
         with pytest.raises(UserError):
-            {"unet": pretrained.load_network, "vae": pretrained.VAE, "text_encoder": pretrained.Text}[part]("sdxl", str(copy))
+            {"unet": pretrained.load_network, "vae": encoders.VAE, "text_encoder": encoders.Text}[part]("sdxl", str(copy))
 
 
 def test_kohya_loras_have_their_alpha(real, tmp_path):

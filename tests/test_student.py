@@ -1,88 +1,258 @@
-"""student.py at SDXL's width: a real down block on a CPU, in slices, under a memory budget."""
+"""student.py on a down block of SDXL, narrow and (slow) at its full width: slices under a budget, shared factors, ranks of 0."""
 
+import dataclasses
 import re
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import nn
 
+import hessian
+import hgs_lora
+import layers
+import qra
 import student
 import train
 from benchmarks import bench
-from models import family
+from models import checkpoint
 from models.denoiser import Denoiser, float_layers
+from models.family import FAMILIES
 
-BUDGET_MB = 560  # half of it is for the float64 sums of H: the 5,760 wide convolution's alone are 265 MB
+SDXL, NARROW = 640, 64  # channels of down_blocks.1
+LAYERS = 27  # of them that are quantized
+BUDGET_MB = 560  # of the full width: half of it is for the float64 sums of H, the 5,760 wide convolution's alone are 265 MB
 
 
 class Block(nn.Module):
-    """down_blocks.1 of SDXL (640 channels, 2 ResNets, 2 x 2 transformer layers, downsampler) between two convolutions."""
+    """Half of down_blocks.1 of SDXL (a ResNet, 2 transformer layers, downsampler) between two convolutions."""
 
-    def __init__(self):
+    config = None  # of a diffusers network
+
+    def __init__(self, width: int):
         super().__init__()
-        with torch.device("meta"):
-            block = family.sdxl_unet().down_blocks[1]
-        self.conv_in, self.block, self.conv_out = (
-            nn.Conv2d(4, 320, 3, padding=1),
-            block.to_empty(device="cpu"),
-            nn.Conv2d(640, 4, 1),
-        )
+        self.temb, self.text = 2 * width, 2048 if width == SDXL else 96
+        block = CrossAttnDownBlock2D(
+            width // 2, width, self.temb, num_layers=1, transformer_layers_per_block=2, cross_attention_dim=self.text,
+            num_attention_heads=width // 64, use_linear_projection=True, downsample_padding=1,
+        )  # fmt: skip
+        self.conv_in, self.block, self.conv_out = nn.Conv2d(4, width // 2, 3, padding=1), block, nn.Conv2d(width, 4, 1)
         gen = torch.Generator().manual_seed(0)
         for p in self.parameters():
             p.data = torch.randn(p.shape, generator=gen) / p[0].numel() ** 0.5 if p.dim() > 1 else torch.full_like(p, 0.5)
         self.eval().requires_grad_(False)
 
     def forward(self, x, tokens):
-        h, _ = self.block(self.conv_in(x), torch.zeros(len(x), 1280), tokens)
+        h, _ = self.block(self.conv_in(x), torch.zeros(len(x), self.temb), tokens)
         return self.conv_out(F.interpolate(h, scale_factor=2.0))
 
 
-class Denoiser(Denoiser):
-    def _call(self, x, t, s, cond):
+class BlockDenoiser(Denoiser):
+    def forward(self, x, t, s, cond):
         return self.net(x, cond["tokens"])
 
 
+def denoiser(width: int = NARROW) -> Denoiser:
+    return BlockDenoiser(FAMILIES["sdxl"], Block(width), latent=(4, 8, 8))
+
+
+def build(flags: str, base: Denoiser | None = None) -> tuple[Denoiser, dict[str, dict]]:
+    base = base or denoiser()
+    cfg = train.parse(
+        f"--model sdxl --sampling-steps 1 --micro 1 --dtype float32 --hessian-mb 4096 --init qera --rounding rtn {flags}".split()
+    )
+    cond = {"tokens": torch.randn(2, 77, base.net.text, generator=torch.Generator().manual_seed(1))}
+    return student.build(cfg, base, cond, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2)))
+
+
+@torch.no_grad()
+def distance(packed: Denoiser, width: int) -> float:
+    """Of what the packed and the float block predict, relative to the float one."""
+    gen, plain = torch.Generator().manual_seed(3), Block(width)
+    x, tokens = torch.randn(1, 4, 8, 8, generator=gen), torch.randn(1, 77, plain.text, generator=gen)
+    exact = plain(x, tokens)
+    return float((packed.net(x, tokens) - exact).square().mean() / exact.var())
+
+
+FULL = "--rank 2 --hessian kron --ranks qra"
+
+
 @pytest.fixture(scope="module")
-def built():
+def whole() -> tuple[Denoiser, dict[str, dict]]:
+    return build(FULL)
+
+
+def test_every_layer_is_packed_in_its_own_place(whole):
+    """Catches a layer that is left out, and layers that were put in each other's places."""
+    packed, table = whole
+    assert len(table) == LAYERS and list(table) == [name for name, _ in layers.packed_layers(packed.net)]
+    assert not [name for name in float_layers(packed.net) if not re.match("conv_(in|out)", name)]
+    assert all(row["shape"] == (layer.out, layer.taps * layer.channels) for row, (_, layer) in
+               zip(table.values(), layers.packed_layers(packed.net), strict=True))  # fmt: skip
+    assert max(row["error"] for row in table.values()) < 0.02
+    assert distance(packed, NARROW) < 0.05
+
+
+@pytest.mark.parametrize("flags", ["", "--smooth 0.5 --hessian input"])
+def test_slices_change_nothing_but_the_number_of_passes(flags):
+    """Catches a layer that is lost or measured on a network that has already changed, and sums that are all held at once."""
+    built, passes = [], []
+    for budget in (4096, 16 * 576**2 / 2**20 + 1):
+        base, calls = denoiser(), []
+        forward = base.net.forward
+        base.net.forward = lambda *args, calls=calls, forward=forward: calls.append(0) or forward(*args)
+        built.append(build(f"{FULL} {flags} --hessian-mb {int(budget)}", base))
+        passes.append(len(calls))
+    (one, table), (sliced, same) = built
+    assert table == same and passes[1] > 2 * passes[0]
+    assert all(torch.equal(tensor, sliced.state_dict()[key]) for key, tensor in one.state_dict().items())
+
+
+@pytest.mark.parametrize("flags,inputs", [("--hessian input", 20), ("--hessian kron --init hgs", 20), ("--smooth 0.5", LAYERS)])
+def test_layers_of_one_input_share_a_whitener_and_none_outlives_its_layer(monkeypatch, flags, inputs):
+    """Catches a Cholesky factor for each of q, k and v, and factors that stay until the end of a slice: 24 GB on SDXL where 8 GB
+    were asked for. Smoothed layers see different inputs."""
+    alive, peak, made = 0, 0, 0
+
+    class Whitener(hgs_lora.Whitener):
+        def __init__(self, *args):
+            nonlocal alive, peak, made
+            super().__init__(*args)
+            weakref.finalize(self.L_KK, self.gone)  # the factor, which copies of the Whitener share
+            made, alive = made + 1, alive + 1
+            peak = max(peak, alive)
+
+        @staticmethod
+        def gone():
+            nonlocal alive
+            alive -= 1
+
+    monkeypatch.setattr(hgs_lora, "Whitener", Whitener)
+    build(f"--ranks uniform --rank 2 --iters 1 {flags}")
+    assert made == inputs, "q, k, v of a layer share one, and so do the k, v of both cross-attentions"
+    assert peak <= 2 and not alive, "the one of the caption waits for the second cross-attention"
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.5])
+def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smooth):
+    """Catches W, H or N of another smoothing, and statistics and factors that pile up in the list of layers."""
+    cfg = train.parse(f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --smooth {smooth}".split())
+    base, before = denoiser(), None
+    chosen = student.layers_to_quantize(cfg, base)
+    cond = {"tokens": torch.randn(1, 77, base.net.text)}
+    for layer in student.Calibration(cfg, base, chosen, cond, torch.randn(1, 4, 8, 8)):
+        assert before is None or before.stats is before.w_OK is before.white is before.smooth_I is None
+        before = layer
+        smoothed = bool(smooth) and layer.kind == "w4a4"
+        lam_I = layer.smooth_I if smoothed else torch.ones(layer.shape[1] // layer.taps)
+        assert (layer.smooth_I is not None) == smoothed and layer.white.R_OO is not None
+        W = layer.module.weight if layer.module.weight.dim() == 2 else layer.module.weight.permute(0, 2, 3, 1).flatten(1)
+        assert torch.equal(layer.w_OK, W * lam_I.repeat(layer.taps))
+        assert torch.equal(layer.white.H_KK, hessian.damp(hessian.smooth(layer.stats.H_KK, lam_I)))
+        if layer.kind == "w4a4":
+            torch.testing.assert_close(layer.white.noise_K, (layer.stats.noise_I / lam_I.square()).repeat(layer.taps).double())
+        else:
+            assert layer.white.noise_K is None
+
+
+# ---------------------------------------------------------------- rules for ranks
+
+
+def test_every_statistic_that_a_rule_reads_can_be_measured():
+    assert {name for rule in qra.METHODS.values() for name in rule.reads} == set(student.STATISTICS)
+
+
+def test_a_rule_of_ones_own_with_its_own_statistic_is_one_row_each(monkeypatch):
+    """Catches a statistic that is measured without being asked for, or asked for and not measured."""
+    measured = []
+
+    def norm(layer, cfg):
+        measured.append(layer.name)
+        return float(layer.w_OK.norm())
+
+    def gains_norm(shapes, statistics, beta, seed):
+        return {name: [statistics[name]["norm"] / i for i in range(1, min(shape) + 1)] for name, shape in shapes.items()}
+
+    def unread(layer, cfg):
+        raise AssertionError("no rule asked for it")
+
+    monkeypatch.setitem(qra.METHODS, "norm", qra.Rule(gains_norm, ("norm",)))
+    for name in student.STATISTICS:
+        monkeypatch.setitem(student.STATISTICS, name, unread)
+    monkeypatch.setitem(student.STATISTICS, "norm", norm)
+    base = denoiser()
+    cfg = train.parse("--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --init zero --rounding rtn --rank 4".split())
+    cfg = dataclasses.replace(cfg, ranks="norm")
+    cond = {"tokens": torch.randn(1, 77, base.net.text)}
+    _, table = student.build(cfg, base, cond, torch.randn(1, 4, 8, 8))
+    assert measured == list(table) and len({row["rank"] for row in table.values()}) > 1
+    build("--ranks uniform")  # asks for none
+
+
+def test_a_small_budget_leaves_layers_without_a_branch(whole):
+    """Catches ranks of 0 that are raised, that cut gradients off, or that cannot be placed again from the table of layers."""
+    packed, table = whole
+    ranks = {name: row["rank"] for name, row in table.items()}
+    assert min(ranks.values()) == 0 and max(ranks.values()) > 8
+    shapes = {name: row["shape"] for name, row in table.items()}
+    assert 0.95 < qra.parameters(ranks, shapes) / qra.parameters(dict.fromkeys(shapes, 2), shapes) <= 1
+    params = {k: p.requires_grad_() for k, p in packed.net.named_parameters() if "lora_" in k}
+    assert len(params) == 2 * sum(r > 0 for r in ranks.values())
+    gen = torch.Generator().manual_seed(4)
+    packed.net(torch.randn(1, 4, 8, 8, generator=gen), torch.randn(1, 77, packed.net.text, generator=gen)).square().sum().backward()
+    assert all(p.grad.any() for k, p in params.items()), "gradients pass through layers of rank 0"
+    twin = Block(NARROW)
+    checkpoint.place_packed(twin, table)
+    twin.load_state_dict(packed.net.state_dict())
+    layers.load_anchor_state(twin, layers.anchor_state(packed.net))
+    layers.store_8bit(twin)
+    assert all(torch.isfinite(v.float()).all() for v in twin.state_dict().values())
+
+
+@pytest.mark.slow
+def test_a_run_with_ranks_of_0_trains_packs_and_draws(tmp_path):
+    """Catches a layer without a branch in the whole of a run: start, updates, 8-bit form, reloading, pictures."""
+    flags = "--rank 2 --steps 2 --batch 4 --calibration 4 --init qera --rounding rtn --eval-n 8 --lora-bits 8 --rollout 0.5"
+    train.main([*flags.split(), "--out", str(tmp_path / "run")])
+    loaded, about = checkpoint.load_checkpoint(tmp_path / "run")
+    ranks = {f"net.{name}": row["rank"] for name, row in about["layers"].items()}
+    assert 0 in ranks.values()
+    assert all(layer.rank == ranks[name] for name, layer in layers.packed_layers(loaded))
+
+
+# ---------------------------------------------------------------- full width
+
+
+@pytest.fixture(scope="module")
+def wide():
     """(network, table, passes over the calibration set, bytes by which resident memory grew at most, or None)"""
-    denoiser, calls = Denoiser("sdxl", Block(), None, family.noise_path("sdxl", {}, (4, 8, 8)), (4, 8, 8)), []
-    forward = denoiser.net.forward
-    denoiser.net.forward = lambda *args: calls.append(0) or forward(*args)
-    flags = "--model sdxl --ranks uniform --rank 16 --init qera --rounding rtn --hessian input --phases 1 --micro 1"
-    cfg = train.parse([*flags.split(), "--hessian-mb", str(BUDGET_MB)])
-    cond = {"tokens": torch.randn(2, 77, 2048, generator=torch.Generator().manual_seed(1))}
-    x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    base, calls = denoiser(SDXL), []
+    forward = base.net.forward
+    base.net.forward = lambda *args: calls.append(0) or forward(*args)
     if marks := Path("/proc/self/clear_refs").exists():  # elsewhere than on Linux: not measured
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
         before = bench.resident("VmRSS")
-    packed, table = student.build(cfg, denoiser, cond, x_T)
+    packed, table = build(f"--ranks uniform --rank 16 --hessian input --hessian-mb {BUDGET_MB}", base)
     return packed, table, len(calls), 1e6 * (bench.resident("VmHWM") - before) if marks else None
 
 
-def test_every_layer_of_a_full_width_block_is_packed_in_slices(built):
-    """Catches a layer that is left out, and sums that are all held at once."""
-    packed, table, passes, _ = built
-    assert len(table) == 52 and {row["rank"] for row in table.values()} == {16}
-    assert passes > 3  # one would do without a budget
-    assert not [name for name in float_layers(packed.net) if not re.match("conv_(in|out)", name)]
+@pytest.mark.slow
+def test_a_block_of_full_width_is_packed_in_slices(wide):
+    """Catches sums that are all held at once."""
+    packed, table, passes, _ = wide
+    assert len(table) == LAYERS and {row["rank"] for row in table.values()} == {16}
+    assert passes == 3  # one would do without a budget
     assert max(row["error"] for row in table.values()) < 0.01
+    assert distance(packed, SDXL) < 0.05
 
 
-def test_the_factors_of_one_layer_are_in_memory_at_a_time(built):
-    """Catches Cholesky factors that stay until the end of a slice: 24 GB on all of SDXL where 8 GB were asked for."""
-    if built[3] is None:
+@pytest.mark.slow
+def test_memory_stays_within_what_the_budget_and_one_layer_need(wide):
+    """Catches factors of several layers of full width in memory at a time."""
+    if wide[3] is None:
         pytest.skip("resident memory is read from Linux's /proc")
     widest = 8 * 5760**2  # a float64 matrix of it
-    assert built[3] < (BUDGET_MB << 20) / 4 + 4 * widest  # all H of a slice in float32; H, its factor, two copies
-
-
-def test_the_packed_block_does_what_the_float_one_did(built):
-    """Catches layers that were put in each other's places."""
-    packed, _, _, _ = built
-    gen = torch.Generator().manual_seed(3)
-    plain, x, tokens = Block(), torch.randn(1, 4, 8, 8, generator=gen), torch.randn(1, 77, 2048, generator=gen)
-    with torch.no_grad():
-        ours, theirs = packed.net(x, tokens), plain(x, tokens)
-    assert (ours - theirs).square().mean() < 0.05 * theirs.var()
+    assert wide[3] < (BUDGET_MB << 20) / 4 + 4 * widest  # all H of a slice in float32; H, its factor, two copies

@@ -1,0 +1,53 @@
+"""The tables of README.md and docs: benchmarks write docs/tables/NAME.md, and pages show them between two markers.
+
+    <!-- table NAME -->             the whole table
+    <!-- table NAME: PATTERN -->    its head, the rows in which the regular expression is found, and the note below the table
+    ...
+    <!-- end -->
+
+    python -m benchmarks.tables     writes every table into the pages again
+
+Benchmarks that print their table are redirected first: python -m benchmarks.bench costs > docs/tables/costs.md
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TABLES = ROOT / "docs" / "tables"
+MARKED = re.compile(r"(<!-- table ([\w-]+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """README.md and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def include(page: str) -> str:
+    """The text of a page with what the files in docs/tables hold between its markers. FileNotFoundError for an unknown table."""
+
+    def filled(found: re.Match) -> str:
+        begin, name, pattern, end = found.groups()
+        lines = (TABLES / f"{name}.md").read_text().strip().splitlines()
+        if pattern:
+            lines = [line for k, line in enumerate(lines) if k < 2 or not line.startswith("|") or re.search(pattern, line)]
+        return "\n".join([begin, *lines, "", end])
+
+    return MARKED.sub(filled, page)
+
+
+def include_all() -> None:
+    """Writes every table into the pages that show it."""
+    for path in pages():
+        path.write_text(include(path.read_text()))
+
+
+def write_table(name: str, lines: list[str]) -> None:
+    """docs/tables/NAME.md, the pages that show it, and the same to the screen."""
+    (TABLES / f"{name}.md").write_text("\n".join(lines) + "\n")
+    include_all()
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    include_all()

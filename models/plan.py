@@ -1,0 +1,269 @@
+"""How a run fits into memory: the planned peak of its training, the choice for a limit, and what is checked before it begins.
+
+Planned peak = what stays + the most that is alive besides (memory.py), in the worst of four moments:
+
+    start      the 16-bit network, what statistics and factors come to (--hessian-mb, Footprint.held; student.py), activations of
+               calibration: 4 micro-batches forward, or one forward and backward; packed layers wait in main memory
+    train      student, A and B float32, their gradients, Adam's moments, the anchor A0 B0, inputs of the process's batch
+               + teacher (resident), teacher / processes (sharded) or nothing (offloaded)
+               + activations of the student, forward and backward of one micro-batch
+    teach      the same, and of the teacher two blocks and what lies outside of blocks where it is not resident
+               + activations of its forward; classifier-free guidance runs both halves of its batch at once
+    update     the same as train without activations, + a copy of A and B (AdamW's square root), + one to average over processes
+
+Training a consistency LoRA (--bits 16) holds the 16-bit network, which is the teacher too, in place of student and teacher.
+
+Not planned: the cache, which text encoders and VAE make before (SDXL 1.6 + 0.3 GB, FLUX 9.8 + 0.3, and 2.7 for a picture of 1024
+pixels inside the VAE), beside the 16-bit network only where that draws latents, a micro-batch at a time.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import hessian
+import hgs_lora
+import qra
+from data.cache import buckets
+from models import checkpoint, pretrained
+from models.family import FAMILIES
+from models.memory import Footprint, format_table, layer_table, ratio
+from run.common import UserError, free_memory, process_count, process_index
+
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+STATISTICS = 8 << 30  # bytes of statistics and factors where neither --hessian-mb nor a limit says how many
+TEACHERS = {"resident": "resident", "shard": "sharded", "offload": "offloaded"}  # where a teacher is, as a choice and in words
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GB" -> 24e9, "24GiB" -> 24 * 2^30. UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not found or found[2] not in UNITS:
+        raise UserError(f"{text!r} is no amount of memory: write it as 24GB or 24GiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+class Plan(NamedTuple):
+    peak: int  # bytes
+    moment: str  # start, train, teach or update
+    parts: dict[str, int]  # bytes at that moment
+    micro_batch: int
+    checkpointing: bool
+    teacher: str
+    statistics: int  # bytes
+
+    @property
+    def how(self) -> str:
+        checkpointing = "with" if self.checkpointing else "without"
+        return f"micro-batch {self.micro_batch} {checkpointing} gradient checkpointing, teacher {self.teacher}"
+
+    def __str__(self) -> str:
+        lines = [f"planned peak of training {self.peak / 1e9:.2f} GB ({self.how}), reached in `{self.moment}`:"]
+        return "\n".join([*lines, *(f"  {what:32s}{size / 1e9:8.3f} GB" for what, size in self.parts.items() if size)])
+
+
+def start_of(fp: Footprint, micro_batch: int, checkpointing: bool) -> dict[str, int]:
+    """What is alive in the start beside statistics and factors."""
+    backward = fp.activations("checkpointed" if checkpointing else "trained", micro_batch)
+    return {"16-bit network": fp.network, "activations": max(fp.activations("teacher", 4 * micro_batch), backward)}
+
+
+def main_memory(fp: Footprint, plan: Plan, factors: int, on_cpu: bool) -> int:
+    """Bytes of main memory that the start needs: packed layers with A, B and anchor, and the `factors` of the layer that has the
+    largest, if they do not fit beside the statistics. on_cpu: the rest of the start is there too."""
+    waiting = fp.packed + 2 * fp.factors
+    if on_cpu:
+        rest = sum(start_of(fp, plan.micro_batch, plan.checkpointing).values())
+        return waiting + rest + max(fp.held(plan.statistics), plan.statistics // 4 + factors)
+    return waiting + (factors if factors > plan.statistics // 2 else 0)
+
+
+def widest_factors(fp: Footprint, rounding: str) -> int:
+    """Bytes of the factors of the layer whose split holds most."""
+    return max(hgs_lora.factor_bytes(*shape, rounding) for shape in fp.layers)
+
+
+def plan(
+    fp: Footprint, batch: int, micro_batch: int, checkpointing: bool, teacher: str = "resident", world: int = 1, statistics: int = 0
+) -> Plan:
+    """The planned peak of one rank, by the equations of the module docstring. batch: over all ranks; teacher: of TEACHERS, where
+    a student is trained; statistics: bytes for them in the start, 0: training alone, from a start that is there."""
+    a_b, samples = fp.factors, batch // world
+    stays = {"their gradients": a_b, "Adam's moments": 2 * a_b, "inputs and states": samples * fp.sample}
+    if fp.trains == "student":
+        stays = {"packed student": fp.packed, "A, B (float32)": a_b, "anchor A0, B0": a_b} | stays
+    between = {"resident": fp.network, "shard": -(-fp.network // world), "offload": 0}[teacher]
+    during = {"resident": fp.network, "shard": between + fp.gathered, "offload": fp.gathered}[teacher]
+    student = fp.activations("checkpointed" if checkpointing else "trained", micro_batch)
+    taught = fp.activations("teacher", micro_batch * (2 if fp.guided else 1))
+    moments = {
+        "train": stays | {"teacher and its LoRA": between, "activations": student},
+        "teach": stays | {"teacher and its LoRA": during, "activations": taught},
+        "update": stays | {"teacher and its LoRA": between, "copies of A, B": a_b * (2 if world > 1 else 1)},
+    }
+    if statistics:
+        moments["start"] = start_of(fp, micro_batch, checkpointing) | {"statistics and factors": fp.held(statistics)}
+    worst = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return Plan(sum(moments[worst].values()), worst, moments[worst], micro_batch, checkpointing, TEACHERS[teacher], statistics)
+
+
+def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str = "resident", statistics: int | None = 0) -> Plan:
+    """Without and with gradient checkpointing, what fits `limit` bytes at micro-batch 1, then the largest power of two as
+    micro-batch that fits. teacher "resident": or offloaded, if a student's does not fit otherwise; "offload", "shard": that.
+    statistics: as in `plan`; None: what the limit leaves in the start. UserError if nothing fits."""
+    least = fp.least if statistics is None else statistics
+    samples = batch // world
+    micro = [n for n in (2**k for k in range(samples.bit_length())) if samples % n == 0]
+    teachers = ["resident", "offload"] if teacher == "resident" and fp.trains == "student" else [teacher]
+    for teacher in teachers:
+        for checkpointing in (False, True):
+            best = plan(fp, batch, 1, checkpointing, teacher, world, least)
+            if best.peak > limit:
+                continue
+            for n in micro[1:]:
+                larger = plan(fp, batch, n, checkpointing, teacher, world, least)
+                best = larger if larger.peak <= limit else best
+            if statistics is None:
+                rest = sum(start_of(fp, best.micro_batch, checkpointing).values())
+                best = plan(fp, batch, best.micro_batch, checkpointing, teacher, world, fp.budget(limit - rest))
+            return best
+    less = "--shard-teacher on several GPUs" if fp.trains == "student" else "a ready --cm"
+    raise UserError(
+        f"training needs {best.peak / 1e9:.2f} GB ({best.how}) and the limit is {limit / 1e9:.2f} GB: use a GPU with more memory, "
+        f"{less}, a smaller --batch or a lower --rank"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run asks for. cfg: train.Config
+
+
+def skeleton_of(cfg) -> torch.nn.Module:
+    """The run's float network on the meta device."""
+    base = cfg.components if pretrained.is_file(cfg.teacher) else cfg.teacher
+    return pretrained.skeleton(cfg.model, "" if FAMILIES[cfg.model].embedded else base)
+
+
+def footprint_of(cfg) -> Footprint:
+    """Of the 4-bit student, or of the consistency model that --bits 16 trains, for pictures of --resolution."""
+    if cfg.resolution:
+        buckets(cfg.resolution)  # UserError
+    family = FAMILIES[cfg.model]
+    side = pretrained.latent_side(skeleton_of(cfg), cfg.resolution)
+    ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
+    about = dict(
+        dtype=cfg.torch_dtype,
+        group_w=cfg.group_w,
+        gradients=hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads),
+    )
+    return Footprint(lambda: skeleton_of(cfg), (family.latent[0], side, side), family.tokens, **ranks, **about)
+
+
+def teacher_of(cfg) -> str:
+    """Where the teacher is in training: a key of TEACHERS."""
+    return "shard" if cfg.shard_teacher and process_count() > 1 else "offload" if cfg.offload else "resident"
+
+
+def micro_of(cfg) -> int:
+    return cfg.micro or cfg.batch // process_count()
+
+
+def statistics_of(cfg, fp: Footprint) -> int | None:
+    """Bytes of --hessian-mb, at least what the widest layer needs; None: as there is room."""
+    return 0 if cfg.bits == 16 else max(cfg.hessian_mb << 20, fp.least) if cfg.hessian_mb else None
+
+
+def plan_of(cfg, fp: Footprint, statistics: int | None) -> Plan:
+    """What --memory-limit chooses; without one, the plan of the configuration as it is. UserError if nothing fits."""
+    if cfg.memory_limit:
+        return choose(parse_bytes(cfg.memory_limit), fp, cfg.batch, process_count(), teacher_of(cfg), statistics)
+    return plan(fp, cfg.batch, micro_of(cfg), cfg.checkpointing, teacher_of(cfg), process_count(), statistics)
+
+
+def dry_run(cfg) -> None:
+    """Prints the table of layers, the planned peak, what the start needs of main memory and the run of the disk, and last the
+    memory ratio. (For as many processes as the environment's RANK and WORLD_SIZE say.) UserError, after the table, if training
+    does not fit --memory-limit."""
+    options = FAMILIES[cfg.model], skeleton_of(cfg), cfg.rank, cfg.lora_bits, cfg.group_w
+    rows, merged = layer_table(*options), layer_table(*options, merged=True)
+    print(f"{cfg.model}, rank {cfg.rank}, groups of {cfg.group_w}\n\n{format_table(rows, cfg.lora_bits)}")
+    print(f"{'merged, without a branch':30s}{'':15s} {ratio(merged):8.2%}\n")
+    fp = footprint_of(cfg)
+    statistics = statistics_of(cfg, fp)
+    if statistics is None and not cfg.memory_limit:
+        statistics = min(STATISTICS, fp.most)
+    made = plan_of(cfg, fp, statistics)
+    print(made)
+    if made.statistics:
+        need = main_memory(fp, made, widest_factors(fp, cfg.rounding), cfg.device == "cpu")
+        print(f"  main memory for the start       {need / 1e9:8.3f} GB")
+    print(f"  disk, without the cache         {fp.files / 1e9:8.3f} GB\n")
+    print(f"memory_ratio: {ratio(merged if cfg.deploy == 'merged' else rows):.3f}")
+
+
+def planned(cfg):
+    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of
+    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak, but for runs
+    that go on without a limit: most of a minute would tell them what they know. UserError if nothing fits."""
+    out = Path(cfg.out)
+    goes_on = (out / "state.safetensors").exists() if cfg.bits == 16 else checkpoint.has_start(out)
+    fp = footprint_of(cfg)
+    cfg, statistics = dataclasses.replace(cfg, micro=micro_of(cfg)), statistics_of(cfg, fp)
+    if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
+        made = plan_of(cfg, fp, statistics)
+        choice = {"micro": made.micro_batch, "checkpointing": made.checkpointing, "offload": made.teacher == "offloaded"}
+        cfg, statistics = dataclasses.replace(cfg, **choice), made.statistics
+    elif statistics is None and not goes_on:
+        statistics = max(fp.budget(room_for_statistics(cfg, fp)), fp.least)
+    statistics = 0 if goes_on else statistics
+    cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
+    check_disk(cfg, fp)
+    if goes_on and not cfg.memory_limit:
+        return cfg
+    made = plan(fp, cfg.batch, cfg.micro, cfg.checkpointing, teacher_of(cfg), process_count(), statistics)
+    if process_index() == 0:
+        print(made)
+    if made.statistics:
+        check_main_memory(cfg, fp, made)
+    return cfg
+
+
+def room_for_statistics(cfg, fp: Footprint) -> int:
+    """Bytes that the start leaves on the device, the least of all processes: those that sliced differently would add up different
+    matrices."""
+    rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values())
+    room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else STATISTICS
+    fewest = torch.tensor(-room, device=cfg.device)
+    hessian.exchange(fewest, op="max")
+    return -int(fewest)
+
+
+def check_disk(cfg, fp: Footprint) -> None:
+    """UserError if the run folder's disk has no room for what the run still writes."""
+    latent, _ = fp.shapes
+    drawn = 2 * cfg.cached * (cfg.grid // 2 + 1) * math.prod(latent)  # trajectories, float16
+    written = fp.files + (drawn if cfg.rollout and cfg.trajectory == "teacher" else 0)
+    there = sum(file.stat().st_size for file in (*Path(cfg.out).glob("*.safetensors"), *Path(cfg.out).glob("trajectories/*")))
+    need, free = written - there, shutil.disk_usage(cfg.out).free
+    if free < need:
+        raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
+
+
+def check_main_memory(cfg, fp: Footprint, made: Plan) -> None:
+    """Prints what the start needs of main memory. UserError if there is less."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
+    need = processes * main_memory(fp, made, widest_factors(fp, cfg.rounding), cfg.device == "cpu")
+    there = free_memory()
+    if process_index() == 0:
+        print(f"  main memory for the start       {need / 1e9:8.3f} GB")
+    if need > there:
+        raise UserError(
+            f"the start needs {need / 1e9:.1f} GB of main memory and {there / 1e9:.1f} GB are there: use a machine with more, "
+            "or --rounding rtn, which needs less"
+        )
