@@ -1,6 +1,6 @@
 """Mutation check: breaks central lines one at a time in a copy of the code and shows that a test fails for each.
 
-    python tests/mutate.py              all of them: an hour on two cores; Triton 3.8 has to be there for those of kernels_triton
+    python tests/mutate.py              all of them: an hour on two cores; Triton 3.8 has to be there for those of backends/gpu
     python tests/mutate.py PHRASE       those whose first column holds the phrase
 """
 
@@ -19,9 +19,9 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("windows that overlap", "kernels.py", "windows.contiguous().view", "windows.view", "kernels"),
     ("nibbles of the C++ kernel", "backends/cpu.cpp", "k = nibbles<0>(p, table", "k = nibbles<4>(p, table", "kernels"),
     ("stale scratch memory", "backends/cpu.cpp", "std::fill_n(rows_B, LANES * Rp, Low(0.f));", "", "kernels"),
-    ("order of a GPU's nibbles", "backends/gpu.py", "u >> high * 4", "u >> 4 - high * 4", "kernels_triton"),
-    ("a GPU's branch of the last part", "backends/gpu.py", "a += tl.load(low", "a = tl.load(low", "kernels_triton"),
-    ("a GPU's GPTQ feeds back the error", "backends/gptq_gpu.py", "w -= u[:, :, None]", "w += u[:, :, None]", "kernels_triton"),
+    ("order of a GPU's nibbles", "backends/gpu.py", "u >> high * 4", "u >> 4 - high * 4", "backends_gpu"),
+    ("a GPU's branch of the last part", "backends/gpu.py", "a += tl.load(low", "a = tl.load(low", "backends_gpu"),
+    ("a GPU's GPTQ feeds back the error", "backends/gptq_gpu.py", "w -= u[:, :, None]", "w += u[:, :, None]", "backends_gpu"),
     ("transposed GPTQ factor", "quant.py", "H = H.flip(0, 1)  # V", "H = H.flip(0, 1).t()", "quant"),
     ("one row overwrites its weight", "quant.py", "clone(memory_format=torch.contiguous_format)", "contiguous()", "quant"),
     ("clip range one step short", "quant.py", "MMAX, ZERO = -8, 7, 16, 8", "MMAX, ZERO = -8, 6, 16, 8", "quant"),
