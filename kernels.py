@@ -363,26 +363,6 @@ BACKENDS = {"eager": lambda fn: fn, "compile": compiled_once, "native": native} 
 # ------------------------------------------------------------------------------------------------ demo
 
 
-def main() -> None:
-    gen = torch.Generator().manual_seed(0)
-    print(f"{'layer':28s}{'bits/weight':>12s}{'vs dequantized':>16s}{'vs float':>10s}{'float ms':>10s}{'W4A4 ms':>9s}   (eager)")
-    for name, T, I, O in (("linear 4096 x 128 -> 128", 4096, 128, 128), ("linear 1024 x 1024 -> 1024", 1024, 1024, 1024)):
-        x, w, bias = (torch.randn(*shape, generator=gen) for shape in ((T, I), (O, I), (O,)))
-        A, B = torch.randn(16, I, generator=gen) / I**0.5, torch.randn(O, 16, generator=gen) * 0.1
-        pw = pack(quantize_weight(w))
-        y = w4a4_linear(x, pw, bias, A, B)
-        w_hat, x_hat = dequantize(pw).double(), dequantize_activation(*quantize_activation(x), I).double()
-        branch = x.double() @ A.t().double() @ B.t().double() + bias
-        ref, full = x_hat @ w_hat.t() + branch, x.double() @ w.t().double() + branch
-        W_OK, (X_TK, _) = weight_int8(pw), activation_int8(x)
-        assert torch.equal(int8_matmul(X_TK, W_OK).double(), X_TK.double() @ W_OK.t().double()), "int32 sums are exact"
-        bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_P, pack_scales(pw.scale_O))) / w.numel()
-        ms = [_milliseconds(f) for f in (lambda: F.linear(x, w, bias), lambda: w4a4_linear(x, pw, bias, A, B))]  # noqa: B023
-        kernel_error, error = ((y - r).norm() / r.norm() for r in (ref, full))
-        print(f"{name:28s}{bits:12.3f}{kernel_error:16.1e}{error:10.3f}{ms[0]:10.2f}{ms[1]:9.2f}")
-    print("invariant holds: the int32 sums equal the float64 products of the codes")
-
-
 def _milliseconds(f: Callable, repeats: int = 9) -> float:
     times = []
     for _ in range(repeats):
@@ -390,6 +370,34 @@ def _milliseconds(f: Callable, repeats: int = 9) -> float:
         f()
         times.append(time.perf_counter() - start)
     return 1e3 * sorted(times)[repeats // 2]
+
+
+def _row(T: int, I: int, O: int, gen: torch.Generator) -> str:
+    """Measures a linear layer with a branch of rank 16 and Gaussian operands."""
+    x, w, bias = (torch.randn(*shape, generator=gen) for shape in ((T, I), (O, I), (O,)))
+    A, B = torch.randn(16, I, generator=gen) / I**0.5, torch.randn(O, 16, generator=gen) * 0.1
+    pw = pack(quantize_weight(w))
+    y = w4a4_linear(x, pw, bias, A, B)
+
+    W_OK, (X_TK, _) = weight_int8(pw), activation_int8(x)
+    assert torch.equal(int8_matmul(X_TK, W_OK).double(), X_TK.double() @ W_OK.t().double()), "int32 sums are exact"
+    branch = x.double() @ A.t().double() @ B.t().double() + bias
+    x_hat = dequantize_activation(*quantize_activation(x), I).double()
+    references = x_hat @ dequantize(pw).t().double() + branch, x.double() @ w.t().double() + branch
+    kernel_error, error = (float((y - reference).norm() / reference.norm()) for reference in references)
+
+    bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_P, pack_scales(pw.scale_O))) / w.numel()
+    float_ms, ms = _milliseconds(lambda: F.linear(x, w, bias)), _milliseconds(lambda: w4a4_linear(x, pw, bias, A, B))
+    return f"{bits:12.3f}{kernel_error:16.1e}{error:10.3f}{float_ms:10.2f}{ms:9.2f}"
+
+
+def main() -> None:
+    gen = torch.Generator().manual_seed(0)
+    print(f"{'layer':28s}{'bits/weight':>12s}{'vs dequantized':>16s}{'vs float':>10s}{'float ms':>10s}{'W4A4 ms':>9s}   (eager)")
+    for T, I, O in ((4096, 128, 128), (1024, 1024, 1024)):
+        name = f"linear {T} x {I} -> {O}"
+        print(f"{name:28s}{_row(T, I, O, gen)}")
+    print("invariant holds: the int32 sums equal the float64 products of the codes")
 
 
 if __name__ == "__main__":
