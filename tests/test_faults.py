@@ -48,7 +48,7 @@ def opened(out: Path, flags: str = TEACHER, **more):
 
 
 def theta() -> dict[str, torch.nn.Parameter]:
-    return {"a": torch.nn.Parameter(torch.arange(40.0)), "b": torch.nn.Parameter(torch.ones(3, 2))}
+    return {"a": torch.nn.Parameter(torch.arange(40.0)), "block": torch.nn.Parameter(torch.ones(3, 2))}
 
 
 def objective_of(params: dict[str, torch.nn.Parameter]):
@@ -74,7 +74,7 @@ class Killed(BaseException):
 def go(out: Path, cfg, end: int = 6) -> dict[str, torch.Tensor]:
     """The training in `out` goes on until it dies before update `end`; parameters and an average, as they were then."""
     params, rate = theta(), train.learning_rate
-    averages = {"b": params["b"].detach().clone()}
+    averages = {"block": params["block"].detach().clone()}
 
     def killed(peak, step, *more):
         if step == end:
@@ -84,7 +84,7 @@ def go(out: Path, cfg, end: int = 6) -> dict[str, torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(train, "learning_rate", killed)
         train.fit(cfg, out, params, objective_of(params), averages)
-    return params | {"average of b": averages["b"]}
+    return params | {"average": averages["block"]}
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -307,6 +307,20 @@ def test_metrics_have_each_update_once_whatever_a_kill_left(tmp_path, left):
     assert (tmp_path / "metrics.jsonl").read_text() == good
     go(tmp_path, cfg)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(6))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_trainings_end_with_the_same_bytes(tmp_path, optimizer):
+    """Catches a moment, a momentum, an average or a line that is not saved, or is given to another parameter."""
+    flags = f"{TEACHER} --optimizer {optimizer}"
+    expected = go(tmp_path / "whole", opened(tmp_path / "whole", flags))
+    cfg = opened(tmp_path / "r", flags)
+    for end in (3, 5, 6):
+        found = go(tmp_path / "r", cfg, end)
+    assert equal(found, expected)
+    same(tmp_path / "whole", tmp_path / "r")
+    state, _ = files.read_tensors(tmp_path / "r" / "state.safetensors", "")
+    assert ("momentum_buffer.block" in state) == (optimizer == "muon") and "exp_avg.a" in state
 
 
 # ------------------------------------------------------------------------------------------------ what is made again
