@@ -45,7 +45,7 @@ from *its own* state where the reference ends, so that what went wrong before is
 
 Dimension key: B batch, K phases, n solver steps, M components, D coordinates (demo); states are (B, ...) of any shape.
 Coefficients float64, states float32 (float64 stays). Left out on purpose: higher-order and stochastic samplers, loss
-weights over time, EMA targets, adversarial terms, devices without float64 (MPS).
+weights over time, adversarial terms, devices without float64 (MPS).
 """
 
 import copy

@@ -1,10 +1,14 @@
-// w4a4 of kernels.py as one C++ kernel: quantize once, unpack a panel of weights at a time, multiply, finish in registers.
+// w4a4_linear and w4a4_conv2d of kernels.py as one C++ kernel, in three steps:
 //
-//     rows     codes of every pixel as bytes, padded: (N, H + 2p, W + 2p, C). A window of a convolution is kh runs of
-//              kw C codes, so windows are read where they lie (no im2col); a linear layer is the case N = T, H = W = 1.
-//     panel    WIDTH output channels, unpacked (m q) and interleaved: (K / 4, WIDTH, 4); a lane of 32 bits holds 4 codes.
-//     tile     MR rows x WIDTH columns in registers: acc += lane(row) . lane(panel), for codes, bfloat16 or float32 alike.
-//     finish   y = s_x s_w acc + bias, then += low B^T, rounded once to the type of x; low = x' A^T is a tile product as well.
+//     1 Input       x quantized, once: the codes of every pixel as bytes, padded: (N, H + 2p, W + 2p, C). A window of a
+//                   convolution is kh runs of kw C codes, so windows are read where they lie (no im2col); a linear layer is
+//                   the case N = T, H = W = 1.
+//     2 Projection  low = x' A^T, (T, Rp): Rp is the rank, padded with zeros to whole lanes.
+//     3 Product     y = s_x s_w (X W^T) + bias + low B^T, rounded once to the type of x.
+//
+//     panel         WIDTH output channels, unpacked (m q) and interleaved: (K / 4, WIDTH, 4); a lane of 32 bits holds 4 codes.
+//     tile          MR rows x WIDTH columns in registers: acc += lane(row) . lane(panel), for codes, bfloat16 or float32 alike.
+//                   Its sums are scaled and the branch is added before they leave the registers.
 //
 // Every output is summed in one order, whatever the batch and the threads; sums of codes are exact int32. Both units multiply
 // unsigned by signed bytes:

@@ -2,13 +2,14 @@
 three for a convolution, whatever its rank, smoothing and bias.
 
     1 prepare   programs of three roles, which need nothing of each other and run side by side:
-                  low     low = x' A^T (parts, T, R), by tiles of 32 rows and, if these are few, by parts of K, which 3 adds up;
-                          R is the rank padded with zeros to a power of two, at least 32
+                  low     low = x' A^T (parts, T, RP), by tiles of 32 rows and, if these are few, by parts of K, which 3 adds up;
+                          RP is the rank padded with zeros to a power of two, at least 32 (0 without a branch)
                   unpack  W = m_w q_w, int8 (O, taps C)
                   rows    linear: X = m_x q_x, int8 (T, C), and s_x float32 (T);  convolution: bounds of each sample's parts
     2 pixels    convolution only: s_x from its sample's bounds, X int8 (N, H, W, C)
     3 product   y = s_x s_w (X W^T) + bias + low B^T in one pass over tiles of y; a convolution's windows are gathered from X
-                as they are read (im2col's matrix never exists). product_hopper for Hopper, bf16 and fp16; product for the rest
+                as they are read (im2col's matrix never exists). product_hopper for Hopper in bf16 and fp16 with strides of 1
+                and RP up to 256; product for everything else
 
 C is the channels padded to a multiple of 64, so that a K-block of 64 or 128 lies in one tap and no load over K needs a mask. X is 0
 there, W is whatever the memory held. Equations, layouts, NaN and inf: kernels.py, quant.py.
@@ -24,13 +25,16 @@ integers are, with inf above all numbers and NaN above inf. Maxima are taken of 
 
 Left out on purpose: unpacking inside of the product, a cache of unpacked weights, tiles chosen by trying (the two of TILES were
 within 5% of the best of ten on an H200, but for 320 outputs, and every other one has to be compiled for each rank).
-Dimension key: kernels.py; R padded rank.
+Kernels that are launched take every number by itself, because Triton compiles anew for the numbers inside of a tuple, whatever
+do_not_specialize says; functions inside of them take the eight of WINDOWS as one tuple.
+Dimension key: kernels.py; RP padded rank.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,12 +85,12 @@ def _scale(bits):
 
 
 @jit
-def _codes(x_RGg, bits_RG, s_R):
+def _codes(x_TGg, bits_TG, s_T):
     """m q, int8: m = ceil(b / s), q = round(x / (s m)) to even, by adding 1.5 * 2^23 (not to be fused with the product)."""
-    m = tl.ceil(tl.div_rn(bits_RG.to(tl.float32, bitcast=True), s_R[:, None]))
+    m = tl.ceil(tl.div_rn(bits_TG.to(tl.float32, bitcast=True), s_T[:, None]))
     m = tl.minimum(tl.maximum(m, 1.0), 16.0)
-    step = tl.div_rn(1.0, s_R[:, None] * m)
-    q = (x_RGg * step[:, :, None] + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    step = tl.div_rn(1.0, s_T[:, None] * m)
+    q = (x_TGg * step[:, :, None] + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     return (tl.minimum(tl.maximum(q, -8), 7) * m.to(tl.int32)[:, :, None]).to(tl.int8)
 
 
@@ -108,11 +112,11 @@ def _rows(x, inv_smooth, X, s, first, t_end, I, C, partial, BLOCK: tl.constexpr,
     v = _load(x, inv_smooth, t3, c, t3 < t_end, I)
     bits = tl.max(_bound(v), 2)
     if PARTS:
-        s_R = tl.zeros([ROWS], tl.float32) + _scale(tl.max(tl.load(partial + tl.arange(0, PARTS)), 0))
+        s_T = tl.zeros([ROWS], tl.float32) + _scale(tl.max(tl.load(partial + tl.arange(0, PARTS)), 0))
     else:
-        s_R = _scale(tl.max(bits, 1))
-    tl.store(X + t3.to(tl.int64) * C + c, _codes(v, bits, s_R), mask=(t3 < t_end) & (c < C))
-    tl.store(s + t, s_R, mask=t < t_end)
+        s_T = _scale(tl.max(bits, 1))
+    tl.store(X + t3.to(tl.int64) * C + c, _codes(v, bits, s_T), mask=(t3 < t_end) & (c < C))
+    tl.store(s + t, s_T, mask=t < t_end)
 
 
 @jit
@@ -147,23 +151,25 @@ def _unpack(codes, mult, W, first, O, G, Cp, C, taps, HALF: tl.constexpr, BLOCK:
 
 
 @jit
-def _window(t, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x):
+def _window(t, windows):
     """Sample and first row and column of the window of output pixel t."""
+    _, _, Ho, Wo, stride_y, stride_x, pad_y, pad_x = windows
     pixel = t % (Ho * Wo)
     return t // (Ho * Wo), pixel // Wo * stride_y - pad_y, pixel % Wo * stride_x - pad_x
 
 
 @jit
-def _low(x, inv_smooth, A, low, first, part, T, I, rank, parts, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x, KW: tl.constexpr,
-         TAPS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """low (parts, T, R) float32: K in chunks of CHUNK blocks, one for each part, or added here one by one if there is one part."""
-    t, r = first + tl.arange(0, ROWS), tl.arange(0, R)
-    n, y, z = _window(t, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x)
-    total = tl.zeros([ROWS, R], tl.float32)
-    acc = tl.zeros([ROWS, R], tl.float32)
+def _low(x, inv_smooth, A, low, first, part, T, I, rank, parts, windows, KW: tl.constexpr, TAPS: tl.constexpr, RP: tl.constexpr,
+         ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """low (parts, T, RP) float32: K in chunks of CHUNK blocks, one for each part, or added here one by one if there is one part."""
+    H, W = windows[0], windows[1]
+    t, r = first + tl.arange(0, ROWS), tl.arange(0, RP)
+    n, y, z = _window(t, windows)
+    total = tl.zeros([ROWS, RP], tl.float32)
+    acc = tl.zeros([ROWS, RP], tl.float32)
     blocks = tl.cdiv(I, BLOCK)
     last = tl.where(parts > 1, tl.minimum(part * CHUNK + CHUNK, TAPS * blocks), TAPS * blocks)
-    for i in tl.range(part * CHUNK, last, num_stages=3 if R <= 256 else 1):  # A's blocks of several stages are too large then
+    for i in tl.range(part * CHUNK, last, num_stages=3 if RP <= 256 else 1):  # A's blocks of several stages are too large then
         tap, c = i // blocks, i % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
         yt, zt = y + tap // KW, z + tap % KW
         ok = (t < T) & (yt >= 0) & (yt < H) & (zt >= 0) & (zt < W)
@@ -176,22 +182,23 @@ def _low(x, inv_smooth, A, low, first, part, T, I, rank, parts, H, W, Ho, Wo, st
         acc = tl.dot(v, a.T, acc, input_precision="ieee")
         if i % CHUNK == CHUNK - 1:
             total += acc
-            acc = tl.zeros([ROWS, R], tl.float32)
-    tl.store(low + (part * T + t)[:, None] * R + r[None, :], total + acc, mask=t[:, None] < T)
+            acc = tl.zeros([ROWS, RP], tl.float32)
+    tl.store(low + (part * T + t)[:, None] * RP + r[None, :], total + acc, mask=t[:, None] < T)
 
 
 @jit(do_not_specialize=["T", "M", "O", "G", "rank", "parts", "lows", "unpacks", *WINDOWS])
 def prepare(x, inv_smooth, codes, mult, A, X, s, W8, low, partial, T, M, I, O, G, Cp, C, rank, parts, H, W, Ho, Wo, stride_y,
             stride_x, pad_y, pad_x, lows, unpacks, KW: tl.constexpr, TAPS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
-            BLOCK: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, LOW_ROWS: tl.constexpr, LOW_BLOCK: tl.constexpr,
+            BLOCK: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, LOW_ROWS: tl.constexpr, LOW_BLOCK: tl.constexpr,
             CHUNK: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
     """Programs 0 .. lows - 1: low; the next `unpacks`: unpack; others: rows."""
     pid = tl.program_id(0)
     if pid < lows:
-        if R:
+        if RP:
             tiles = lows // parts
-            _low(x, inv_smooth, A, low, pid % tiles * LOW_ROWS, pid // tiles, M, I, rank, parts, H, W, Ho, Wo, stride_y, stride_x,
-                 pad_y, pad_x, KW, TAPS, R, LOW_ROWS, LOW_BLOCK, CHUNK)  # fmt: skip
+            windows = (H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x)
+            _low(x, inv_smooth, A, low, pid % tiles * LOW_ROWS, pid // tiles, M, I, rank, parts, windows, KW, TAPS, RP, LOW_ROWS,
+                 LOW_BLOCK, CHUNK)  # fmt: skip
     elif pid < lows + unpacks:
         _unpack(codes, mult, W8, (pid - lows) * HALVES, O, G, Cp, C, TAPS, HALF, HALVES)
     else:
@@ -208,6 +215,7 @@ def prepare(x, inv_smooth, codes, mult, A, X, s, W8, low, partial, T, M, I, O, G
 @jit(do_not_specialize=["HW"])
 def pixels(x, inv_smooth, X, s, partial, I, C, HW, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
            PARTS: tl.constexpr):  # fmt: skip
+    """Rows of a convolution's x, with the scale of their sample."""
     n = tl.program_id(1)
     first = n * HW + tl.program_id(0) * ROWS
     _rows(x, inv_smooth, X, s, first, n * HW + HW, I, C, partial + n * PARTS, BLOCK, GROUP, ROWS, PARTS)
@@ -226,7 +234,7 @@ def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @jit
-def _finish(acc, m0, n0, s, scale, bias, low, B, Y, M, N, rank, parts, per_scale, pixels_in, R: tl.constexpr, BM: tl.constexpr,
+def _finish(acc, m0, n0, s, scale, bias, low, B, Y, M, N, rank, parts, per_scale, pixels_in, RP: tl.constexpr, BM: tl.constexpr,
             BN: tl.constexpr):  # fmt: skip
     """y = (acc s_x) s_w + bias + low B^T. s has a value for each row of X; a sample's are all the same."""
     m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
@@ -234,11 +242,11 @@ def _finish(acc, m0, n0, s, scale, bias, low, B, Y, M, N, rank, parts, per_scale
     y = acc.to(tl.float32) * s_x[:, None] * tl.load(scale + n, mask=n < N, other=0)[None, :]
     if bias is not None:
         y += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    for i in tl.static_range(0, R, 64):
-        r = i + tl.arange(0, min(R, 64))
-        a = tl.zeros([BM, min(R, 64)], tl.float32)
+    for i in tl.static_range(0, RP, 64):
+        r = i + tl.arange(0, min(RP, 64))
+        a = tl.zeros([BM, min(RP, 64)], tl.float32)
         for part in range(parts):
-            a += tl.load(low + (part * M + m)[:, None] * R + r[None, :], mask=m[:, None] < M, other=0)
+            a += tl.load(low + (part * M + m)[:, None] * RP + r[None, :], mask=m[:, None] < M, other=0)
         b = tl.load(B + n[:, None] * rank + r[None, :], mask=(n[:, None] < N) & (r[None, :] < rank), other=0)
         y = tl.dot(a.to(Y.dtype.element_ty), b.to(Y.dtype.element_ty).T, y, input_precision="ieee")
     to = Y + m.to(tl.int64)[:, None] * N + n[None, :]
@@ -247,12 +255,13 @@ def _finish(acc, m0, n0, s, scale, bias, low, B, Y, M, N, rank, parts, per_scale
 
 @jit(do_not_specialize=["M", *WINDOWS])
 def product(X, W8, s, scale, bias, low, B, Y, M, N, C, rank, parts, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x,
-            KW: tl.constexpr, TAPS: tl.constexpr, INSIDE: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            KW: tl.constexpr, TAPS: tl.constexpr, INSIDE: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
             BK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """INSIDE: no window reaches over an edge."""
+    """y, a tile of BM x BN at a time. INSIDE: no window reaches over an edge."""
     tile_m, tile_n = _tile(M, N, BM, BN)
     k = tl.arange(0, BK)[None, :]
-    n, y, z = _window((tile_m * BM + tl.arange(0, BM)) % M, H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x)
+    windows = (H, W, Ho, Wo, stride_y, stride_x, pad_y, pad_x)
+    n, y, z = _window((tile_m * BM + tl.arange(0, BM)) % M, windows)
     row = (n * H + y) * W + z
     w = W8 + ((tile_n * BN + tl.arange(0, BN)) % N)[:, None] * (TAPS * C) + k
     acc = tl.zeros([BM, BN], tl.int32)
@@ -267,12 +276,13 @@ def product(X, W8, s, scale, bias, low, B, Y, M, N, C, rank, parts, H, W, Ho, Wo
             ok = (y + dy >= 0) & (y + dy < H) & (z + dz >= 0) & (z + dz < W)
             x = tl.load(from_x, mask=ok[:, None], other=0)
         acc = tl.dot(x, tl.load(w + i * BK).T, acc, out_dtype=tl.int32)
-    _finish(acc, tile_m * BM, tile_n * BN, s, scale, bias, low, B, Y, M, N, rank, parts, Ho * Wo, H * W, R, BM, BN)
+    _finish(acc, tile_m * BM, tile_n * BN, s, scale, bias, low, B, Y, M, N, rank, parts, Ho * Wo, H * W, RP, BM, BN)
 
 
 @gluon_jit
 def _fetch(X, W8, XS, WS, full, n, y, z, n0, i, blocks, KW: gl.constexpr, TAPS: gl.constexpr, BYTES: gl.constexpr,
            BK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Begins to copy K-block i, if there is one, to its stage of shared memory."""
     stage, there = i % STAGES, i < TAPS * blocks
     tap = i // blocks
     bar = full.index(stage)
@@ -282,27 +292,9 @@ def _fetch(X, W8, XS, WS, full, n, y, z, n0, i, blocks, KW: gl.constexpr, TAPS: 
 
 
 @gluon_jit
-def _pixels(row, n, y, z, Ho, Wo, BW: gl.constexpr):
-    """Row of Y for a row of the tile, and whether there is one."""
-    y, z = y + row // BW, z + row % BW
-    return (n * Ho + y) * Wo + z, (y < Ho) & (z < Wo)
-
-
-@gluon_jit(do_not_specialize=["M", "C", "tiles_m", "per_scale", "pixels_in", *WINDOWS])
-def product_hopper(X, W8, s, scale, bias, low, B, Y, M, N, C, rank, parts, tiles_m, Ho, Wo, pad_y, pad_x, per_scale, pixels_in,
-                   KW: gl.constexpr, TAPS: gl.constexpr, BW: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-                   BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """product with strides of 1, in Gluon: operands come by TMA, and a product is issued before the one ahead of it has ended,
-    which Triton's compiler does for floating-point sums only. X (N, H, W, C), of which a tile reads BM / BW x BW pixels, zeros
-    outside; a linear layer's is one picture of one line. W8 (O, TAPS C). R is at most 256."""
-    pid, tiles_n = gl.program_id(0), gl.cdiv(N, BN)
-    first = pid // (8 * tiles_n) * 8
-    tile = first + pid % (8 * tiles_n) % gl.minimum(tiles_m - first, 8)
-    n0 = pid % (8 * tiles_n) // gl.minimum(tiles_m - first, 8) * BN
-    across = gl.cdiv(Wo, BW)
-    tiles = across * gl.cdiv(Ho, BM // BW)
-    n, y, z = tile // tiles, tile % tiles // across * (BM // BW), tile % tiles % across * BW
-
+def _sums(X, W8, n, y, z, pad_y, pad_x, n0, C, KW: gl.constexpr, TAPS: gl.constexpr, BW: gl.constexpr, BM: gl.constexpr,
+          BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """int32 sums of a tile of outputs from y, z of sample n. A product is issued before the one ahead of it has ended."""
     XS = gl.allocate_shared_memory(gl.int8, [STAGES, 1, BM // BW, BW, BK], X.layout)
     WS = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], W8.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
@@ -322,30 +314,61 @@ def product_hopper(X, W8, s, scale, bias, low, B, Y, M, N, C, rank, parts, tiles
     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
     for i in gl.static_range(STAGES):
         hopper.mbarrier.invalidate(full.index(i))
+    return acc
+
+
+@gluon_jit
+def _pixels(row, n, y, z, Ho, Wo, BW: gl.constexpr):
+    """Row of Y for a row of the tile, and whether there is one."""
+    y, z = y + row // BW, z + row % BW
+    return (n * Ho + y) * Wo + z, (y < Ho) & (z < Wo)
+
+
+@gluon_jit
+def _add_branch(out, low, B, n, y, z, n0, M, N, rank, parts, Ho, Wo, BW: gl.constexpr, RP: gl.constexpr, BM: gl.constexpr,
+                BN: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """out + low B^T."""
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // RP, RP // 8], [WARPS, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, RP], DTYPE)
+    r = gl.arange(0, RP, gl.SliceLayout(0, lines))[None, :]
+    m, ok = _pixels(gl.arange(0, BM, gl.SliceLayout(1, lines)), n, y, z, Ho, Wo, BW)
+    o = n0 + gl.arange(0, BN, gl.SliceLayout(1, lines))[:, None]
+    a = gl.zeros([BM, RP], gl.float32, lines)
+    for part in range(parts):
+        a += gl.load(low + (part * M + m)[:, None] * RP + r, mask=ok[:, None], other=0)
+    b = gl.load(B + o * rank + r, mask=(o < N) & (r < rank), other=0).to(DTYPE)
+    AS = gl.allocate_shared_memory(DTYPE, [BM, RP], shared, a.to(DTYPE))
+    BS = gl.allocate_shared_memory(DTYPE, [BN, RP], shared, b)
+    hopper.fence_async_shared()
+    return hopper.warpgroup_mma(AS, BS.permute((1, 0)), out)
+
+
+@gluon_jit(do_not_specialize=["M", "C", "tiles_m", "per_scale", "pixels_in", *WINDOWS])
+def product_hopper(X, W8, s, scale, bias, low, B, Y, M, N, C, rank, parts, tiles_m, Ho, Wo, pad_y, pad_x, per_scale, pixels_in,
+                   KW: gl.constexpr, TAPS: gl.constexpr, BW: gl.constexpr, RP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+                   BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """product with strides of 1, in Gluon: operands come by TMA, and a product is issued before the one ahead of it has ended,
+    which Triton's compiler does for floating-point sums only. X (N, H, W, C), of which a tile reads BM / BW x BW pixels, zeros
+    outside; a linear layer's is one picture of one line. W8 (O, TAPS C). RP is at most 256."""
+    pid, tiles_n = gl.program_id(0), gl.cdiv(N, BN)
+    first = pid // (8 * tiles_n) * 8
+    tile = first + pid % (8 * tiles_n) % gl.minimum(tiles_m - first, 8)
+    n0 = pid % (8 * tiles_n) // gl.minimum(tiles_m - first, 8) * BN
+    across = gl.cdiv(Wo, BW)
+    tiles = across * gl.cdiv(Ho, BM // BW)
+    n, y, z = tile // tiles, tile % tiles // across * (BM // BW), tile % tiles % across * BW
+    acc = _sums(X, W8, n, y, z, pad_y, pad_x, n0, C, KW, TAPS, BW, BM, BN, BK, STAGES, WARPS)
 
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, min(BN, 128), 16])
     m, ok = _pixels(gl.arange(0, BM, gl.SliceLayout(1, sums)), n, y, z, Ho, Wo, BW)
     o = n0 + gl.arange(0, BN, gl.SliceLayout(0, sums))
     out = gl.convert_layout(acc, sums, assert_trivial=True).to(gl.float32)
-    out = (
-        out * gl.load(s + m // per_scale * pixels_in, mask=ok, other=0)[:, None] * gl.load(scale + o, mask=o < N, other=0)[None, :]
-    )
+    out *= gl.load(s + m // per_scale * pixels_in, mask=ok, other=0)[:, None]
+    out *= gl.load(scale + o, mask=o < N, other=0)[None, :]
     if bias is not None:
         out += gl.load(bias + o, mask=o < N, other=0).to(gl.float32)[None, :]
-    if R:
-        lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // R, R // 8], [WARPS, 1], [1, 0])
-        shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, R], Y.dtype.element_ty)
-        r = gl.arange(0, R, gl.SliceLayout(0, lines))[None, :]
-        m, ok = _pixels(gl.arange(0, BM, gl.SliceLayout(1, lines)), n, y, z, Ho, Wo, BW)
-        o = n0 + gl.arange(0, BN, gl.SliceLayout(1, lines))[:, None]
-        a = gl.zeros([BM, R], gl.float32, lines)
-        for part in range(parts):
-            a += gl.load(low + (part * M + m)[:, None] * R + r, mask=ok[:, None], other=0)
-        b = gl.load(B + o * rank + r, mask=(o < N) & (r < rank), other=0).to(Y.dtype.element_ty)
-        AS = gl.allocate_shared_memory(b.dtype, [BM, R], shared, a.to(b.dtype))
-        BS = gl.allocate_shared_memory(b.dtype, [BN, R], shared, b)
-        hopper.fence_async_shared()
-        out = hopper.warpgroup_mma(AS, BS.permute((1, 0)), out)
+    if RP:
+        out = _add_branch(out, low, B, n, y, z, n0, M, N, rank, parts, Ho, Wo, BW, RP, BM, BN, WARPS, Y.dtype.element_ty)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
     m, ok = _pixels(gl.arange(0, BM, gl.SliceLayout(1, wide)), n, y, z, Ho, Wo, BW)
     o = n0 + gl.arange(0, BN, gl.SliceLayout(0, wide))[None, :]
@@ -383,61 +406,111 @@ def _gpu(device: torch.device) -> tuple[bool, int]:
     return about.major == 9, about.multi_processor_count
 
 
+class Sizes(NamedTuple):
+    N: int  # pictures; a linear layer's rows are N pictures of one pixel
+    H: int
+    W: int
+    Ho: int
+    Wo: int
+    I: int
+    O: int
+    T: int  # rows of x
+    M: int  # rows of y
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    taps: int
+    Cp: int  # channels of a tap of the packed weight
+    C: int  # channels of a tap of X and W8
+    rank: int
+    RP: int
+    low_block: int  # of K, for low
+    parts: int  # of low
+
+    @property
+    def windows(self) -> tuple[int, ...]:  # WINDOWS
+        return (self.H, self.W, self.Ho, self.Wo, *self.stride, *self.padding)
+
+
+def _sizes(x_NHWC: Tensor, y_NHWO: Tensor, codes_OP: Tensor, A_rK: Tensor | None, *geometry: list[int]) -> Sizes:
+    (N, H, W, I), (_, Ho, Wo, O) = x_NHWC.shape, y_NHWO.shape
+    T, M, taps, rank = N * H * W, N * Ho * Wo, geometry[0][0] * geometry[0][1], 0 if A_rK is None else len(A_rK)
+    Cp = 2 * codes_OP.shape[1] // taps
+    C, RP = -(-Cp // 64) * 64, max(32, _power(rank)) if rank else 0
+    low_block = 128 if RP <= 64 else 32
+    few = _blocks(M, LOW_ROWS) <= FEW
+    parts = _blocks(taps * _blocks(I, low_block), CHUNK) if few else 1  # the same sums, by more programs
+    return Sizes(N, H, W, Ho, Wo, I, O, T, M, *geometry, taps, Cp, C, rank, RP, low_block, parts)
+
+
+def _prepare(
+    x: Tensor, codes: Tensor, mult: Tensor, A: Tensor | None, inv_smooth: Tensor | None, group: int, group_x: int,
+    per_sample: bool, size: Sizes,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Launches 1 and 2: X int8 (T, C), W8 int8 (O, taps C), s float32 (T,), low float32 (parts, M, RP)."""
+    X, W8 = (x.new_empty(n * size.C, dtype=torch.int8) for n in (size.T, size.O * size.taps))
+    s = x.new_empty(size.T, dtype=torch.float32)
+    low = x.new_empty(size.parts * size.M * size.RP, dtype=torch.float32) if size.RP else None
+    partial = x.new_empty(size.N * PARTS, dtype=torch.int32) if per_sample else None
+
+    block = _power(max(size.C, group_x))
+    rows, half = max(1, ROW_ELEMENTS // block), group // 2
+    halves = UNPACK_BYTES // half
+    row_groups = size.Cp * size.taps // group
+    lows = _blocks(size.M, LOW_ROWS) * size.parts if size.RP else 0
+    unpacks, others = _blocks(size.O * row_groups, halves), size.N * PARTS if per_sample else _blocks(size.T, rows)
+    options = dict(GROUP=group_x, BLOCK=block, ROWS=rows, num_warps=8 if block > 4096 else 4, enable_fp_fusion=False)
+    prepare[(lows + unpacks + others,)](
+        x, inv_smooth, codes, mult, A, X, s, W8, low, partial, size.T, size.M, size.I, size.O, row_groups, size.Cp, size.C,
+        size.rank, size.parts, *size.windows, lows, unpacks, KW=size.kernel[1], TAPS=size.taps, HALF=half, RP=size.RP,
+        LOW_ROWS=LOW_ROWS, LOW_BLOCK=size.low_block, CHUNK=CHUNK, PARTS=PARTS if per_sample else 0, HALVES=halves, **options,
+    )  # fmt: skip
+    if per_sample:
+        HW = size.H * size.W
+        pixels[(_blocks(HW, rows), size.N)](x, inv_smooth, X, s, partial, size.I, size.C, HW, PARTS=PARTS, **options)
+    return X, W8, s, low
+
+
+def _multiply(
+    X: Tensor, W8: Tensor, s: Tensor, low: Tensor | None, scale: Tensor, bias: Tensor | None, B: Tensor | None, y: Tensor,
+    per_sample: bool, size: Sizes,
+) -> None:  # fmt: skip
+    """Launch 3, into y."""
+    operands = (s, scale, bias, low, B, y, size.M, size.O, size.C, size.rank, size.parts)
+    hopper_gpu, processors = _gpu(y.device) if y.is_cuda else (False, 1)
+    tile = FLOAT32 if y.dtype == torch.float32 else TILES[_blocks(size.M, 128) * _blocks(size.O, 128) <= processors]
+    bm, bn, warps, stages = tile
+    bk = 128 if size.C % 128 == 0 else 64
+    options = dict(KW=size.kernel[1], TAPS=size.taps, RP=size.RP, BM=bm, BN=bn, BK=bk, STAGES=stages, num_warps=warps)
+    if hopper_gpu and tile is not FLOAT32 and max(size.stride) == 1 and size.RP <= 256:
+        n, h, w, ho, wo = (size.N, size.H, size.W, size.Ho, size.Wo) if per_sample else (1, 1, size.T, 1, size.T)
+        bw = _tile_width(bm, ho, wo)
+        tiles_m = n * _blocks(ho, bm // bw) * _blocks(wo, bw)
+        pixel, row = _layouts(bk)
+        from_x = TensorDescriptor(X, [n, h, w, size.C], [h * w * size.C, w * size.C, size.C, 1], [1, bm // bw, bw, bk], pixel)
+        from_w = TensorDescriptor(W8, [size.O, size.taps * size.C], [size.taps * size.C, 1], [bn, bk], row)
+        product_hopper[(tiles_m * _blocks(size.O, bn),)](
+            from_x, from_w, *operands, tiles_m, ho, wo, *size.padding, size.Ho * size.Wo, size.H * size.W,
+            BW=bw, WARPS=warps, **options,
+        )  # fmt: skip
+    else:
+        inside = size.padding[0] == size.padding[1] == 0
+        product[(_blocks(size.M, bm) * _blocks(size.O, bn),)](X, W8, *operands, *size.windows, INSIDE=inside, **options)
+
+
 def _run(
     x_NHWC: Tensor, codes_OP: Tensor, mult_P: Tensor, scale_O: Tensor, bias: Tensor | None, A_rK: Tensor | None,
     B_Or: Tensor | None, inv_smooth_I: Tensor | None, group: int, group_x: int, per_sample: bool, kernel: list[int],
     stride: list[int], padding: list[int],
 ) -> Tensor:  # fmt: skip
-    """(N, H', W', O); operands contiguous. A linear layer's rows are N pictures of one pixel."""
+    """(N, H', W', O); operands contiguous."""
     y = _empty(x_NHWC, codes_OP, kernel, stride, padding)
-    (N, H, W, I), (_, Ho, Wo, O) = x_NHWC.shape, y.shape
     if y.numel() == 0:
         return y
-    T, M, taps, rank = N * H * W, N * Ho * Wo, kernel[0] * kernel[1], 0 if A_rK is None else len(A_rK)
-    Cp = 2 * codes_OP.shape[1] // taps
-    C, R = -(-Cp // 64) * 64, max(32, _power(rank)) if rank else 0
-    X, W8 = (x_NHWC.new_empty(n * C, dtype=torch.int8) for n in (T, O * taps))
-    low_block, tiles = 128 if R <= 64 else 32, _blocks(M, LOW_ROWS)
-    parts = _blocks(taps * _blocks(I, low_block), CHUNK) if tiles <= FEW else 1  # the same sums, by more programs
-    s = x_NHWC.new_empty(T, dtype=torch.float32)
-    low = x_NHWC.new_empty(parts * M * R, dtype=torch.float32) if R else None
-    partial = x_NHWC.new_empty(N * PARTS, dtype=torch.int32) if per_sample else None
-
-    block = _power(max(C, group_x))
-    rows, half = max(1, ROW_ELEMENTS // block), group // 2
-    halves = UNPACK_BYTES // half
-    lows, unpacks = tiles * parts if R else 0, _blocks(O * (Cp * taps // group), halves)
-    options = dict(GROUP=group_x, BLOCK=block, ROWS=rows, num_warps=8 if block > 4096 else 4, enable_fp_fusion=False)
-    windows = (H, W, Ho, Wo, *stride, *padding)
+    size = _sizes(x_NHWC, y, codes_OP, A_rK, kernel, stride, padding)
     with torch.cuda.device_of(x_NHWC):
-        prepare[(lows + unpacks + (N * PARTS if per_sample else _blocks(T, rows)),)](
-            x_NHWC, inv_smooth_I, codes_OP, mult_P, A_rK, X, s, W8, low, partial, T, M, I, O, Cp * taps // group, Cp, C, rank,
-            parts, *windows, lows, unpacks, KW=kernel[1], TAPS=taps, HALF=half, R=R, LOW_ROWS=LOW_ROWS, LOW_BLOCK=low_block,
-            CHUNK=CHUNK, PARTS=PARTS if per_sample else 0, HALVES=halves, **options,
-        )  # fmt: skip
-        if per_sample:
-            pixels[(_blocks(H * W, rows), N)](x_NHWC, inv_smooth_I, X, s, partial, I, C, H * W, PARTS=PARTS, **options)
-
-        bk = 128 if C % 128 == 0 else 64
-        rest = (s, scale_O, bias, low, B_Or, y, M, O, C, rank, parts)
-
-        hopper_gpu, processors = _gpu(x_NHWC.device) if x_NHWC.is_cuda else (False, 1)
-        tile = FLOAT32 if x_NHWC.dtype == torch.float32 else TILES[_blocks(M, 128) * _blocks(O, 128) <= processors]
-        bm, bn, warps, stages = tile
-        options = dict(KW=kernel[1], TAPS=taps, R=R, BM=bm, BN=bn, BK=bk, STAGES=stages, num_warps=warps)
-        if hopper_gpu and tile is not FLOAT32 and max(stride) == 1 and R <= 256:
-            n, h, w, ho, wo = (N, H, W, Ho, Wo) if per_sample else (1, 1, T, 1, T)
-            bw = _tile_width(bm, ho, wo)
-            tiles_m = n * _blocks(ho, bm // bw) * _blocks(wo, bw)
-            pixel, row = _layouts(bk)
-            from_x = TensorDescriptor(X, [n, h, w, C], [h * w * C, w * C, C, 1], [1, bm // bw, bw, bk], pixel)
-            from_w = TensorDescriptor(W8, [O, taps * C], [taps * C, 1], [bn, bk], row)
-            product_hopper[(tiles_m * _blocks(O, bn),)](
-                from_x, from_w, *rest, tiles_m, ho, wo, *padding, Ho * Wo, H * W, BW=bw, WARPS=warps, **options
-            )
-        else:
-            inside = padding[0] == padding[1] == 0
-            product[(_blocks(M, bm) * _blocks(O, bn),)](X, W8, *rest, *windows, INSIDE=inside, **options)
+        X, W8, s, low = _prepare(x_NHWC, codes_OP, mult_P, A_rK, inv_smooth_I, group, group_x, per_sample, size)
+        _multiply(X, W8, s, low, scale_O, bias, B_Or, y, per_sample, size)
     return y
 
 

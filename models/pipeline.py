@@ -167,7 +167,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     folder: a run folder of train.py, whose other components come from the base that it names (`base`: another copy of it, a
     hub id, folder or single file), or a pipeline folder of save_pretrained. dtype: of everything that is not packed; default
     bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser (minutes, at the first call), in the mode
-    that is named, if one is: "reduce-overhead" makes CUDA graphs. Layers that a run compiled one by one are those of kernels.cpp on
+    that is named, if one is: "reduce-overhead" makes CUDA graphs. Layers that a run compiled one by one use the C++ kernel on
     a CPU. UserError with what to do."""
     folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
     dtype = dtype or (FAST if on_cpu else torch.bfloat16)

@@ -1,6 +1,6 @@
 """Mutation check: breaks central lines one at a time in a copy of the code and shows that a test fails for each.
 
-    python tests/mutate.py              all of them: an hour on two cores; Triton 3.8 has to be there for those of kernels_triton
+    python tests/mutate.py              all of them: an hour on two cores; Triton 3.8 has to be there for those of backends_gpu
     python tests/mutate.py PHRASE       those whose first column holds the phrase
 """
 
@@ -19,9 +19,9 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("windows that overlap", "kernels.py", "windows.contiguous().view", "windows.view", "kernels"),
     ("nibbles of the C++ kernel", "backends/cpu.cpp", "k = nibbles<0>(p, table", "k = nibbles<4>(p, table", "kernels"),
     ("stale scratch memory", "backends/cpu.cpp", "std::fill_n(rows_B, LANES * Rp, Low(0.f));", "", "kernels"),
-    ("order of a GPU's nibbles", "backends/gpu.py", "u >> high * 4", "u >> 4 - high * 4", "kernels_triton"),
-    ("a GPU's branch of the last part", "backends/gpu.py", "a += tl.load(low", "a = tl.load(low", "kernels_triton"),
-    ("a GPU's GPTQ feeds back the error", "backends/gptq_gpu.py", "w -= u[:, :, None]", "w += u[:, :, None]", "kernels_triton"),
+    ("order of a GPU's nibbles", "backends/gpu.py", "u >> high * 4", "u >> 4 - high * 4", "backends_gpu"),
+    ("a GPU's branch of the last part", "backends/gpu.py", "a += tl.load(low", "a = tl.load(low", "backends_gpu"),
+    ("a GPU's GPTQ feeds back the error", "backends/gptq_gpu.py", "w -= u[:, :, None]", "w += u[:, :, None]", "backends_gpu"),
     ("transposed GPTQ factor", "quant.py", "H = H.flip(0, 1)  # V", "H = H.flip(0, 1).t()", "quant"),
     ("one row overwrites its weight", "quant.py", "clone(memory_format=torch.contiguous_format)", "contiguous()", "quant"),
     ("clip range one step short", "quant.py", "MMAX, ZERO = -8, 7, 16, 8", "MMAX, ZERO = -8, 6, 16, 8", "quant"),
@@ -35,6 +35,10 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("a cost of nothing", "hgs_lora.py", "max(c, 1e-12) * H_K", "c * H_K", "hgs_lora"),
     ("anchor is the moving LoRA", "layers.py", "if self.use_anchor", "if not self.use_anchor", "layers"),
     ("budget counts O only", "qra.py", "ranks[name] * (O + K) for", "ranks[name] * O for", "qra"),
+    ("least rank of small budgets", "qra.py", "rank // 4 if least == -1", "min(4, rank) if least == -1", "qra"),
+    ("layers that are not let go of", "student.py", "layer.let_go()", "pass", "student"),
+    ("factors that are not shared", "student.py", "if self.readers[key]:", "if False:", "student"),
+    ("noise of the unsmoothed input", "student.py", "layer.smooth_I**2", "layer.smooth_I", "student"),
     ("phase edge off by one", "tdpt.py", "(edges >= t[:, None]).sum(1)", "(edges > t[:, None]).sum(1)", "tdpt"),
     ("T' belongs to the late stage", "tdpt.py", "stage_B += t < split_time", "stage_B += t <= split_time", "tdpt"),
     ("guidance convention", "tdpt.py", "return u + w * (c - u)", "return c + w * (c - u)", "tdpt"),
@@ -45,7 +49,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("damaged state becomes the previous", "run/state.py", "self.good = path == self.path", "self.good = True", "faults"),
     ("checksum skips the tail", "run/files.py", "while chunk := file.read(CHUNK):", "while chunk := b'':", "faults"),
     ("weights that changed", "run/files.py", 'b"".join(ends)', 'b""', "real"),
-    ("choices without the start", "models/plan.py", "process_count(), teacher_of(cfg), statistics)", "1, teacher_of(cfg), 0)", "real"),
+    ("choices without the start", "models/plan.py", "teacher_of(cfg), statistics)", "teacher_of(cfg), 0)", "real"),
     ("guidance of the student", "models/denoiser.py", 'about.get("guidance", denoiser.guidance)', "denoiser.guidance", "real"),
     ("guidance of a network without it", "models/family.py", "classifier_free=False", "classifier_free=True", "pretrained"),
     ("first step of the pipeline", "models/family.py", 'timestep_spacing="trailing"', 'timestep_spacing="leading"', "pipeline"),

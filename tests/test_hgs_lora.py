@@ -175,6 +175,12 @@ def test_gradients_of_a_layer_without_influence_or_of_another_shape():
         white.of_layer(torch.full((6, 6), torch.inf))
 
 
+def test_gradients_are_collected_where_something_reads_them():
+    """Catches passes that cost four times as much and that nothing uses, and a split or rule that is denied G."""
+    assert hgs_lora.wants_gradients("kron", "hgs", ()) and hgs_lora.wants_gradients("kron", "zero", ("spectrum",))
+    assert not hgs_lora.wants_gradients("kron", "qera", ()) and not hgs_lora.wants_gradients("input", "hgs", ("spectrum",))
+
+
 @given(st.integers(2, 16), st.integers(2, 16), H_KINDS, st.integers(0, 999))
 def test_factors_are_balanced_in_the_h_norm(O, K, kind, seed):
     """Catches: S on one side only, S^1/2 forgotten, unsorted components, strengths of other components."""

@@ -21,8 +21,9 @@ import sample
 import tdpt
 import train
 from layers import W4A4Conv2d, packed_class, packed_layers
-from models import checkpoint, family, pipeline
+from models import checkpoint, pipeline
 from models.denoiser import float_layers, from_blueprint
+from models.family import FAMILIES
 from run import files
 from run.common import UserError
 
@@ -39,7 +40,7 @@ def write_run(folder: Path, name: str, base: Path) -> Path:
     plan |= {"latent": [4, 8, 8] if name == "sdxl" else [16, 8, 8], "config": dict(net.config)}
     plan["config"].pop("_name_or_path")
     for i, (key, layer) in enumerate(float_layers(net).items()):
-        if (kind := family.precision(key)) == "16bit":
+        if (kind := FAMILIES[name].precision(key)) == "16bit":
             continue
         w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).detach()
         (O, K), taps, rank = w_OK.shape, layer.weight[0, 0].numel(), (2, 3, 0, 5)[i % 4]
@@ -486,7 +487,7 @@ def test_sample_draws_picture_i_from_the_noise_of_seed_plus_i(runs, tmp_path, na
     pipe = load(runs[name])
     two = sample.draw_with_pipeline(pipe, [PROMPT, "a cat"], 2, seed=5)
     assert two.shape == (2, 3, 64, 64) and torch.equal(two[1:], sample.draw_with_pipeline(pipe, ["a cat"], 2, seed=6))
-    twin = sample.real_base(pipe, str(files.read_config(runs[name])["network"]["base"]))
+    twin = sample.base_of(pipe, str(files.read_config(runs[name])["network"]["base"]))
     assert not any(packed_layers(denoiser_of(twin))) and twin.vae is pipe.vae
     assert twin.scheduler.config.get("use_dynamic_shifting", False) == (name == "flux")
     assert type(twin.scheduler).__name__ == ("EulerDiscreteScheduler" if name == "sdxl" else "FlowMatchEulerDiscreteScheduler")

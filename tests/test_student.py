@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import nn
 
+import hessian
 import hgs_lora
 import layers
 import qra
@@ -135,17 +136,26 @@ def test_layers_of_one_input_share_a_whitener_and_none_outlives_its_layer(monkey
     assert peak <= 2 and not alive, "the one of the caption waits for the second cross-attention"
 
 
-def test_what_a_layer_is_handed_out_with_is_let_go_of():
-    """Catches statistics, weights and factors that pile up in the list of layers."""
-    cfg = train.parse("--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096".split())
-    base = denoiser()
+@pytest.mark.parametrize("smooth", [0.0, 0.5])
+def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smooth):
+    """Catches W, H or N of another smoothing, and statistics and factors that pile up in the list of layers."""
+    cfg = train.parse(f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --smooth {smooth}".split())
+    base, before = denoiser(), None
     chosen = student.layers_to_quantize(cfg, base)
     cond = {"tokens": torch.randn(1, 77, base.net.text)}
-    before = None
     for layer in student.Calibration(cfg, base, chosen, cond, torch.randn(1, 4, 8, 8)):
-        assert layer.w_OK.shape == layer.shape and layer.white.R_OO is not None and layer.stats.count > 0
-        assert before is None or before.stats is before.w_OK is before.white is None
+        assert before is None or before.stats is before.w_OK is before.white is before.smooth_I is None
         before = layer
+        smoothed = bool(smooth) and layer.kind == "w4a4"
+        lam_I = layer.smooth_I if smoothed else torch.ones(layer.shape[1] // layer.taps)
+        assert (layer.smooth_I is not None) == smoothed and layer.white.R_OO is not None
+        W = layer.module.weight if layer.module.weight.dim() == 2 else layer.module.weight.permute(0, 2, 3, 1).flatten(1)
+        assert torch.equal(layer.w_OK, W * lam_I.repeat(layer.taps))
+        assert torch.equal(layer.white.H_KK, hessian.damp(hessian.smooth(layer.stats.H_KK, lam_I)))
+        if layer.kind == "w4a4":
+            torch.testing.assert_close(layer.white.noise_K, (layer.stats.noise_I / lam_I.square()).repeat(layer.taps).double())
+        else:
+            assert layer.white.noise_K is None
 
 
 # ---------------------------------------------------------------- rules for ranks

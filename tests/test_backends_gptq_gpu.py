@@ -58,7 +58,7 @@ def compare(monkeypatch, O, K, g, seed, correlated=True, dead=slice(0), strict=I
 
 
 @pytest.mark.parametrize("O,K,g", [(11, 192, 64), (5, 144, 16), (3, 256, 128), (4, 136, 8), (1, 64, 32)])
-@pytest.mark.parametrize("correlated", [False, True])
+@pytest.mark.parametrize("correlated", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_kernel_rounds_as_quant_does(monkeypatch, O, K, g, correlated):
     """Short last blocks, rows that do not fill a program, a group as wide as a block. Would catch: a mask, a column that is
     updated twice or not at all, an update that a group's search does not see, a code rounded half up."""
