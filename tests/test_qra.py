@@ -175,6 +175,19 @@ def test_qra_gain_is_the_product_of_variation_and_normalised_spectrum(beta):
     assert gains == pytest.approx([16**beta * s * s / 28 for s in (3, 2, 1)])
 
 
+def test_variation_gain_of_rank_i_is_g_over_i_for_every_rank_of_the_layer():
+    """Catches: a curve that begins at rank 2, and one that ends before or after min(O, K)."""
+    gains = qra.gains_variation({"a": (3, 5)}, {"a": {"variation": (2.0, 8.0)}}, 0.5, 0)["a"]
+    assert gains == pytest.approx([4 * 8 / i for i in (1, 2, 3)])
+
+
+def test_a_spectrum_of_16_bits_is_squared_in_float64():
+    """Catches: 1000 squared in float16, which is inf and would be refused, and squares that are rounded to 11 bits."""
+    sigma_r = torch.tensor([1000.0, 33.0], dtype=torch.float16)
+    gains = qra.gains_spectrum({"a": (2, 2)}, {"a": {"spectrum": sigma_r, "energy": 1.0}}, 0.5, 0)["a"]
+    assert gains == [1e6, 1089.0]
+
+
 def test_equal_variation_gives_uniform_ranks_whatever_the_shapes():
     """Catches: the variation method favouring small layers, which statistics alone give no reason for."""
     shapes = named([(64, 64), (64, 640), (320, 64), (128, 1152)])
