@@ -2,7 +2,7 @@
 
     python sample.py --checkpoint runs/tiny --prompt "a large red ring on the left, gray background" --steps 4 --out grid.png
     python sample.py --checkpoint runs/tiny --compare          rows: guided teacher (25 steps), fp consistency model, 4 bit
-    python sample.py --checkpoint runs/sdxl --prompt "a house by a river" --seed 3          SDXL and FLUX, by diffusers' pipeline
+    python sample.py --checkpoint runs/sdxl --prompt "a house by a river" --seed 3          models with public weights
     python sample.py --checkpoint runs/sdxl --compare          rows: the 16-bit base (25 steps) where it fits into memory, 4 bit
 
 Picture i of a call starts from the noise of seed + i, whatever the number of prompts, so a picture can be drawn again alone.
@@ -160,7 +160,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="grid.png")
     parser.add_argument("--compare", action="store_true", help="teacher, fp consistency model and the checkpoint in rows")
-    parser.add_argument("--base", default="", help="sdxl, flux: another copy of the base pipeline (hub id, folder or single file)")
+    parser.add_argument(
+        "--base", default="", help="public models: another copy of the base pipeline (hub id, folder or single file)"
+    )
     args = parser.parse_args(argv)
     if Path(args.out).suffix.lower() not in Image.registered_extensions() or not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"cannot write {args.out}: give --out a .png name in a folder that exists")  # before anything is drawn

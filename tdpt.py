@@ -187,7 +187,7 @@ def guided(teacher, w, null_cond):
 
     (diffusers' guidance_scale is this w; the LCM paper's w is ours - 1.) One batched call, unconditional half first.
     null_cond: tensors with leading dimension 1; entries of cond that it lacks (sizes, ids) keep the sample's value.
-    Not for embedded guidance (FLUX dev), where the guidance value is an entry of cond.
+    Not for networks that have guidance as an input (FLUX dev): there the value is `Denoiser.guidance`.
     """
     if w == 1:
         return teacher

@@ -1,4 +1,4 @@
-"""Latents and text embeddings of SDXL and FLUX, computed once: afterwards VAE and text encoders can leave memory.
+"""Latents and text embeddings of models with public weights, computed once: afterwards VAE and text encoders can leave memory.
 
     cache = CacheBuilder(folder, sources.captioned(spec), encode_pictures, encode_captions, key, resolution=1024).open_or_make()
     x0, cond = cache.latents(n, gen, local_rows)        a batch is of one bucket

@@ -72,7 +72,9 @@ def write_for_pipeline(folder: Path) -> Path:
     """README.md of a folder that save_pretrained wrote. UserError if none of its networks is packed."""
     config = next((path for path in folder.glob("*/config.json") if '"quant_method": "cmquant"' in path.read_text()), None)
     if config is None:
-        raise UserError(f"{folder} holds no packed network: quantize it with `python train.py --model sdxl --teacher {folder}`")
+        raise UserError(
+            f"{folder} holds no packed network: quantize it with `python train.py --model MODEL --teacher {folder} --cm LORA`"
+        )
     about = json.loads(config.read_text())
     family, packed = family_of(about), about["quantization_config"]
     steps, (height, width) = packed.get("steps", 4), (8 * side for side in packed["latent"][1:])  # not the base's own size

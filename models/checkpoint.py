@@ -34,7 +34,7 @@ def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
 
 
 def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> Denoiser:
-    """The architecture (name of a tiny one, or models.blueprint) with packed layers where `table` says so, and `tensors` loaded."""
+    """The architecture (name of an embedded one, or what denoiser.blueprint gave) with packed layers where `table` says so, and `tensors` loaded."""
     student = random_denoiser(name) if isinstance(name, str) else from_blueprint(name)
     try:
         place_packed(student.net, table)
@@ -100,7 +100,7 @@ def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lor
 
 
 def load_checkpoint(folder: str | Path) -> tuple[Denoiser, dict]:
-    """(the packed student, config.json). Tiny ones in models.FAST, others in their run's dtype. UserError for a missing,
+    """(the packed student, config.json). Embedded ones in denoiser.FAST, others in their run's dtype. UserError for a missing,
     unfinished, truncated or foreign checkpoint."""
     folder = Path(folder)
     about = files.read_config(folder)

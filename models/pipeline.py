@@ -1,4 +1,4 @@
-"""Checkpoints that travel: packed networks of SDXL and FLUX in diffusers' pipelines, and LoRAs in and out of them.
+"""Checkpoints that travel: packed networks of public models in diffusers' pipelines, and LoRAs in and out of them.
 
     from models import pipeline
     pipe = pipeline.load_pipeline("runs/sdxl")            from a run folder, or from a folder that save_pretrained wrote
@@ -19,11 +19,11 @@ packed layers take the place of float ones before weights are read. Stored:
 
 Scheduler.  The pipeline's steps are the jumps of tdpt.sample on path.grid(steps), the last one to clean data:
 
-    SDXL   DDIMScheduler, trailing spacing, set_alpha_to_one, eta 0: its timesteps are grid - 1. It finds the time to arrive at
+    UNets  DDIMScheduler, trailing spacing, set_alpha_to_one, eta 0: its timesteps are grid - 1. It finds the time to arrive at
            by subtracting 1000 // steps, so steps must divide 1000: 1, 2, 4, 5, 8.
     FLUX   FlowMatchEulerDiscreteScheduler with the path's shift, not that of the picture's size.
 
-SDXL takes guidance_scale=1.0 (no second call: guidance is distilled into the network), FLUX what it was trained with (--guidance,
+SDXL and Stable Diffusion take guidance_scale=1.0 (no second call: guidance is distilled into the network), FLUX what it was trained with (--guidance,
 3.5 by default: an input of the network). States are rounded to the pipeline's dtype between steps; in float32 they are
 tdpt.sample's.
 
@@ -141,7 +141,7 @@ def denoiser_of(pipe) -> nn.Module:
 
 
 def read_run(folder: Path) -> dict:
-    """config.json of a finished run on SDXL or FLUX. UserError for any other."""
+    """config.json of a finished run on a model with public weights. UserError for any other."""
     about = files.read_config(folder)
     if "layers" not in about:
         raise UserError(f"{folder} is an unfinished run: run its train.py command again")
@@ -176,7 +176,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
         net = denoiser_of(pipe)
         if net is None or not any(packed_layers(net)):
             raise UserError(
-                f"{folder} holds no packed pipeline: quantize it with `python train.py --model sdxl --teacher {folder}`"
+                f"{folder} holds no packed pipeline: quantize it with `python train.py --model MODEL --teacher {folder} --cm LORA`"
             )
     else:
         denoiser = load_denoiser(folder, dtype)
@@ -190,6 +190,9 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
             pipe = read_base(family.pipeline(), base, torch_dtype=dtype, **ours)
     config = quantization_config(net)
     pipe.default_sample_size = max(config.latent[1:])  # where a call names no size
+    if "sample_size" in net.config:  # StableDiffusionPipeline reads it there, and of what kind it is when it is made
+        net.register_to_config(sample_size=pipe.default_sample_size)
+        pipe._is_unet_config_sample_size_int = True
     pipe.to(device)
     if on_cpu and config.backend == "compile":
         set_backend(net, "native")
@@ -379,7 +382,7 @@ def save_pipeline(pipe, out: str | Path) -> None:
 
 
 def finish(out: Path, export: str) -> None:
-    """What a run of SDXL or FLUX leaves beside its weights: the card, and what --export asks for."""
+    """What a run on a model with public weights leaves beside its weights: the card, and what --export asks for."""
     write_card(out)
     if export == "lora":
         export_lora(out, out / "lora.safetensors")

@@ -1,6 +1,6 @@
 """How a run fits into memory: the planned peak of its training, the choice for a limit, and what is checked before it begins.
 
-Planned peak = what stays + the most that is alive besides (memory.py), in the worst of four moments:
+Planned peak = what stays + the most that is alive besides (models/memory.py), in the worst of four moments:
 
     start      the 16-bit network, what statistics and factors come to (--hessian-mb, Footprint.held; student.py), activations of
                calibration: 4 micro-batches forward, or one forward and backward; packed layers wait in main memory
@@ -155,7 +155,7 @@ def footprint_of(cfg) -> Footprint:
     if cfg.resolution:
         buckets(cfg.resolution)  # UserError
     family = FAMILIES[cfg.model]
-    side = pretrained.latent_side(skeleton_of(cfg), cfg.resolution)
+    side = pretrained.latent_side(family, skeleton_of(cfg), cfg.resolution)
     ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
     about = dict(
         dtype=cfg.torch_dtype,

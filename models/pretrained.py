@@ -108,7 +108,7 @@ def load_network(
     else:
         base = base or family.base
         net, scheduler = load_file(family, base, components, dtype) if is_file(base) else load_folder(family, base, weights, dtype)
-    side = latent_side(net, resolution)
+    side = latent_side(family, net, resolution)
     try:
         denoiser = Denoiser(family, net, scheduler, (family.latent_channels(net.config), side, side), base)
     except ValueError as error:
@@ -179,9 +179,9 @@ def check_file(family: Family, base: str, components: str) -> bool:
     return "v_pred" in keys
 
 
-def latent_side(net: nn.Module, resolution: int) -> int:
+def latent_side(family: Family, net: nn.Module, resolution: int) -> int:
     """Of square pictures of `resolution` pixels; 0: of the base's own."""
-    return resolution // FACTOR or int(getattr(net.config, "sample_size", 0) or 128)
+    return resolution // FACTOR or int(getattr(net.config, "sample_size", 0) or family.latent[1])
 
 
 def skeleton(name: str, base: str = "") -> nn.Module:

@@ -1,4 +1,4 @@
-"""What every file may need and none of ours is needed for: errors that a user can mend, processes, randomness, memory."""
+"""What any file may use, and what itself imports nothing of ours: errors that a user can mend, processes, randomness, memory."""
 
 import datetime
 import math

@@ -1,4 +1,4 @@
-"""Files of a run: written so that a kill at any moment loses nothing, with their own checksum, and never as a pickle.
+"""Files of a run: written so that a kill at any moment loses nothing, with their own checksum. No pickle is ever loaded.
 
     config.json          format version, every field of Config, versions; after training also the table of layers
     start.safetensors    the packed student before training, with its anchor A0, B0
@@ -131,7 +131,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict, run:
 
 
 def verify(path: Path, hint: str, run: str | None = None) -> dict:
-    """Info of a file that `write` wrote, all of which was compared with its checksum.
+    """Info of a file that `write_tensors` wrote, all of which was compared with its checksum.
 
     UserError if it is missing or damaged, or, where `run` is given, if it is another run's or has another name; `hint` says
     what to do."""

@@ -1,4 +1,4 @@
-"""models.py: tokens, layer policy on the real SDXL and FLUX shapes, the 16-bit LoRA, and files."""
+"""models/: tokens, layer policy on the real SDXL and FLUX shapes, the 16-bit LoRA, and files."""
 
 import copy
 import re

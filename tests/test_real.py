@@ -110,6 +110,19 @@ def test_the_finished_run_is_a_pipeline_that_draws_what_was_trained(finished, ba
     assert (ours - theirs).abs().max() < 0.02 * ours.std()
 
 
+def test_a_pipeline_of_a_single_file_draws_pictures_of_the_runs_size(finished, monkeypatch):
+    """Catches Stable Diffusion's pipeline, which asks what kind of size its UNet has while there is no UNet yet."""
+
+    def component(cls, what, family, base, components, **options):
+        return pretrained.from_pretrained(cls, base, **options)
+
+    monkeypatch.setattr(pretrained, "is_file", lambda base: True)
+    monkeypatch.setattr(pretrained, "load_component", component)
+    for name in ("sd15", "sdxl"):
+        pipe = pipeline.load_pipeline(finished[name], dtype=torch.float32)
+        assert pipe("a cat", num_inference_steps=1, guidance_scale=1.0).images[0].size == (64, 64)
+
+
 def test_sample_export_and_reload(real, finished, tmp_path):
     """Catches an exported LoRA that stock pipelines refuse, and a grid that sample.py does not write."""
     out = finished["sdxl"]
