@@ -304,7 +304,8 @@ ROWS = [((16, 1), (3, 3), (1, 1)), ((1, 32), (1, 3), (0, 1)), ((9, 3), (3, 3), (
 @backends
 @pytest.mark.parametrize("side, kernel_size, padding", ROWS)
 def test_windows_that_lie_in_one_row_are_read_as_they_lie(backend, side, kernel_size, padding):
-    """Catches windows that are a view with overlapping rows, which torch's int8 product misreads."""
+    """Catches windows that are a view with overlapping rows, which torch's int8 product misreads on CPUs with VNNI."""
+    assert kernels.im2col(torch.zeros(1, *side, 64, dtype=torch.int8), kernel_size, (1, 1), padding).is_contiguous()
     I, O, taps = 64, 16, kernel_size[0] * kernel_size[1]
     gw, x = grid_weight(O, I, 64, taps, 0), torch.randn(1, I, *side, generator=gen(0))
     y = on(backend)[1](x, kernels.pack(gw), None, None, None, None, 16, kernel_size, (1, 1), padding)
