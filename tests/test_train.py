@@ -621,6 +621,7 @@ def test_a_run_goes_on_with_less_at_a_time(weights, finished, without_report, tm
         assert abs(a - b) < 2e-2 * abs(b)  # sums in another order
 
 
+@pytest.mark.slow
 def test_a_rounding_and_an_initialisation_of_ones_own_are_one_line_each(weights, tmp_path, monkeypatch):
     """Catches names that are asked for where the table should be: a new rounding without H, a new start that is denied G."""
     monkeypatch.setitem(quant.ROUNDINGS, "mine", quant.round_gptq)
@@ -629,7 +630,7 @@ def test_a_rounding_and_an_initialisation_of_ones_own_are_one_line_each(weights,
     cond = sources.LiveExamples(sources.source(""), network).conditions(2, step_generator(0, 0), slice(None))
     x_T, base, built = torch.randn(2, *network.latent, generator=step_generator(1, 0)), fuse(network), []
     for names in ("--rounding gptq --init hgs", "--rounding mine --init mine"):
-        cfg = train.parse(f"{QUICK} {weights} --iters 1 {names}".split())
+        cfg = train.parse(f"{QUICK} {weights} --sampling-steps 1 --iters 1 {names}".split())
         built.append(build(cfg, copy.deepcopy(base), cond, x_T)[0].state_dict())
     assert all(torch.equal(built[0][key], built[1][key]) for key in built[0])
 
