@@ -237,8 +237,9 @@ def closing_report(out: Path, network: Denoiser, config: dict) -> None:
 
 @torch.no_grad()
 def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: bool) -> None:
-    """closing_report for models with public weights, whose quality no classifier of ours can judge: how far the checkpoint on disk is from the
-    fp consistency model in latents, signal over error in dB, from the same noises and captions, in the most of --sampling-steps.
+    """closing_report for models with public weights, whose quality no classifier of ours can judge: how far the checkpoint on disk
+    is from the fp consistency model in latents, signal over error in dB, from the same noises and captions, in the most of
+    --sampling-steps.
     Every process of a torchrun calls it (the teacher may be sharded), the leader loads the checkpoint and prints."""
     n, gen, steps = config["eval_n"], step_generator(config["seed"], 0, stream=5), files.most_steps(config)
     cond, x_T = examples.conditions(n, gen, slice(None)), torch.randn(n, *network.latent, generator=gen)

@@ -3,7 +3,8 @@
 The tiny models keep theirs in memory, at 32x32 pixels: `source(SPEC)` is a `Folder`, or, without SPEC, the procedural scenes. Both
 have batch(n, gen) -> pictures (n, 3, 32, 32) in [-1, 1] with n captions, and captions(n, gen).
 
-Models with public weights read pictures of any size, once, into a cache (data/cache.py). `captioned(SPEC)` finds out what --data names:
+Models with public weights read pictures of any size, once, into a cache (data/cache.py). `captioned(SPEC)` finds out what
+--data names:
 
     FOLDER             pictures with metadata.jsonl (lines {"file_name": .., "text": ..}) or NAME.txt beside NAME.png; sub-folders
     FOLDER, "X-*.tar"  WebDataset shards: KEY.jpg with KEY.txt, or KEY.json that has "caption" or "text", adjacent

@@ -34,7 +34,7 @@ def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
 
 
 def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> Denoiser:
-    """The architecture (name of an embedded one, or what denoiser.blueprint gave) with packed layers where `table` says so, and `tensors` loaded."""
+    """The architecture (name of an embedded one, or denoiser.blueprint's answer), packed where `table` says so, with `tensors`."""
     student = random_denoiser(name) if isinstance(name, str) else from_blueprint(name)
     try:
         place_packed(student.net, table)

@@ -5,8 +5,8 @@ latents and captions, its noise path, which of its layers may go to 4 bits, how 
 to and how that pipeline encodes captions. A new family is a new record in FAMILIES, and its miniature in the tests.
 
     tiny, tiny-flux      trained here (assets/), on procedural scenes, with a text encoder of their own (tiny.py)
-    sdxl, sd15, flux     public weights in diffusers' formats (models/pretrained.py); sd15 includes Stable Diffusion 2.x and SD-Turbo,
-                         which are the same classes at another width of the text
+    sdxl, sd15, flux     public weights in diffusers' formats (models/pretrained.py); sd15 includes Stable Diffusion 2.x and
+                         SD-Turbo, which are the same classes at another width of the text
 
 Conditioning `cond` is a dict of tensors with leading batch dimension B: tokens (B, L, D); pooled (B, D) where the network reads a
 pooled embedding; time_ids (B, 6) where it is told sizes (SDXL): original height and width, top and left of the crop, height and

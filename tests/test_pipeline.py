@@ -1,4 +1,4 @@
-"""models/pipeline.py and sample.py on public models in miniature: run folders, diffusers' own loading and saving, LoRAs, model card."""
+"""models/pipeline.py and sample.py on public models in miniature: run folders, loading and saving, LoRAs, model card."""
 
 import dataclasses
 import json
