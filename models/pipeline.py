@@ -24,8 +24,8 @@ Scheduler.  The pipeline's steps are the jumps of tdpt.sample on path.grid(steps
     FLUX   FlowMatchEulerDiscreteScheduler with the path's shift, not that of the picture's size.
 
 SDXL and Stable Diffusion take guidance_scale=1.0 (no second call: guidance is distilled into the network), FLUX what it was
-trained with (--guidance, 3.5 by default: an input of the network). States are rounded to the pipeline's dtype between steps; in float32 they are
-tdpt.sample's.
+trained with (--guidance, 3.5 by default: an input of the network). States are rounded to the pipeline's dtype between steps; in
+float32 they are tdpt.sample's.
 
 Left out on purpose: device_map and offloading of single layers, pipelines for inpainting and image-to-image (from_pipe gives them).
 """
