@@ -323,7 +323,7 @@ def test_two_processes_have_the_losses_of_one(real, finished, tmp_path, name, ex
         (("--cm", ""), "--cm is missing: name a consistency LoRA"),
         (("--data", "nowhere"), "check the path"),
         (("--teacher", "BROKEN"), "truncated or damaged"),
-        (("--targets", "anchor"), "must be EARLY,LATE"),
+        (("--targets", "anchor"), "makes 1 stages: --split must have 0 points"),
         (("--resolution", "100"), "multiple of 64"),
         (("--resolution", "-64"), "multiple of 64"),
     ],
