@@ -305,6 +305,14 @@ UNET = dict(
     precision=unet_precision,
     classifier_free=True,
 )
+STABLE_DIFFUSION = UNET | dict(
+    tokens=77,
+    scalar=lambda t, s, guidance: None,
+    path=vp_path,
+    part="unet",
+    few_step_scheduler=ddim_scheduler,
+    preset={"guidance": 7.5},
+)
 FLUX = dict(
     network=FluxTransformer2DModel,
     most_grid_points=math.inf,
@@ -343,44 +351,32 @@ SDXL = Family(
     build=sdxl_unet,
     is_one=lambda config: config.get("addition_embed_type") == "text_time" and config.get("in_channels") == 4,
     latent=(4, 128, 128),
-    tokens=77,
-    scalar=lambda t, s, guidance: None,
-    path=vp_path,
-    preset={"guidance": 7.5},
     base="stabilityai/stable-diffusion-xl-base-1.0",
-    part="unet",
     pipeline_name="StableDiffusionXLPipeline",
     encode=encode_sdxl,
     told_sizes=True,
     compare_guidance=5.0,
-    few_step_scheduler=ddim_scheduler,
     cm_example="latent-consistency/lcm-lora-sdxl",
     licences={
         "stable-diffusion-xl": ({"license": "openrail++"}, f"CreativeML Open RAIL++-M License ({SDXL_LICENCE})"),
     },
-    **UNET,
+    **STABLE_DIFFUSION,
 )
 SD15 = Family(
     name="sd15",
     build=sd15_unet,
     is_one=lambda config: config.get("addition_embed_type") is None and config.get("in_channels") == 4,
     latent=(4, 64, 64),
-    tokens=77,
-    scalar=lambda t, s, guidance: None,
-    path=vp_path,
-    preset={"guidance": 7.5},
     base="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    part="unet",
     pipeline_name="StableDiffusionPipeline",
     encode=encode_sd15,
     text_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     compare_guidance=7.5,
-    few_step_scheduler=ddim_scheduler,
     cm_example="latent-consistency/lcm-lora-sdv1-5",
     licences={
         "stable-diffusion-v1": ({"license": "creativeml-openrail-m"}, f"CreativeML Open RAIL-M License ({SD_LICENCE})"),
     },
-    **UNET,
+    **STABLE_DIFFUSION,
 )
 FLUX_DEV = Family(
     name="flux",

@@ -222,7 +222,8 @@ class Footprint:
         self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in packed_layers(self.student)]
         self.least = hessian.least_bytes(self.layers, gradients)
         self.sums = 8 * sum(K * K for _, K in self.layers), 8 * sum(O * O for O, _ in self.layers) * gradients  # of all H, all G
-        self.most = max(self.least, -(-2 * max(self.sums) >> 20) << 20)  # .. of all; --hessian-mb has to say it
+        # a budget for all layers at once, in whole MiB, as --hessian-mb gives it
+        self.most = max(self.least, -(-2 * max(self.sums) >> 20) << 20)
         self.guided = self.family.classifier_free
         trained = self.student if trains == "student" else self.teacher
         self.factors = sum(p.nbytes for p in trained.parameters() if p.requires_grad)

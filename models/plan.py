@@ -186,6 +186,11 @@ def plan_of(cfg, fp: Footprint, statistics: int | None) -> Plan:
     return plan(fp, cfg.batch, micro_of(cfg), cfg.checkpointing, teacher_of(cfg), process_count(), statistics)
 
 
+def main_memory_of(cfg, fp: Footprint, made: Plan) -> int:
+    """What one process needs of main memory for the start."""
+    return main_memory(fp, made, widest_factors(fp, cfg.rounding), cfg.device == "cpu")
+
+
 def dry_run(cfg) -> None:
     """Prints the table of layers, the planned peak, what the start needs of main memory and the run of the disk, and last the
     memory ratio. (For as many processes as the environment's RANK and WORLD_SIZE say.) UserError, after the table, if training
@@ -201,7 +206,7 @@ def dry_run(cfg) -> None:
     made = plan_of(cfg, fp, statistics)
     print(made)
     if made.statistics:
-        need = main_memory(fp, made, widest_factors(fp, cfg.rounding), cfg.device == "cpu")
+        need = main_memory_of(cfg, fp, made)
         print(f"  main memory for the start       {need / 1e9:8.3f} GB")
     print(f"  disk, without the cache         {fp.files / 1e9:8.3f} GB\n")
     print(f"memory_ratio: {ratio(merged if cfg.deploy == 'merged' else rows):.3f}")
@@ -209,8 +214,10 @@ def dry_run(cfg) -> None:
 
 def planned(cfg):
     """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of
-    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs); prints the planned peak, but for runs
-    that go on without a limit: most of a minute would tell them what they know. UserError if nothing fits."""
+    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs).
+
+    Prints the planned peak, except for a run that goes on without a limit, whose plan was printed when it began: planning takes
+    most of a minute. UserError if nothing fits."""
     out = Path(cfg.out)
     goes_on = (out / "state.safetensors").exists() if cfg.bits == 16 else checkpoint.has_start(out)
     fp = footprint_of(cfg)
@@ -258,7 +265,7 @@ def check_disk(cfg, fp: Footprint) -> None:
 def check_main_memory(cfg, fp: Footprint, made: Plan) -> None:
     """Prints what the start needs of main memory. UserError if there is less."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
-    need = processes * main_memory(fp, made, widest_factors(fp, cfg.rounding), cfg.device == "cpu")
+    need = processes * main_memory_of(cfg, fp, made)
     there = free_memory()
     if process_index() == 0:
         print(f"  main memory for the start       {need / 1e9:8.3f} GB")

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from data import scenes
-from models import tiny
 from models.denoiser import Denoiser, random_denoiser
 from models.pretrained import load_teacher
 from run.common import local_rows, process_count
@@ -38,7 +37,7 @@ def diffusion_losses(
 
     x, captions, strata, noise = (whole[local_rows()] for whole in (x, captions, strata, noise))
     for rows in micro_batches:
-        x0, eps = tiny.to_latents(x[rows]).to(cfg.device), noise[rows].to(cfg.device)
+        x0, eps = network.encode_pictures(x[rows]).to(cfg.device), noise[rows].to(cfg.device)
         t = times[(1000 * strata[rows]).long()].to(cfg.device)
         cond = network.encode([captions[row] for row in rows])
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):

@@ -39,11 +39,11 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 
 
 def join_processes(device: str) -> None:
-    """Become a rank of the torchrun that started this process, if one did; each has a GPU of its own."""
+    """Become a process of the torchrun that started this process, if one did; each has a GPU of its own."""
     if "RANK" in os.environ and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        hours = datetime.timedelta(hours=3)  # between two exchanges one rank may calibrate FLUX
+        hours = datetime.timedelta(hours=3)  # between two exchanges one process may calibrate FLUX
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=hours)
 
 

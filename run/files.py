@@ -244,7 +244,7 @@ def open_run(out: Path, config: dict, leader: bool, may_change: Set[str] = froze
             commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip()
         write_config(out, {"format": FORMAT, "config": config, "torch": torch.__version__, "commit": commit})
     if dist.is_initialized():
-        dist.barrier()  # from here on every rank finds a good config.json
+        dist.barrier()  # from here on every process finds a good config.json
         if not (out / "config.json").is_file():
             where = f"process {process_index()} does not see {out.absolute()}"
             raise UserError(f"{where}: give --out (and --cache) on a disk that all machines share")
