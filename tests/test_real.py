@@ -36,6 +36,22 @@ QUICK = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_footprint():
+    """Runs of one architecture and rank share what memory.Footprint simulates, most of their time."""
+    made, footprint_of = {}, plan.footprint_of
+
+    def shared(cfg):
+        key = tuple(getattr(cfg, name) for name in "model teacher resolution bits rank dtype group_w hessian init ranks".split())
+        if key not in made:
+            made[key] = footprint_of(cfg)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "footprint_of", shared)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real(tmp_path_factory) -> dict[str, str]:
     """Flags that name a miniature base, its consistency LoRA in diffusers' format, and prompts."""
