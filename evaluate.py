@@ -41,7 +41,7 @@ class SceneClassifier(nn.Module):
     """Classifier of scenes. forward: pictures (B, 3, 32, 32) in [-1, 1] -> features (B, 128); heads: features -> logits."""
 
     GROUPS = (len(scenes.SHAPES) + 1, len(scenes.COLORS), len(scenes.SIZES), len(scenes.PATTERNS))  # shape 0: nothing there
-    num_features = 128  # torchmetrics reads this
+    num_features = 128
 
     def __init__(self):
         super().__init__()
@@ -125,35 +125,25 @@ def load_classifier(path: Path = files.ASSETS / "classifier.safetensors") -> Sce
 
 
 @torch.no_grad()
-def features_of(classifier: SceneClassifier, pictures: torch.Tensor) -> torch.Tensor:
-    return torch.cat([classifier(part) for part in pictures.split(256)])
-
-
 def real_pictures(classifier: SceneClassifier, n: int = 4096) -> tuple[float, torch.Tensor]:
     """(prompt accuracy, features) of n rendered scenes."""
     parts, right = [], []
     for k in range(0, n, 256):
         gen = step_generator(REFERENCE_SEED, k)
         scene = scenes.random_scenes(min(256, n - k), gen)
-        parts.append(features_of(classifier, scenes.render(scene, gen)))
+        parts.append(classifier(scenes.render(scene, gen)))
         right.append(all_right(classifier, parts[-1], scene))
     return torch.cat(right).float().mean().item(), torch.cat(parts)
 
 
 def frechet(real: torch.Tensor, features: torch.Tensor) -> float:
     """Frechet distance of two sets of feature vectors (n, 128), by torchmetrics in float64."""
-    metric = FrechetInceptionDistance(_Identity(), normalize=True, input_img_size=(real.shape[1],), sync_on_compute=False)
-    metric.set_dtype(torch.float64)
+    network = nn.Identity()  # pictures -> features
+    network.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(network, sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(features.double(), real=False)
     return metric.compute().item()
-
-
-class _Identity(nn.Module):
-    num_features = SceneClassifier.num_features
-
-    def forward(self, features):
-        return features
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -182,7 +172,7 @@ class Judge:
         return torch.cat(parts)
 
     def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
-        features = features_of(self.classifier, pictures)
+        features = torch.cat([self.classifier(part) for part in pictures.split(256)])
         right = all_right(self.classifier, features, self.scene).float().mean().item()
         row = {"frechet": frechet(self.real, features), "prompt_accuracy": right}
         return row if fp is None else row | {"psnr_to_fp": psnr(pictures, fp)}
@@ -245,11 +235,8 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
     cond, x_T = examples.conditions(n, gen, slice(None)), torch.randn(n, *network.latent, generator=gen)
 
     def draw(model, denoiser) -> torch.Tensor:
-        parts = []
-        for rows in torch.arange(n).split(config["micro"] or n):
-            cond_r = {k: v[rows].to(config["device"]) for k, v in cond.items()}
-            parts.append(tdpt.sample(model, denoiser.path, x_T[rows].to(config["device"]), cond_r, steps).float().cpu())
-        return torch.cat(parts)
+        parts = sources.in_parts(x_T, cond, config["micro"], config["device"])
+        return torch.cat([tdpt.sample(model, denoiser.path, *part, steps).float().cpu() for part in parts])
 
     fp = draw(as_cm(network), network)
     if not leader:
@@ -279,9 +266,7 @@ def fp_pictures(file: str, judge: Judge, network: Denoiser, steps: int, config: 
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "evaluate.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py wrote")
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), default=4)
     parser.add_argument("--n", type=int, default=2048, help="pictures, at least 256")

@@ -151,9 +151,7 @@ def main_embedded(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "sample.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py or save_pretrained wrote")
     parser.add_argument("--prompt", action="append", help="caption; repeat for several (default: eight of our own)")
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), default=4)

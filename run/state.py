@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -111,12 +112,11 @@ class TrainingState:
         self.lines += line
         try:
             with open(self.metrics, "a") as file:
-                written = os.write(file.fileno(), line.encode())  # no buffer that is written again when the file is closed
-            error = "disk full" if written < len(line) else ""
-        except OSError as full:
-            error = full
-        if error:
-            raise UserError(f"cannot write {self.metrics} ({error}): free some space and run the same command again to resume")
+                if os.write(file.fileno(), line.encode()) < len(line):  # no buffer that is written again when the file is closed
+                    raise OSError("disk full")
+        except OSError as error:
+            where = f"cannot write {self.metrics} ({error})"
+            raise UserError(f"{where}: free some space and run the same command again to resume") from None
 
     def save(self, step: int, stopping: bool = False) -> None:
         """Write the state after `step` updates; a good one that is there becomes the previous one.
@@ -133,8 +133,11 @@ class TrainingState:
             tensors |= {f"ema.{k}": average for k, average in self.averages.items()}
             tensors["metrics.jsonl"] = torch.tensor(list(self.lines.encode()), dtype=torch.uint8)
             if self.good:
-                with files.atomic(self.previous) as file:
-                    files.link_or_copy(self.path, file)  # the first one stays until the new state takes it
+                with files.atomic(self.previous) as file:  # a link, so that the first name stays until the new state takes it
+                    try:
+                        os.link(self.path, file)
+                    except OSError:  # the file system has none
+                        shutil.copyfile(self.path, file)
             files.write_tensors(self.path, tensors, {"step": step, "start": files.recorded_checksum(self.start)}, self.run)
             self.good = True
         stop.wait = step < self.steps
