@@ -59,13 +59,14 @@ class SceneClassifier(nn.Module):
         return self.trunk(pictures)
 
     def heads(self, features):
-        """[shape, color, size, pattern logits (B, P, n)], background (B, 3), texture (B, 3)."""
+        """Logits: background, texture (B, 1, 3), and by place shape, color, size, pattern (B, P, n)."""
         at_place = self.objects(features).view(len(features), len(scenes.PLACES), -1)
-        return at_place.split(self.GROUPS, -1), self.background(features), self.texture(features)
+        return self.background(features)[:, None], self.texture(features)[:, None], *at_place.split(self.GROUPS, -1)
 
 
-def truth(scene: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Attributes by place (B, P, 4) int64: shape + 1 (0 nothing), color, size, pattern; -1 where nothing has no attribute."""
+def truth(scene: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """What `heads` should find, int64: background, texture (B, 1), and by place (B, P) shape + 1 (0 nothing), color, size, pattern;
+    -1 where nothing has no attribute."""
     n = len(scene["count"])
     at = torch.full((n, len(scenes.PLACES), 4), -1)
     at[:, :, 0] = 0
@@ -73,25 +74,19 @@ def truth(scene: dict[str, torch.Tensor]) -> torch.Tensor:
         b = (slot < scene["count"]).nonzero().squeeze(1)
         seen = [scene[key][b, slot] for key in ("shape", "color", "size", "pattern")]
         at[b, scene["place"][b, slot]] = torch.stack([seen[0] + 1, *seen[1:]], 1)
-    return at
+    return scene["background"][:, None], scene["texture"][:, None], *at.unbind(2)
 
 
 def all_right(classifier: SceneClassifier, features: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
     """(B,) bool: every attribute of the scene is read back."""
-    objects, background, texture = classifier.heads(features)
-    at = truth(scene)
-    right = (torch.stack([logits.argmax(-1) for logits in objects], -1) == at) | (at == -1)
-    return right.flatten(1).all(1) & (background.argmax(1) == scene["background"]) & (texture.argmax(1) == scene["texture"])
+    pairs = zip(classifier.heads(features), truth(scene), strict=True)
+    return torch.cat([(logits.argmax(-1) == at) | (at == -1) for logits, at in pairs], 1).all(1)
 
 
 def classifier_loss(classifier: SceneClassifier, pictures: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of cross-entropies over attributes."""
-    objects, background, texture = classifier.heads(classifier(pictures))
-    at = truth(scene)
-    loss = F.cross_entropy(background, scene["background"]) + F.cross_entropy(texture, scene["texture"])
-    for i, logits in enumerate(objects):
-        loss = loss + F.cross_entropy(logits.flatten(0, 1), at[..., i].flatten(), ignore_index=-1)
-    return loss
+    pairs = zip(classifier.heads(classifier(pictures)), truth(scene), strict=True)
+    return sum(F.cross_entropy(logits.flatten(0, 1), at.flatten(), ignore_index=-1) for logits, at in pairs)
 
 
 def train_classifier(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e-3) -> None:
@@ -199,30 +194,32 @@ def network_report(network: Denoiser, config: dict, cm: bool) -> dict[str, dict[
     return rows
 
 
-def printed_size(out: Path, student: Denoiser) -> dict[str, float]:
+def write_report(out: Path, student: Denoiser, steps: int, n: int, scores: dict, said: str) -> float:
+    """The size of a checkpoint and its scores, printed (the scores as `said`) and in report.json -> packed size / that in bf16."""
     s = checkpoint.packed_size(student)
     ratio = s["mb"] / s["mb_bf16"]
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
     print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
-    return s
+    print(said)
+    with files.atomic(out / "report.json") as file:
+        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scores}, indent=1))
+    return ratio
 
 
 def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
     student, _ = checkpoint.load_checkpoint(out)
-    s = printed_size(out, student)
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
         captions = sources.source(config["data"]).captions(config["eval_n"], step_generator(4321, 0))
         drawn = [draw(m, d, captions, 4, 4321) for m, d in ((as_cm(network), network), (student, student))]
         rows = {"w4a4": {"psnr_to_fp": psnr(*drawn)}}
-        print(f"4 steps, {len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model")
+        said = f"{len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model"
     else:
         judge = Judge(config["eval_n"], 4321, reference=2048)
         fp = judge.draw("fp", as_cm(network), network, 4)
         rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
-        print(f"4 steps, {config['eval_n']} pictures\n{table(rows)}")
-    with files.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
+        said = f"{config['eval_n']} pictures\n{table(rows)}"
+    write_report(out, student, 4, config["eval_n"], rows, f"4 steps, {said}")
 
 
 @torch.no_grad()
@@ -243,11 +240,9 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
         return
     student, _ = checkpoint.load_checkpoint(out)
     drawn = draw(student.to(config["device"]), student)
-    s, snr = printed_size(out, student), 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
-    print(f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model")
-    with files.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": steps, "n": n, **s, "latent_snr_to_fp": snr}, indent=1))
-    print(f"memory_ratio: {s['mb'] / s['mb_bf16']:.3f}")
+    snr = 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
+    said = f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model"
+    print(f"memory_ratio: {write_report(out, student, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
 
 
 def fp_pictures(file: str, judge: Judge, network: Denoiser, steps: int, config: dict) -> torch.Tensor:

@@ -185,19 +185,7 @@ class CacheBuilder:
 
     def _make_shard(self, k: int, rows: Iterator) -> None:
         """Reads and encodes the rows of shard k, at most 8 of one bucket at a time, and writes the file."""
-        groups, skipped = self._read(rows)
-        parts, gen = defaultdict(list), step_generator(0, k, stream=4)
-        for bucket, group in groups.items():
-            for i in range(0, len(group), BATCH):
-                for name, tensor in self._encode(bucket, group[i : i + BATCH], gen).items():
-                    parts[f"{bucket}/{name}"].append(tensor)
-        tensors = {name: torch.cat(part) for name, part in parts.items()}
-        info = {"rows": {bucket: len(group) for bucket, group in groups.items()}, "skipped": skipped}
-        files.write_tensors(shard_file(self.folder, k), tensors, info, self.run)
-
-    def _read(self, rows: Iterator) -> tuple[dict[str, list[tuple]], list[str]]:
-        """({bucket: [(key, caption, pixels, time_ids)]} by name, the pictures that could not be read)."""
-        groups, skipped = defaultdict(list), []
+        groups, skipped = defaultdict(list), []  # bucket -> (key, caption, pixels, time_ids) of each row; unreadable pictures
         for key, caption, opened in rows:
             bucket, pixels, ids = "drawn" if self.draw else "prompts", None, None
             if opened is not None:
@@ -209,7 +197,15 @@ class CacheBuilder:
                 bucket = f"{ids[4]}x{ids[5]}"
             caption = caption.encode(errors="replace").decode()  # halves of surrogate pairs, which tokenizers refuse
             groups[bucket].append((key, caption, pixels, ids))
-        return dict(sorted(groups.items())), skipped
+
+        parts, gen = defaultdict(list), step_generator(0, k, stream=4)
+        for bucket, group in sorted(groups.items()):
+            for i in range(0, len(group), BATCH):
+                for name, tensor in self._encode(bucket, group[i : i + BATCH], gen).items():
+                    parts[f"{bucket}/{name}"].append(tensor)
+        tensors = {name: torch.cat(part) for name, part in parts.items()}
+        info = {"rows": {bucket: len(group) for bucket, group in sorted(groups.items())}, "skipped": skipped}
+        files.write_tensors(shard_file(self.folder, k), tensors, info, self.run)
 
     def _encode(self, bucket: str, group: list[tuple], gen: torch.Generator) -> dict[str, Tensor]:
         """cond and, but for "prompts", latents of some rows of a bucket, as they are stored."""
@@ -256,8 +252,8 @@ def stored(name: str, tensor: Tensor, keys: tuple[str, ...]) -> Tensor:
     return tensor.contiguous()
 
 
-class Cache(sources.Examples):
-    """Examples of a finished cache, read row by row from memory-mapped files. cond is on the CPU.
+class Cache:
+    """Examples (sources.LiveExamples) of a finished cache, read row by row from memory-mapped files. cond is on the CPU.
 
     Rows are counted by buckets in the order of their names, inside of a bucket by shards. Attributes: pieces, (bucket, shard) of
     each part of a shard, in this order; ends, the number of rows up to the end of each; last, that of each bucket; skipped."""
@@ -332,7 +328,7 @@ class Trajectories:
 
     SHARD = 128  # captions
 
-    def __init__(self, folder: Path, teacher, network, examples: sources.Examples, n: int, times, seed: int, micro: int, device):
+    def __init__(self, folder: Path, teacher, network, examples, n: int, times, seed: int, micro: int, device):
         """teacher: the guided one, as tdpt.rollout_states takes it. network says path and latent shape. micro: captions that are
         drawn at a time on `device`; 0: a shard."""
         self.times = times

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
 
 import huggingface_hub
 import numpy as np
@@ -130,36 +129,27 @@ def source(path: str = "") -> scenes.Scenes | Folder:
     return Folder(path) if path else scenes.Scenes()
 
 
-class Examples(Protocol):
-    """What training asks of its data: `LiveExamples` for the tiny models, `cache.Cache` for the others.
+class LiveExamples:
+    """What training asks of its data, for a tiny model: drawn and encoded by `network` when it is asked for. The other models have
+    a `cache.Cache`.
 
     Every process draws the whole batch of n from `gen` and keeps `local_rows` of it, so that several processes see together what
     one sees alone. cond is a dict of tensors, batch first."""
 
-    def latents(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents (m, C, H, W) float32 of pictures, and cond of their captions."""
-
-    def conditions(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> dict[str, Tensor]:
-        """cond of captions alone."""
-
-    def null(self) -> dict[str, Tensor]:
-        """cond of the unconditional branch, batch 1."""
-
-
-class LiveExamples(Examples):
-    """Examples of a tiny model, drawn and encoded by `network` when they are asked for."""
-
     def __init__(self, source: scenes.Scenes | Folder, network):
         self.source, self.network = source, network
 
-    def latents(self, n, gen, local_rows=slice(None)):
+    def latents(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (m, C, H, W) float32 of pictures, and cond of their captions."""
         pictures, captions = self.source.batch(n, gen)
         return self.network.encode_pictures(pictures)[local_rows], self.network.encode(captions[local_rows])
 
-    def conditions(self, n, gen, local_rows=slice(None)):
+    def conditions(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> dict[str, Tensor]:
+        """cond of captions alone."""
         return self.network.encode(self.source.captions(n, gen)[local_rows])
 
-    def null(self):
+    def null(self) -> dict[str, Tensor]:
+        """cond of the unconditional branch, batch 1."""
         return self.network.encode([scenes.UNCONDITIONAL])
 
 

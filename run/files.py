@@ -142,16 +142,15 @@ def verify(path: Path, hint: str, run: str | None = None, sealed: bool = True) -
     return {k: v for k, v in info.items() if k != "sha256"}
 
 
-def read_verified(path: Path, hint: str, run: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+def read_verified(path: Path, hint: str, run: str | None = None, sealed: bool = True) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and info of a verified file."""
-    info = verify(path, hint, run)
+    info = verify(path, hint, run, sealed)
     return load_file(path), info
 
 
 def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """The same of a file that may be somebody else's: without checksum, of any run and name."""
-    info = verify(path, hint, sealed=False)
-    return load_file(path), info
+    """The same of a file that may be somebody else's, without checksum."""
+    return read_verified(path, hint, sealed=False)
 
 
 def is_good(path: Path, run: str, otherwise: str) -> bool:

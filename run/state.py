@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from run import files
 from run.common import UserError, process_index
@@ -73,10 +74,10 @@ class MicroBatches:
 
     finish: go on to the end all the same; processes that share a teacher wait for each other's calls."""
 
-    def __init__(self, parts: tuple[torch.Tensor, ...], finish: bool = False):
+    def __init__(self, parts: tuple[Tensor, ...], finish: bool = False):
         self.parts, self.finish, self.given_up = parts, finish, False
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:
         for part in self.parts:
             if stop.asked and not self.finish:
                 self.given_up = True
@@ -90,14 +91,7 @@ class TrainingState:
 
     MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
-    def __init__(
-        self,
-        out: Path,
-        params: dict[str, torch.Tensor],
-        optimizers: list[torch.optim.Optimizer],
-        averages: dict[str, torch.Tensor],
-        steps: int,
-    ):
+    def __init__(self, out: Path, params: dict[str, Tensor], optimizers: list, averages: dict[str, Tensor], steps: int):
         self.path, self.previous = out / "state.safetensors", out / "state-previous.safetensors"
         self.start, self.metrics, self.run = out / "start.safetensors", out / "metrics.jsonl", files.run_digest(out)
         self.params, self.averages, self.steps = params, averages, steps
@@ -166,7 +160,7 @@ class TrainingState:
         stop.wait = info["step"] < self.steps
         return info["step"]
 
-    def _newest(self) -> tuple[dict[str, torch.Tensor], dict]:
+    def _newest(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors and info of the newest good state; ({}, {"step": 0}) where there is none at all."""
         found, damage = [path for path in (self.path, self.previous) if path.exists()], []
         for path in found:
