@@ -99,8 +99,7 @@ def train_classifier(path: Path, steps: int = 3000, batch: int = 128, lr: float 
         scene = scenes.random_scenes(batch, gen)
         pictures = scenes.render(scene, gen)
         pictures += 0.03 * torch.randn(pictures.shape, generator=gen) * torch.rand(batch, 1, 1, 1, generator=gen)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.autocast("cpu", torch.bfloat16, enabled=FAST == torch.bfloat16):
             loss = classifier_loss(classifier, pictures, scene)
         optimizer.zero_grad()
@@ -157,14 +156,12 @@ class Judge:
         _, self.real = real_pictures(self.classifier, reference)
 
     def rendered(self) -> dict[str, float]:
-        """Scores of the renderer itself on the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet."""
+        """Scores of the renderer itself on the same prompts: the row "real"."""
         return self.score(scenes.render(self.scene, step_generator(self.seed, 1)))
 
     def draw(self, name: str, model, denoiser: Denoiser, steps: int) -> torch.Tensor:
-        parts, size = [], 64
-        for i in tqdm(range(0, len(self.captions), size), desc=f"{name}, {steps} steps", leave=False):
-            parts.append(draw(model, denoiser, self.captions[i : i + size], steps, 1_000_000 * self.seed + i))
-        return torch.cat(parts)
+        starts = tqdm(range(0, len(self.captions), 64), desc=f"{name}, {steps} steps", leave=False)
+        return torch.cat([draw(model, denoiser, self.captions[i : i + 64], steps, 1_000_000 * self.seed + i) for i in starts])
 
     def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
         features = torch.cat([self.classifier(part) for part in pictures.split(256)])
@@ -280,9 +277,8 @@ def main(argv: list[str]) -> None:
     if args.n < 256:
         raise UserError(f"--n {args.n} is too few for the covariance of {SceneClassifier.num_features} features: use 256 or more")
     if not FAMILIES[model := files.read_config(Path(args.checkpoint))["config"]["model"]].embedded:
-        raise UserError(
-            f"the classifier knows nothing of {model}'s pictures: see {args.checkpoint}/report.json, draw with sample.py"
-        )
+        advice = f"see {args.checkpoint}/report.json, draw with sample.py"
+        raise UserError(f"the classifier knows nothing of {model}'s pictures: {advice}")
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
     network = pretrained.load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
@@ -296,8 +292,7 @@ def main(argv: list[str]) -> None:
     fp = fp_pictures(args.fp_pictures, judge, network, args.steps, config)
     rows["fp"] = judge.score(fp) | {"steps": args.steps}
     rows["w4a4"] = judge.score(judge.draw("w4a4", student, student, args.steps), fp) | {"steps": args.steps}
-    print(f"{args.n} pictures, seed {args.seed}")
-    print(table(rows))
+    print(f"{args.n} pictures, seed {args.seed}\n{table(rows)}")
     if args.json:
         with files.atomic(Path(args.json)) as file:
             file.write_text(json.dumps(rows, indent=1))

@@ -1,9 +1,5 @@
 """Latents and text embeddings of models with public weights, computed once: afterwards VAE and text encoders can leave memory.
 
-    cache = CacheBuilder(folder, sources.captioned(spec), encode_pictures, encode_captions, key, resolution=1024).open_or_make()
-    x0, cond = cache.latents(n, gen, local_rows)        a batch is of one bucket
-    cond = cache.conditions(n, gen, local_rows)
-
 Buckets. A picture goes to the size of nearest ratio among multiples of 64 whose area is at most resolution^2 (as in SDXL's list at
 1024), is scaled until it covers that size, and its middle is cut out. SDXL is told what happened:
 
@@ -20,10 +16,8 @@ Storage. A folder with
     null.safetensors     cond of the caption ""
 
 Since a shard depends on its own rows alone, a killed build goes on at any shard, processes share the shards, and a damaged one is
-made again. Files are written as those of a run are (run/files.py): under another name, synced, renamed, with their checksum inside;
-shards also know their name and key. All of them are read through at every start.
-
-The last class keeps another thing that is made once: the trajectories of a guided teacher, of which rollouts learn.
+made again. Files are written as those of a run are (run/files.py), shards also know the key; all are read through at every start.
+`Trajectories`, which are also made once, are kept in the same way.
 
 Key: B batch, C, h, w latent shape, H, W pixels, n rows, E points of time.
 """
@@ -149,9 +143,8 @@ class CacheBuilder:
         ours, its = self._full_key(), manifest["key"]
         older = {k for k in ours if k.startswith("files of ") and k not in its}  # versions that did not write these
         if changed := sorted(k for k in (ours.keys() | its.keys()) - older if ours.get(k) != its.get(k)):
-            raise UserError(
-                f"{self.folder} was made with another {', '.join(changed)}: delete the folder or choose another --cache"
-            )
+            differs = f"{self.folder} was made with another {', '.join(changed)}"
+            raise UserError(f"{differs}: delete the folder or choose another --cache")
         return its, manifest["shards"]
 
     def _make_null(self, was_there: bool) -> None:
@@ -178,7 +171,6 @@ class CacheBuilder:
         return k + 1
 
     def _is_whole(self, path: Path, was_there: bool) -> bool:
-        """Whether a file is there with the bytes that were written; says so if it was and is not any more."""
         if was_there and not path.exists():
             print(f"{path} is gone: it is made again")
         return files.is_good(path, self.run, "it is made again")
@@ -246,9 +238,8 @@ def stored(name: str, tensor: Tensor, keys: tuple[str, ...]) -> Tensor:
     tensor = tensor.half() if name == "latents" else tensor.bfloat16()
     for key, finite in zip(keys, tensor.flatten(1).isfinite().all(1).tolist(), strict=True):
         if not finite:
-            raise UserError(
-                f"the {name} of {key!r} are not finite: load VAE and text encoders in bfloat16 or float32, or remove it"
-            )
+            advice = "load VAE and text encoders in bfloat16 or float32, or remove it"
+            raise UserError(f"the {name} of {key!r} are not finite: {advice}")
     return tensor.contiguous()
 
 

@@ -202,9 +202,8 @@ def captioned(spec: str = "") -> Source:
         return _hub(spec) if any(any(path.glob(name)) for name in OF_DATASETS) else _folder(spec)
     if (path.suffix == ".parquet" and path.is_file()) or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", spec):
         return _hub(spec)
-    raise UserError(
-        f"--data {spec} is no folder, .tar shards, .txt file of prompts or Hugging Face dataset OWNER/NAME: check the path"
-    )
+    kinds = "folder, .tar shards, .txt file of prompts or Hugging Face dataset OWNER/NAME"
+    raise UserError(f"--data {spec} is no {kinds}: check the path")
 
 
 def _stat(file: Path, folder: Path) -> list:
@@ -325,9 +324,8 @@ def _hub(spec: str) -> Source:
     text = next((c for c in ("text", "caption", "prompt") if c in columns), None)
     image = next((c for c, kind in columns.items() if isinstance(kind, datasets.Image)), None)
     if text is None:
-        raise UserError(
-            f"--data {spec} has no column text, caption or prompt but {', '.join(columns)}: rename the captions' column"
-        )
+        others = ", ".join(columns)
+        raise UserError(f"--data {spec} has no column text, caption or prompt but {others}: rename the captions' column")
     if image is not None:
         table = table.cast_column(image, datasets.Image(decode=False))
 

@@ -12,9 +12,8 @@ Every file is written under a temporary name, synced and renamed.
 
 Checksums. Near its beginning a file has the word `sha256` and 64 hexadecimal digits: SHA-256 of the whole file, with zeros in
 their place. In a safetensors file they are the first words of the metadata, in a JSON file those of the object. Nothing lies
-beside the file, so it is renamed, copied and deleted together with its checksum, and no kill comes between the two. Any bit that
-flips, anywhere, those of the header and of the digits included, is noticed; so is a file that was cut or has grown. 1.7 GB/s
-where the CPU has SHA instructions. A checksum is no signature: it notices accidents, not somebody who computes it anew.
+beside the file, so no kill comes between it and its checksum. Any bit that flips is noticed, in the header and the digits too; so
+is a file that was cut or has grown. A checksum is no signature: it notices accidents, not somebody who computes it anew.
 
 Damage. Safetensors files also carry their name and the run they belong to (a digest of its configuration), so a good file of
 another run or role is noticed too. What train.py can make again it makes again, and says so: the start (the state knows the

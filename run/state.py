@@ -144,17 +144,19 @@ class TrainingState:
 
         From here to the last save, a signal waits for the end of a micro-batch or update. UserError if no state is good."""
         tensors, info = self._newest()
-        if info.get("start", "") != (files.recorded_checksum(self.start) if tensors else ""):
-            raise UserError(f"{self.start} is not what the state was trained from: restore it, or delete the folder to begin again")
-        for k, p in self.params.items() if tensors else ():
-            p.data.copy_(tensors[f"p.{k}"])
-            moments = {key: tensors[f"{key}.{k}"].to(p.device, copy=True) for key in self.MOMENTS if f"{key}.{k}" in tensors}
-            if moments:  # none if the first update was given up
-                self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
-        for k, average in self.averages.items() if tensors else ():
-            average.copy_(tensors[f"ema.{k}"])
+        if tensors:
+            if info.get("start", "") != files.recorded_checksum(self.start):
+                advice = "restore it, or delete the folder to begin again"
+                raise UserError(f"{self.start} is not what the state was trained from: {advice}")
+            for k, p in self.params.items():
+                p.data.copy_(tensors[f"p.{k}"])
+                moments = {key: tensors[f"{key}.{k}"].to(p.device, copy=True) for key in self.MOMENTS if f"{key}.{k}" in tensors}
+                if moments:  # none if the first update was given up
+                    self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
+            for k, average in self.averages.items():
+                average.copy_(tensors[f"ema.{k}"])
+            self.lines = bytes(tensors["metrics.jsonl"].tolist()).decode()
         if process_index() == 0:
-            self.lines = bytes(tensors["metrics.jsonl"].tolist()).decode() if tensors else ""
             with files.atomic(self.metrics) as file:
                 file.write_text(self.lines)
         stop.wait = info["step"] < self.steps
