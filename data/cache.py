@@ -236,10 +236,10 @@ def stored(name: str, tensor: Tensor, keys: tuple[str, ...]) -> Tensor:
     if name == "time_ids":
         return tensor.float()  # bfloat16 would round sizes above 256
     tensor = tensor.half() if name == "latents" else tensor.bfloat16()
-    for key, finite in zip(keys, tensor.flatten(1).isfinite().all(1).tolist(), strict=True):
-        if not finite:
-            advice = "load VAE and text encoders in bfloat16 or float32, or remove it"
-            raise UserError(f"the {name} of {key!r} are not finite: {advice}")
+    finite = tensor.flatten(1).isfinite().all(1).tolist()
+    if not all(finite):
+        advice = "load VAE and text encoders in bfloat16 or float32, or remove it"
+        raise UserError(f"the {name} of {keys[finite.index(False)]!r} are not finite: {advice}")
     return tensor.contiguous()
 
 
