@@ -41,7 +41,7 @@ class SceneClassifier(nn.Module):
     """Classifier of scenes. forward: pictures (B, 3, 32, 32) in [-1, 1] -> features (B, 128); heads: features -> logits."""
 
     GROUPS = (len(scenes.SHAPES) + 1, len(scenes.COLORS), len(scenes.SIZES), len(scenes.PATTERNS))  # shape 0: nothing there
-    num_features = 128  # torchmetrics reads this
+    num_features = 128
 
     def __init__(self):
         super().__init__()
@@ -59,13 +59,14 @@ class SceneClassifier(nn.Module):
         return self.trunk(pictures)
 
     def heads(self, features):
-        """[shape, color, size, pattern logits (B, P, n)], background (B, 3), texture (B, 3)."""
+        """Logits: background, texture (B, 1, 3), and by place shape, color, size, pattern (B, P, n)."""
         at_place = self.objects(features).view(len(features), len(scenes.PLACES), -1)
-        return at_place.split(self.GROUPS, -1), self.background(features), self.texture(features)
+        return self.background(features)[:, None], self.texture(features)[:, None], *at_place.split(self.GROUPS, -1)
 
 
-def truth(scene: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Attributes by place (B, P, 4) int64: shape + 1 (0 nothing), color, size, pattern; -1 where nothing has no attribute."""
+def truth(scene: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """What `heads` should find, int64: background, texture (B, 1), and by place (B, P) shape + 1 (0 nothing), color, size, pattern;
+    -1 where nothing has no attribute."""
     n = len(scene["count"])
     at = torch.full((n, len(scenes.PLACES), 4), -1)
     at[:, :, 0] = 0
@@ -73,25 +74,19 @@ def truth(scene: dict[str, torch.Tensor]) -> torch.Tensor:
         b = (slot < scene["count"]).nonzero().squeeze(1)
         seen = [scene[key][b, slot] for key in ("shape", "color", "size", "pattern")]
         at[b, scene["place"][b, slot]] = torch.stack([seen[0] + 1, *seen[1:]], 1)
-    return at
+    return scene["background"][:, None], scene["texture"][:, None], *at.unbind(2)
 
 
 def all_right(classifier: SceneClassifier, features: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
     """(B,) bool: every attribute of the scene is read back."""
-    objects, background, texture = classifier.heads(features)
-    at = truth(scene)
-    right = (torch.stack([logits.argmax(-1) for logits in objects], -1) == at) | (at == -1)
-    return right.flatten(1).all(1) & (background.argmax(1) == scene["background"]) & (texture.argmax(1) == scene["texture"])
+    pairs = zip(classifier.heads(features), truth(scene), strict=True)
+    return torch.cat([(logits.argmax(-1) == at) | (at == -1) for logits, at in pairs], 1).all(1)
 
 
 def classifier_loss(classifier: SceneClassifier, pictures: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of cross-entropies over attributes."""
-    objects, background, texture = classifier.heads(classifier(pictures))
-    at = truth(scene)
-    loss = F.cross_entropy(background, scene["background"]) + F.cross_entropy(texture, scene["texture"])
-    for i, logits in enumerate(objects):
-        loss = loss + F.cross_entropy(logits.flatten(0, 1), at[..., i].flatten(), ignore_index=-1)
-    return loss
+    pairs = zip(classifier.heads(classifier(pictures)), truth(scene), strict=True)
+    return sum(F.cross_entropy(logits.flatten(0, 1), at.flatten(), ignore_index=-1) for logits, at in pairs)
 
 
 def train_classifier(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e-3) -> None:
@@ -104,8 +99,7 @@ def train_classifier(path: Path, steps: int = 3000, batch: int = 128, lr: float 
         scene = scenes.random_scenes(batch, gen)
         pictures = scenes.render(scene, gen)
         pictures += 0.03 * torch.randn(pictures.shape, generator=gen) * torch.rand(batch, 1, 1, 1, generator=gen)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.autocast("cpu", torch.bfloat16, enabled=FAST == torch.bfloat16):
             loss = classifier_loss(classifier, pictures, scene)
         optimizer.zero_grad()
@@ -125,35 +119,25 @@ def load_classifier(path: Path = files.ASSETS / "classifier.safetensors") -> Sce
 
 
 @torch.no_grad()
-def features_of(classifier: SceneClassifier, pictures: torch.Tensor) -> torch.Tensor:
-    return torch.cat([classifier(part) for part in pictures.split(256)])
-
-
 def real_pictures(classifier: SceneClassifier, n: int = 4096) -> tuple[float, torch.Tensor]:
     """(prompt accuracy, features) of n rendered scenes."""
     parts, right = [], []
     for k in range(0, n, 256):
         gen = step_generator(REFERENCE_SEED, k)
         scene = scenes.random_scenes(min(256, n - k), gen)
-        parts.append(features_of(classifier, scenes.render(scene, gen)))
+        parts.append(classifier(scenes.render(scene, gen)))
         right.append(all_right(classifier, parts[-1], scene))
     return torch.cat(right).float().mean().item(), torch.cat(parts)
 
 
 def frechet(real: torch.Tensor, features: torch.Tensor) -> float:
     """Frechet distance of two sets of feature vectors (n, 128), by torchmetrics in float64."""
-    metric = FrechetInceptionDistance(_Identity(), normalize=True, input_img_size=(real.shape[1],), sync_on_compute=False)
-    metric.set_dtype(torch.float64)
+    network = nn.Identity()  # pictures -> features
+    network.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(network, sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(features.double(), real=False)
     return metric.compute().item()
-
-
-class _Identity(nn.Module):
-    num_features = SceneClassifier.num_features
-
-    def forward(self, features):
-        return features
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -172,17 +156,15 @@ class Judge:
         _, self.real = real_pictures(self.classifier, reference)
 
     def rendered(self) -> dict[str, float]:
-        """Scores of the renderer itself on the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet."""
+        """Scores of the renderer itself on the same prompts: the row "real"."""
         return self.score(scenes.render(self.scene, step_generator(self.seed, 1)))
 
     def draw(self, name: str, model, denoiser: Denoiser, steps: int) -> torch.Tensor:
-        parts, size = [], 64
-        for i in tqdm(range(0, len(self.captions), size), desc=f"{name}, {steps} steps", leave=False):
-            parts.append(draw(model, denoiser, self.captions[i : i + size], steps, 1_000_000 * self.seed + i))
-        return torch.cat(parts)
+        starts = tqdm(range(0, len(self.captions), 64), desc=f"{name}, {steps} steps", leave=False)
+        return torch.cat([draw(model, denoiser, self.captions[i : i + 64], steps, 1_000_000 * self.seed + i) for i in starts])
 
     def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
-        features = features_of(self.classifier, pictures)
+        features = torch.cat([self.classifier(part) for part in pictures.split(256)])
         right = all_right(self.classifier, features, self.scene).float().mean().item()
         row = {"frechet": frechet(self.real, features), "prompt_accuracy": right}
         return row if fp is None else row | {"psnr_to_fp": psnr(pictures, fp)}
@@ -209,30 +191,32 @@ def network_report(network: Denoiser, config: dict, cm: bool) -> dict[str, dict[
     return rows
 
 
-def printed_size(out: Path, student: Denoiser) -> dict[str, float]:
+def write_report(out: Path, student: Denoiser, steps: int, n: int, scores: dict, said: str) -> float:
+    """The size of a checkpoint and its scores, printed (the scores as `said`) and in report.json -> packed size / that in bf16."""
     s = checkpoint.packed_size(student)
     ratio = s["mb"] / s["mb_bf16"]
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
     print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
-    return s
+    print(said)
+    with files.atomic(out / "report.json") as file:
+        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scores}, indent=1))
+    return ratio
 
 
 def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
     student, _ = checkpoint.load_checkpoint(out)
-    s = printed_size(out, student)
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
         captions = sources.source(config["data"]).captions(config["eval_n"], step_generator(4321, 0))
         drawn = [draw(m, d, captions, 4, 4321) for m, d in ((as_cm(network), network), (student, student))]
         rows = {"w4a4": {"psnr_to_fp": psnr(*drawn)}}
-        print(f"4 steps, {len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model")
+        said = f"{len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model"
     else:
         judge = Judge(config["eval_n"], 4321, reference=2048)
         fp = judge.draw("fp", as_cm(network), network, 4)
         rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
-        print(f"4 steps, {config['eval_n']} pictures\n{table(rows)}")
-    with files.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": 4, "n": config["eval_n"], **s, **rows}, indent=1))
+        said = f"{config['eval_n']} pictures\n{table(rows)}"
+    write_report(out, student, 4, config["eval_n"], rows, f"4 steps, {said}")
 
 
 @torch.no_grad()
@@ -245,22 +229,17 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
     cond, x_T = examples.conditions(n, gen, slice(None)), torch.randn(n, *network.latent, generator=gen)
 
     def draw(model, denoiser) -> torch.Tensor:
-        parts = []
-        for rows in torch.arange(n).split(config["micro"] or n):
-            cond_r = {k: v[rows].to(config["device"]) for k, v in cond.items()}
-            parts.append(tdpt.sample(model, denoiser.path, x_T[rows].to(config["device"]), cond_r, steps).float().cpu())
-        return torch.cat(parts)
+        parts = sources.in_parts(x_T, cond, config["micro"], config["device"])
+        return torch.cat([tdpt.sample(model, denoiser.path, *part, steps).float().cpu() for part in parts])
 
     fp = draw(as_cm(network), network)
     if not leader:
         return
     student, _ = checkpoint.load_checkpoint(out)
     drawn = draw(student.to(config["device"]), student)
-    s, snr = printed_size(out, student), 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
-    print(f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model")
-    with files.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": steps, "n": n, **s, "latent_snr_to_fp": snr}, indent=1))
-    print(f"memory_ratio: {s['mb'] / s['mb_bf16']:.3f}")
+    snr = 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
+    said = f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model"
+    print(f"memory_ratio: {write_report(out, student, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
 
 
 def fp_pictures(file: str, judge: Judge, network: Denoiser, steps: int, config: dict) -> torch.Tensor:
@@ -279,9 +258,7 @@ def fp_pictures(file: str, judge: Judge, network: Denoiser, steps: int, config: 
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "evaluate.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py wrote")
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), default=4)
     parser.add_argument("--n", type=int, default=2048, help="pictures, at least 256")
@@ -300,9 +277,8 @@ def main(argv: list[str]) -> None:
     if args.n < 256:
         raise UserError(f"--n {args.n} is too few for the covariance of {SceneClassifier.num_features} features: use 256 or more")
     if not FAMILIES[model := files.read_config(Path(args.checkpoint))["config"]["model"]].embedded:
-        raise UserError(
-            f"the classifier knows nothing of {model}'s pictures: see {args.checkpoint}/report.json, draw with sample.py"
-        )
+        advice = f"see {args.checkpoint}/report.json, draw with sample.py"
+        raise UserError(f"the classifier knows nothing of {model}'s pictures: {advice}")
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
     network = pretrained.load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
@@ -316,8 +292,7 @@ def main(argv: list[str]) -> None:
     fp = fp_pictures(args.fp_pictures, judge, network, args.steps, config)
     rows["fp"] = judge.score(fp) | {"steps": args.steps}
     rows["w4a4"] = judge.score(judge.draw("w4a4", student, student, args.steps), fp) | {"steps": args.steps}
-    print(f"{args.n} pictures, seed {args.seed}")
-    print(table(rows))
+    print(f"{args.n} pictures, seed {args.seed}\n{table(rows)}")
     if args.json:
         with files.atomic(Path(args.json)) as file:
             file.write_text(json.dumps(rows, indent=1))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from data import sources
 from layers import packed_layers
 from models import checkpoint, pipeline, pretrained
 from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher, start_noise
@@ -22,27 +23,8 @@ from models.family import family_of_network
 from run import files
 from run.common import UserError, free_memory, run_script
 
-PROMPTS = (
-    "a large red ring on the left, gray background",
-    "a small blue square on the left and a large striped yellow circle on the right, black background",
-    "a large dotted green circle on the top and a small white triangle on the bottom, wavy tan background",
-    "a large purple cross on the center, wavy gray background",
-    "a large striped red square on the right and a large blue triangle on the left, grainy gray background",
-    "a small yellow ring on the top, grainy tan background",
-    "a large white circle on the bottom and a small red cross on the top, gray background",
-    "a large striped green triangle on the center, black background",
-)
-
-PIPELINE_PROMPTS = (  # of pictures as public models know them
-    "a photo of a red fox sitting in fresh snow, morning light",
-    "an old wooden house by a river in autumn, oil painting",
-    "a glass of orange juice on a kitchen table, a lemon beside it, studio photo",
-    "a portrait of an elderly fisherman with a white beard, black and white photo",
-    "a small robot watering flowers on a balcony, children's book illustration",
-    "a narrow street in an old town at night, wet cobblestones, neon signs",
-    "a bowl of ramen with an egg, seen from above, food photo",
-    "a sign that says OPEN in the window of a book shop",
-)
+PROMPTS = sources.read_prompts(files.ASSETS / "sample-scenes.txt")
+PIPELINE_PROMPTS = sources.read_prompts(files.ASSETS / "sample-pictures.txt")  # of pictures as public models know them
 
 
 def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
@@ -59,9 +41,8 @@ def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
     return sheet
 
 
-def compare(student: Denoiser, network: Denoiser, prompts, steps: int, seed: int, guidance: float) -> Image.Image:
+def compare(student: Denoiser, network: Denoiser, prompts: list[str], steps: int, seed: int, guidance: float) -> Image.Image:
     """The rows that --compare draws, from the same noise."""
-    prompts = list(prompts)
     rows = {
         "teacher\n25 steps": draw(guided_teacher(network, guidance), network, prompts, 25, seed),
         f"16-bit CM\n{steps} steps": draw(as_cm(network), network, prompts, steps, seed),
@@ -74,7 +55,7 @@ def closing_pictures(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py leaves in OUT/samples: pictures of the checkpoint on disk, alone and beside those of the 16-bit `network`."""
     student, _ = checkpoint.load_checkpoint(out)
     drawn = {
-        "4-steps.png": grid({"": draw(student, student, list(PROMPTS), 4, config["seed"])}),
+        "4-steps.png": grid({"": draw(student, student, PROMPTS, 4, config["seed"])}),
         "compare.png": compare(student, network, PROMPTS, 4, config["seed"], config["guidance"]),
     }
     for name, image in drawn.items():
@@ -112,9 +93,7 @@ def base_of(pipe, base: str, components: str = ""):
     packed = dict(packed_layers(net))
     values = sum(layer.out * layer.taps * layer.channels for layer in packed.values())
     values += sum(t.numel() for key, t in net.state_dict().items() if key.rpartition(".")[0] not in packed)
-    free = free_memory()
-    if net.device.type == "cuda":
-        free = torch.cuda.mem_get_info(net.device)[0]
+    free = torch.cuda.mem_get_info(net.device)[0] if net.device.type == "cuda" else free_memory()
     if values * net.dtype.itemsize > 0.8 * free:
         return None
     shared = {k: v for k, v in pipe.components.items() if k not in (family.part, "scheduler")}
@@ -129,13 +108,12 @@ def main_pipeline(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     rows = {}
     if args.compare:
         net = pipeline.denoiser_of(pipe)
+        guidance = family_of_network(net).compare_guidance
         twin = base_of(pipe, args.base or pipeline.quantization_config(net).base, pipeline.components_of(Path(args.checkpoint)))
         if twin is None:
             print("the 16-bit base does not fit beside the packed model: its row is left out")
         else:
-            rows["16-bit base\n25 steps"] = draw_with_pipeline(
-                twin, prompts, 25, args.seed, family_of_network(net).compare_guidance
-            )
+            rows["16-bit base\n25 steps"] = draw_with_pipeline(twin, prompts, 25, args.seed, guidance)
             del twin
     rows[f"W4A4\n{args.steps} steps" if rows else ""] = draw_with_pipeline(pipe, prompts, args.steps, args.seed)
     return grid(rows, scale=1)
@@ -151,24 +129,20 @@ def main_embedded(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "sample.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py or save_pretrained wrote")
     parser.add_argument("--prompt", action="append", help="caption; repeat for several (default: eight of our own)")
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="grid.png")
     parser.add_argument("--compare", action="store_true", help="teacher, fp consistency model and the checkpoint in rows")
-    parser.add_argument(
-        "--base", default="", help="public models: another copy of the base pipeline (hub id, folder or single file)"
-    )
+    parser.add_argument("--base", default="", help="public models: another copy of the base (hub id, folder or single file)")
     args = parser.parse_args(argv)
     if Path(args.out).suffix.lower() not in Image.registered_extensions() or not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"cannot write {args.out}: give --out a .png name in a folder that exists")  # before anything is drawn
     folder = Path(args.checkpoint)
     real = (folder / "model_index.json").is_file() or isinstance(files.read_config(folder).get("network"), dict)
-    prompts = args.prompt or list(PIPELINE_PROMPTS if real else PROMPTS)
+    prompts = args.prompt or (PIPELINE_PROMPTS if real else PROMPTS)
     image = (main_pipeline if real else main_embedded)(args, prompts)
     try:
         image.save(args.out)

@@ -1,9 +1,5 @@
 """Latents and text embeddings of models with public weights, computed once: afterwards VAE and text encoders can leave memory.
 
-    cache = CacheBuilder(folder, sources.captioned(spec), encode_pictures, encode_captions, key, resolution=1024).open_or_make()
-    x0, cond = cache.latents(n, gen, local_rows)        a batch is of one bucket
-    cond = cache.conditions(n, gen, local_rows)
-
 Buckets. A picture goes to the size of nearest ratio among multiples of 64 whose area is at most resolution^2 (as in SDXL's list at
 1024), is scaled until it covers that size, and its middle is cut out. SDXL is told what happened:
 
@@ -20,24 +16,24 @@ Storage. A folder with
     null.safetensors     cond of the caption ""
 
 Since a shard depends on its own rows alone, a killed build goes on at any shard, processes share the shards, and a damaged one is
-made again. Files are written as those of a run are (run/files.py): under another name, synced, renamed, with their checksum inside;
-shards also know their name and key. All of them are read through at every start.
-
-The last class keeps another thing that is made once: the trajectories of a guided teacher, of which rollouts learn.
+made again. Files are written as those of a run are (run/files.py), shards also know the key; all are read through at every start.
+`Trajectories`, which are also made once, are kept in the same way.
 
 Key: B batch, C, h, w latent shape, H, W pixels, n rows, E points of time.
 """
 
+import bisect
 import hashlib
 import json
 import math
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -46,7 +42,7 @@ from tqdm import tqdm
 import tdpt
 from data import scenes, sources
 from run import files
-from run.common import UserError, process_count, process_index, step_generator
+from run.common import UserError, process_count, process_index, step_generator, wait_for_all
 
 STEP = 64  # pixels; sizes are multiples
 BATCH = 8  # pictures and captions that an encoder sees at once
@@ -85,9 +81,7 @@ def fit(picture: Image.Image, sizes: list[tuple[int, int]]) -> tuple[torch.Tenso
 
 @dataclass
 class CacheBuilder:
-    """What a cache is made of. open_or_make() makes what is missing or damaged, and opens it; every process must call it.
-
-    The last three fields are there for tests, where threads stand for processes."""
+    """What a cache is made of. open_or_make() makes what is missing or damaged, and opens it; every process must call it."""
 
     folder: Path
     source: sources.Source
@@ -97,37 +91,30 @@ class CacheBuilder:
     resolution: int  # pixels
     draw: Callable[[dict, torch.Generator], Tensor] | None = None  # latents of prompts alone, from cond; None: they have none
     shard: int = 64  # rows of the source in a shard
-    index: int = field(default_factory=process_index)
-    count: int = field(default_factory=process_count)
-    wait: Callable[[], None] = dist.barrier  # returns when all processes have called it; not called if there is only one
 
     @torch.no_grad()
     def open_or_make(self) -> "Cache":
         """UserError: a cache of another key, a damaged manifest, a full disk, encoders that overflow, no readable picture."""
-        self.sizes = buckets(self.resolution)
-        if self.index == 0:
+        self.sizes, leader = buckets(self.resolution), process_index() == 0
+        if leader:
             self._begin()
-        self._wait_for_all()
-        key, shards = self._manifest_of_this_key()
-        self.run = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        if self.index == 0:
+        wait_for_all()
+        key, shards = self._manifest_of_this_key()  # the number of shards is None until all have been made
+        self.run = files.digest_of(key)
+        if leader:
             self._make_null(was_there=shards is not None)
-        if shards is None:
-            made = self._make_shards()
-            self._wait_for_all()
-            if self.index == 0:
-                self._finish(key, made)
-        else:
-            self._make_damaged_shards(shards)
-        self._wait_for_all()
+        made = self._make_shards(shards)
+        wait_for_all()
+        if leader and shards is None:
+            if missing := [f"{k:05d}" for k in range(made) if not shard_file(self.folder, k).exists()]:
+                lacks = f"{self.folder} still lacks {', '.join(missing[:5])}"
+                raise UserError(f"{lacks}: run the same command again on all processes")
+            files.write_json(self.folder / "manifest.json", {"key": key, "shards": made})
+        wait_for_all()
         cache = Cache(self.folder)
-        if self.index == 0 and shards is None:
+        if leader and shards is None:
             sources.report_skipped(cache.skipped)
         return cache
-
-    def _wait_for_all(self) -> None:
-        if self.count > 1:
-            self.wait()
 
     def _full_key(self) -> dict:
         """`key` with what the cache depends on besides, as JSON gives it back."""
@@ -151,14 +138,13 @@ class CacheBuilder:
     def _manifest_of_this_key(self) -> tuple[dict, int | None]:
         """Key and number of shards in the manifest. UserError if the key differs from ours."""
         if (manifest := read_manifest(self.folder)) is None:
-            where = f"process {self.index} does not see {self.folder.absolute()}"
+            where = f"process {process_index()} does not see {self.folder.absolute()}"
             raise UserError(f"{where}: give --cache on a disk that all machines share")
         ours, its = self._full_key(), manifest["key"]
         older = {k for k in ours if k.startswith("files of ") and k not in its}  # versions that did not write these
         if changed := sorted(k for k in (ours.keys() | its.keys()) - older if ours.get(k) != its.get(k)):
-            raise UserError(
-                f"{self.folder} was made with another {', '.join(changed)}: delete the folder or choose another --cache"
-            )
+            differs = f"{self.folder} was made with another {', '.join(changed)}"
+            raise UserError(f"{differs}: delete the folder or choose another --cache")
         return its, manifest["shards"]
 
     def _make_null(self, was_there: bool) -> None:
@@ -168,57 +154,30 @@ class CacheBuilder:
             tensors = {f"null/{name}": stored(name, tensor, ("",)) for name, tensor in cond.items()}
             files.write_tensors(path, tensors, {"rows": {}, "skipped": []}, self.run)
 
-    def _make_shards(self) -> int:
-        """Those shards of this process that are not there yet. Returns how many the rows fill."""
-        k = -1
-        for k, rows in self._rows_by_shard():
-            if k % self.count == self.index and not self._is_whole(shard_file(self.folder, k), was_there=False):
-                self._make_shard(k, rows)
+    def _make_shards(self, shards: int | None) -> int:
+        """Makes the shards of this process that are missing or damaged. shards: how many there are, if all have been made before;
+        if these are whole, the source is not asked. Returns how many shards the rows fill that were asked for."""
+        of_this_process = range(process_index(), sys.maxsize if shards is None else shards, process_count())
+        wanted = (k for k in of_this_process if not self._is_whole(shard_file(self.folder, k), was_there=shards is not None))
+        k, next_wanted = -1, next(wanted, None)
+        if next_wanted is None:
+            return 0
+        groups = groupby(enumerate(self.source.rows()), lambda row: row[0] // self.shard)
+        for k, group in tqdm(groups, "cache", unit="shard", disable=process_index() > 0):
+            if k == next_wanted:
+                self._make_shard(k, (row for _, row in group))
+                if (next_wanted := next(wanted, None)) is None:
+                    break
         return k + 1
 
-    def _make_damaged_shards(self, shards: int) -> None:
-        """Those shards of this process, of a finished cache, that are damaged or gone. Without any, the source is not asked."""
-        of_this_process = range(self.index, shards, self.count)
-        damaged = [k for k in of_this_process if not self._is_whole(shard_file(self.folder, k), was_there=True)]
-        for k, rows in self._rows_by_shard() if damaged else ():
-            if k in damaged:
-                self._make_shard(k, rows)
-            if k == damaged[-1]:
-                break
-
-    def _finish(self, key: dict, shards: int) -> None:
-        """The manifest of a finished cache. `key` is that of the manifest, which the shards name."""
-        if missing := [path.stem for path in (shard_file(self.folder, k) for k in range(shards)) if not path.exists()]:
-            raise UserError(f"{self.folder} still lacks {', '.join(missing[:5])}: run the same command again on all processes")
-        files.write_json(self.folder / "manifest.json", {"key": key, "shards": shards})
-
     def _is_whole(self, path: Path, was_there: bool) -> bool:
-        """Whether a file is there with the bytes that were written; says so if it was and is not any more."""
         if was_there and not path.exists():
             print(f"{path} is gone: it is made again")
         return files.is_good(path, self.run, "it is made again")
 
-    def _rows_by_shard(self) -> Iterator[tuple[int, Iterator]]:
-        """(k, the source's rows of shard k), with a progress bar."""
-        groups = groupby(enumerate(self.source.rows()), lambda row: row[0] // self.shard)
-        for k, group in tqdm(groups, "cache", unit="shard", disable=self.index > 0):
-            yield k, (row for _, row in group)
-
     def _make_shard(self, k: int, rows: Iterator) -> None:
         """Reads and encodes the rows of shard k, at most 8 of one bucket at a time, and writes the file."""
-        groups, skipped = self._read(rows)
-        parts, gen = {}, step_generator(0, k, stream=4)
-        for bucket, group in sorted(groups.items()):
-            for i in range(0, len(group), BATCH):
-                for name, tensor in self._encode(bucket, group[i : i + BATCH], gen).items():
-                    parts.setdefault(f"{bucket}/{name}", []).append(tensor)
-        counts = {bucket: len(group) for bucket, group in sorted(groups.items())}
-        tensors = {name: torch.cat(part) for name, part in parts.items()}
-        files.write_tensors(shard_file(self.folder, k), tensors, {"rows": counts, "skipped": skipped}, self.run)
-
-    def _read(self, rows: Iterator) -> tuple[dict[str, list[tuple]], list[str]]:
-        """({bucket: [(key, caption, pixels, time_ids)]}, the pictures that could not be read)."""
-        groups, skipped = {}, []
+        groups, skipped = defaultdict(list), []  # bucket -> (key, caption, pixels, time_ids) of each row; unreadable pictures
         for key, caption, opened in rows:
             bucket, pixels, ids = "drawn" if self.draw else "prompts", None, None
             if opened is not None:
@@ -229,8 +188,16 @@ class CacheBuilder:
                     continue
                 bucket = f"{ids[4]}x{ids[5]}"
             caption = caption.encode(errors="replace").decode()  # halves of surrogate pairs, which tokenizers refuse
-            groups.setdefault(bucket, []).append((key, caption, pixels, ids))
-        return groups, skipped
+            groups[bucket].append((key, caption, pixels, ids))
+
+        parts, gen = defaultdict(list), step_generator(0, k, stream=4)
+        for bucket, group in sorted(groups.items()):
+            for i in range(0, len(group), BATCH):
+                for name, tensor in self._encode(bucket, group[i : i + BATCH], gen).items():
+                    parts[f"{bucket}/{name}"].append(tensor)
+        tensors = {name: torch.cat(part) for name, part in parts.items()}
+        info = {"rows": {bucket: len(group) for bucket, group in sorted(groups.items())}, "skipped": skipped}
+        files.write_tensors(shard_file(self.folder, k), tensors, info, self.run)
 
     def _encode(self, bucket: str, group: list[tuple], gen: torch.Generator) -> dict[str, Tensor]:
         """cond and, but for "prompts", latents of some rows of a bucket, as they are stored."""
@@ -269,33 +236,35 @@ def stored(name: str, tensor: Tensor, keys: tuple[str, ...]) -> Tensor:
     if name == "time_ids":
         return tensor.float()  # bfloat16 would round sizes above 256
     tensor = tensor.half() if name == "latents" else tensor.bfloat16()
-    for key, finite in zip(keys, tensor.flatten(1).isfinite().all(1).tolist(), strict=True):
-        if not finite:
-            raise UserError(
-                f"the {name} of {key!r} are not finite: load VAE and text encoders in bfloat16 or float32, or remove it"
-            )
+    finite = tensor.flatten(1).isfinite().all(1).tolist()
+    if not all(finite):
+        advice = "load VAE and text encoders in bfloat16 or float32, or remove it"
+        raise UserError(f"the {name} of {keys[finite.index(False)]!r} are not finite: {advice}")
     return tensor.contiguous()
 
 
-class Cache(sources.Examples):
-    """Examples of a finished cache, read row by row from memory-mapped files. cond is on the CPU."""
+class Cache:
+    """Examples (sources.LiveExamples) of a finished cache, read row by row from memory-mapped files. cond is on the CPU.
+
+    Rows are counted by buckets in the order of their names, inside of a bucket by shards. Attributes: pieces, (bucket, shard) of
+    each part of a shard, in this order; ends, the number of rows up to the end of each; last, that of each bucket; skipped."""
 
     def __init__(self, folder: Path):
         """UserError: no cache, an unfinished one, or no row in it."""
         self.folder = folder
-        about, shards = read_manifest(folder), {}
+        about, counts, self.skipped = read_manifest(folder), {}, []
         if about is None or about["shards"] is None:
             raise UserError(f"{folder} holds no finished cache: run the command that makes it again")
         for name in (shard_file(folder, k).stem for k in range(about["shards"])):
             with self._open(name) as file:
-                shards[name] = json.loads(file.metadata()["info"])
-        self.skipped = [line for shard in shards.values() for line in shard["skipped"]]
-        self.rows = {}  # bucket -> names of its shards, number of rows up to the end of each
-        for bucket in sorted({bucket for shard in shards.values() for bucket in shard["rows"]}):
-            names = [name for name, shard in shards.items() if bucket in shard["rows"]]
-            self.rows[bucket] = names, torch.tensor([shards[name]["rows"][bucket] for name in names]).cumsum(0)
-        if not self.rows:
+                info = json.loads(file.metadata()["info"])
+            self.skipped += info["skipped"]
+            counts |= {(bucket, name): n for bucket, n in info["rows"].items()}
+        if not counts:
             raise UserError(f"no picture of --data could be read ({len(self.skipped)} tried): check the files and delete {folder}")
+        self.pieces = sorted(counts, key=lambda piece: piece[0])
+        self.ends = torch.tensor([counts[piece] for piece in self.pieces]).cumsum(0)
+        self.last = {bucket: end for (bucket, _), end in zip(self.pieces, self.ends.tolist(), strict=True)}
         self._null = self._read("null", "null", 0)
 
     def _open(self, name: str):
@@ -312,38 +281,28 @@ class Cache(sources.Examples):
             found = {key.split("/", 1)[1]: key for key in file.keys() if key.startswith(f"{bucket}/")}
             return {k: file.get_slice(key)[row : row + 1] for k, key in sorted(found.items()) if latents or k != "latents"}
 
-    def _gather(self, rows: list[tuple[str, int]], latents: bool = False) -> dict[str, Tensor]:
-        """(bucket, row in the bucket) of each -> stacked tensors."""
+    def _gather(self, rows: Tensor, latents: bool = False) -> dict[str, Tensor]:
+        """Rows (m,) of the cache -> stacked tensors."""
         found = []
-        for bucket, row in rows:
-            names, ends = self.rows[bucket]
-            i = int(torch.searchsorted(ends, row, right=True))
-            found.append(self._read(names[i], bucket, row - (int(ends[i - 1]) if i else 0), latents))
+        for row, i in zip(rows.tolist(), torch.searchsorted(self.ends, rows.contiguous(), right=True).tolist(), strict=True):
+            bucket, name = self.pieces[i]
+            found.append(self._read(name, bucket, row - (int(self.ends[i - 1]) if i else 0), latents))
         return {k: torch.cat([tensors[k] for tensors in found]) for k in found[0]}
-
-    def _counts(self, drawable: bool) -> tuple[list[str], Tensor]:
-        """Buckets, all or those that have latents, and the number of rows up to the end of each."""
-        names = [bucket for bucket in self.rows if not (drawable and bucket == "prompts")]
-        return names, torch.tensor([int(self.rows[bucket][1][-1]) for bucket in names]).cumsum(0)
 
     def latents(self, n, gen, local_rows=slice(None)):
         """All of one bucket, which is drawn by its size. UserError: there are prompts alone."""
-        names, ends = self._counts(drawable=True)
-        if not names:
+        ends = [0, *(end for bucket, end in self.last.items() if bucket != "prompts")]
+        if len(ends) == 1:
             raise UserError(f"{self.folder} was made of prompts alone: give --data with pictures, or train on rollouts alone")
-        bucket = names[int(torch.searchsorted(ends, torch.randint(int(ends[-1]), (1,), generator=gen), right=True))]
-        pick = torch.randint(int(self.rows[bucket][1][-1]), (n,), generator=gen)[local_rows]
-        cond = self._gather([(bucket, row) for row in pick.tolist()], latents=True)
+        bucket = bisect.bisect_right(ends, int(torch.randint(ends[-1], (1,), generator=gen)))
+        first, end = ends[bucket - 1 : bucket + 1]
+        cond = self._gather(first + torch.randint(end - first, (n,), generator=gen)[local_rows], latents=True)
         return cond.pop("latents").float(), cond
 
     def conditions(self, n, gen, local_rows=slice(None)):
         """Of captions of any bucket, with the time_ids of null(): those of a whole square picture, as for drawing one."""
-        names, ends = self._counts(drawable=False)
-        pick = torch.randint(int(ends[-1]), (n,), generator=gen)[local_rows]
-        which = torch.searchsorted(ends, pick.contiguous(), right=True)
-        starts = torch.cat([ends.new_zeros(1), ends])
-        cond = self._gather([(names[b], row) for b, row in zip(which.tolist(), (pick - starts[which]).tolist(), strict=True)])
-        return cond | {k: v.expand(len(pick), -1) for k, v in self._null.items() if k == "time_ids"}
+        rows = torch.randint(int(self.ends[-1]), (n,), generator=gen)[local_rows]
+        return self._gather(rows) | {k: v.expand(len(rows), -1) for k, v in self._null.items() if k == "time_ids"}
 
     def null(self):
         return dict(self._null)
@@ -360,40 +319,26 @@ class Trajectories:
 
     SHARD = 128  # captions
 
-    def __init__(self, folder: Path, teacher, network, examples: sources.Examples, n: int, times, seed: int, micro: int, device):
+    def __init__(self, folder: Path, teacher, network, examples, n: int, times, seed: int, micro: int, device):
         """teacher: the guided one, as tdpt.rollout_states takes it. network says path and latent shape. micro: captions that are
         drawn at a time on `device`; 0: a shard."""
         self.times = times
         digest, conds, runs = files.run_digest(folder.parent), [], {}
         for i, first in enumerate(tqdm(range(0, n, self.SHARD), desc="teacher trajectories")):
-            gen, path = step_generator(seed, first, stream=3), folder / f"{first:06d}.safetensors"
-            cond = examples.conditions(min(self.SHARD, n - first), gen, slice(None))
+            gen, path, end = step_generator(seed, first, stream=3), folder / f"{first:06d}.safetensors", min(first + self.SHARD, n)
+            cond = examples.conditions(end - first, gen, slice(None))
             conds.append(cond)
-            runs[path] = f"{digest} {digest_of(cond)}"
+            content = b"".join(cond[name].detach().cpu().contiguous().view(torch.uint8).numpy() for name in sorted(cond))
+            runs[path] = f"{digest} {hashlib.sha256(content).hexdigest()[:16]}"
             if i % process_count() == process_index() and not files.is_good(path, runs[path], "it is drawn again"):
-                states = self._draw(teacher, network, cond, gen, micro, device)
+                x_T = torch.randn(end - first, *network.latent, generator=gen)
+                parts = sources.in_parts(x_T, cond, micro, device)
+                drawn = [tdpt.rollout_states(teacher, network.path, *part, times.to(device)).half().cpu() for part in parts]
+                states = torch.cat(drawn, 1)
                 if not states.isfinite().all():
-                    last = first + states.shape[1]
-                    raise UserError(f"the teacher's trajectories {first} to {last} are no numbers: look at --teacher or --guidance")
+                    raise UserError(f"the teacher's trajectories {first} to {end} are no numbers: look at --teacher or --guidance")
                 files.write_tensors(path, {"states": states}, {}, runs[path])
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         hint = "run the same command again, it will be drawn again"
         self.states = torch.cat([files.read_verified(path, hint, run)[0]["states"] for path, run in runs.items()], 1)
         self.cond = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
-
-    def _draw(self, teacher, network, cond: dict[str, Tensor], gen: torch.Generator, micro: int, device) -> Tensor:
-        """States (E, m, C, H, W) float16 of m captions, from noise of `gen`."""
-        parts, m = [], len(next(iter(cond.values())))
-        x_T = torch.randn(m, *network.latent, generator=gen)
-        for rows in torch.arange(m).split(micro or m):
-            cond_r = {name: v[rows].to(device) for name, v in cond.items()}
-            states = tdpt.rollout_states(teacher, network.path, x_T[rows].to(device), cond_r, self.times.to(device))
-            parts.append(states.half().cpu())
-        return torch.cat(parts, 1)
-
-
-def digest_of(cond: dict[str, Tensor]) -> str:
-    """Of the bytes of all its tensors."""
-    content = b"".join(cond[name].detach().cpu().contiguous().view(torch.uint8).numpy() for name in sorted(cond))
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -19,7 +19,6 @@ Left out on purpose: filters for size and content, captioning, brace expansion o
 """
 
 import glob
-import hashlib
 import io
 import json
 import os
@@ -31,12 +30,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
 
 import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from data import scenes
 from run import files
@@ -73,18 +72,6 @@ def report_skipped(skipped: list[str]) -> None:
 # Folders of pictures
 
 
-def captioned_files(folder: Path) -> list[tuple[Path, str]]:
-    """The pictures of a folder and its sub-folders whose captions are not blank.
-
-    NAME.txt files are looked at where no metadata.jsonl names a picture. UserError for a line that is no pair, and for no captions
-    at all."""
-    pairs = _captions_of_tables(folder) or _captions_beside(folder)
-    pairs = [(file, text) for file, text in pairs if isinstance(text, str) and text.strip()]
-    if not pairs:
-        raise UserError(f"{folder} has no captions: add metadata.jsonl (file_name, text) or NAME.txt beside each picture")
-    return pairs
-
-
 def _captions_of_tables(folder: Path) -> list[tuple[Path, str]]:
     """The pairs of every metadata.jsonl, whose file names are relative to it."""
     pairs = []
@@ -108,7 +95,7 @@ def _captions_beside(folder: Path) -> list[tuple[Path, str]]:
 
 
 class Folder:
-    """Captioned pictures of a folder (`captioned_files`) for the tiny models.
+    """Captioned pictures of a folder for the tiny models.
 
     Pictures are cut to the square in their middle, scaled to 32x32 pixels and kept in memory. Those that cannot be read are left
     out; they are named and counted. UserError: no such folder, no captions, no readable picture."""
@@ -122,13 +109,13 @@ class Folder:
         self.texts, self.pictures = [text for text, _ in found], torch.stack([picture for _, picture in found])
 
     @staticmethod
-    def _square(picture: Image.Image) -> torch.Tensor:
+    def _square(picture: Image.Image) -> Tensor:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, top, left + side, top + side)).resize((scenes.SIDE, scenes.SIDE), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
-    def batch(self, n: int, gen: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+    def batch(self, n: int, gen: torch.Generator) -> tuple[Tensor, list[str]]:
         """n pictures, drawn with replacement, and their captions."""
         pick = torch.randint(len(self.texts), (n,), generator=gen)
         return self.pictures[pick], [self.texts[i] for i in pick]
@@ -142,39 +129,34 @@ def source(path: str = "") -> scenes.Scenes | Folder:
     return Folder(path) if path else scenes.Scenes()
 
 
-class Examples(Protocol):
-    """What training asks of its data: `LiveExamples` for the tiny models, `cache.Cache` for the others.
+class LiveExamples:
+    """What training asks of its data, for a tiny model: drawn and encoded by `network` when it is asked for. The other models have
+    a `cache.Cache`.
 
     Every process draws the whole batch of n from `gen` and keeps `local_rows` of it, so that several processes see together what
     one sees alone. cond is a dict of tensors, batch first."""
 
-    def latents(
-        self, n: int, gen: torch.Generator, local_rows: slice = slice(None)
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents (m, C, H, W) float32 of pictures, and cond of their captions."""
-
-    def conditions(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """cond of captions alone."""
-
-    def null(self) -> dict[str, torch.Tensor]:
-        """cond of the unconditional branch, batch 1."""
-
-
-class LiveExamples(Examples):
-    """Examples of a tiny model, drawn and encoded by `network` when they are asked for."""
-
     def __init__(self, source: scenes.Scenes | Folder, network):
         self.source, self.network = source, network
 
-    def latents(self, n, gen, local_rows=slice(None)):
+    def latents(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (m, C, H, W) float32 of pictures, and cond of their captions."""
         pictures, captions = self.source.batch(n, gen)
         return self.network.encode_pictures(pictures)[local_rows], self.network.encode(captions[local_rows])
 
-    def conditions(self, n, gen, local_rows=slice(None)):
+    def conditions(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> dict[str, Tensor]:
+        """cond of captions alone."""
         return self.network.encode(self.source.captions(n, gen)[local_rows])
 
-    def null(self):
+    def null(self) -> dict[str, Tensor]:
+        """cond of the unconditional branch, batch 1."""
         return self.network.encode([scenes.UNCONDITIONAL])
+
+
+def in_parts(x: Tensor, cond: dict[str, Tensor], size: int, device) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """x and cond, at most `size` rows at a time (0: all), on `device`."""
+    for rows in torch.arange(len(x)).split(size or len(x)):
+        yield x[rows].to(device), {name: tensor[rows].to(device) for name, tensor in cond.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,13 +202,8 @@ def captioned(spec: str = "") -> Source:
         return _hub(spec) if any(any(path.glob(name)) for name in OF_DATASETS) else _folder(spec)
     if (path.suffix == ".parquet" and path.is_file()) or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", spec):
         return _hub(spec)
-    raise UserError(
-        f"--data {spec} is no folder, .tar shards, .txt file of prompts or Hugging Face dataset OWNER/NAME: check the path"
-    )
-
-
-def _hash(parts) -> str:
-    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
+    kinds = "folder, .tar shards, .txt file of prompts or Hugging Face dataset OWNER/NAME"
+    raise UserError(f"--data {spec} is no {kinds}: check the path")
 
 
 def _stat(file: Path, folder: Path) -> list:
@@ -257,17 +234,19 @@ def read_prompts(path: Path) -> list[str]:
 
 def _prompts(spec: str, path: Path) -> Source:
     lines = read_prompts(path)
-    return Source(spec, _hash(lines), lambda: ((str(i), line, None) for i, line in enumerate(lines)))
+    return Source(spec, files.digest_of(lines), lambda: ((str(i), line, None) for i, line in enumerate(lines)))
 
 
 def _folder(spec: str) -> Source:
-    folder, pairs = Path(spec), captioned_files(Path(spec))
-
-    def rows():
-        for file, text in pairs:
-            yield os.path.relpath(file, folder), text, partial(open_picture, file)
-
-    return Source(spec, _hash([*_stat(file, folder), text] for file, text in pairs), rows)
+    """The pictures of a folder and its sub-folders whose captions are not blank. NAME.txt files are looked at where no
+    metadata.jsonl names a picture. UserError for a line that is no pair, and for no captions at all."""
+    folder = Path(spec)
+    pairs = _captions_of_tables(folder) or _captions_beside(folder)
+    pairs = [(file, text) for file, text in pairs if isinstance(text, str) and text.strip()]
+    if not pairs:
+        raise UserError(f"{folder} has no captions: add metadata.jsonl (file_name, text) or NAME.txt beside each picture")
+    fingerprint = files.digest_of([[*_stat(file, folder), text] for file, text in pairs])
+    return Source(spec, fingerprint, lambda: ((os.path.relpath(f, folder), text, partial(open_picture, f)) for f, text in pairs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,7 +266,7 @@ def _tars(spec: str, tars: list[Path]) -> Source:
             except (tarfile.TarError, OSError) as error:
                 yield path.name, "", _unreadable(f"the rest of the shard is damaged ({error})")
 
-    return Source(spec, _hash(_stat(tar, tars[0].parent) for tar in tars), rows)
+    return Source(spec, files.digest_of([_stat(tar, tars[0].parent) for tar in tars]), rows)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -345,9 +324,8 @@ def _hub(spec: str) -> Source:
     text = next((c for c in ("text", "caption", "prompt") if c in columns), None)
     image = next((c for c, kind in columns.items() if isinstance(kind, datasets.Image)), None)
     if text is None:
-        raise UserError(
-            f"--data {spec} has no column text, caption or prompt but {', '.join(columns)}: rename the captions' column"
-        )
+        others = ", ".join(columns)
+        raise UserError(f"--data {spec} has no column text, caption or prompt but {others}: rename the captions' column")
     if image is not None:
         table = table.cast_column(image, datasets.Image(decode=False))
 
@@ -365,7 +343,7 @@ def _hub(spec: str) -> Source:
         except OSError as error:
             raise UserError(f"--data {spec} broke off ({error}): run the same command again to go on") from None
 
-    return Source(spec, _hash(mark), rows)
+    return Source(spec, files.digest_of(mark), rows)
 
 
 def _open_dataset(datasets, spec: str):

@@ -77,7 +77,7 @@ class RandomText:
 # The examples that training reads. cfg: train.Config
 
 
-def examples_of(cfg, out: Path, network: Denoiser) -> sources.Examples:
+def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cache:
     """What is trained on."""
     if network.family.embedded:
         return sources.LiveExamples(sources.source(cfg.data), network)

@@ -1,14 +1,12 @@
 """What any file may use, and what itself imports nothing of ours: errors that a user can mend, processes, randomness, memory."""
 
 import datetime
-import math
 import os
-import re
 import resource
 import sys
-from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -55,6 +53,12 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
+def wait_for_all() -> None:
+    """Returns when all processes have called it."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def local_rows() -> slice:
     """Rows of a batch that this process works on; every process draws the whole batch, so that their number changes nothing."""
     return slice(process_index(), None, process_count())
@@ -72,12 +76,9 @@ def average_over_processes(tensors: list[torch.Tensor], *numbers: float) -> list
     return means.tolist()
 
 
-def free_memory() -> float:
-    """Bytes of main memory that are free or can be freed (Linux); infinity where the system does not tell."""
-    try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):
-        return math.inf
+def free_memory() -> int:
+    """Bytes of main memory that are free or can be freed."""
+    return psutil.virtual_memory().available
 
 
 def peak_memory(device: str) -> int:

@@ -12,9 +12,8 @@ Every file is written under a temporary name, synced and renamed.
 
 Checksums. Near its beginning a file has the word `sha256` and 64 hexadecimal digits: SHA-256 of the whole file, with zeros in
 their place. In a safetensors file they are the first words of the metadata, in a JSON file those of the object. Nothing lies
-beside the file, so it is renamed, copied and deleted together with its checksum, and no kill comes between the two. Any bit that
-flips, anywhere, those of the header and of the digits included, is noticed; so is a file that was cut or has grown. 1.7 GB/s
-where the CPU has SHA instructions. A checksum is no signature: it notices accidents, not somebody who computes it anew.
+beside the file, so no kill comes between it and its checksum. Any bit that flips is noticed, in the header and the digits too; so
+is a file that was cut or has grown. A checksum is no signature: it notices accidents, not somebody who computes it anew.
 
 Damage. Safetensors files also carry their name and the run they belong to (a digest of its configuration), so a good file of
 another run or role is noticed too. What train.py can make again it makes again, and says so: the start (the state knows the
@@ -28,18 +27,17 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Set
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from run.common import UserError, process_index
+from run.common import UserError, process_index, wait_for_all
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMPTY = "0" * 64  # what a writer leaves for `seal`
@@ -113,14 +111,6 @@ def atomic(path: Path):
             temporary.unlink()
 
 
-def link_or_copy(path: Path, name: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(path, name)
-    except OSError:
-        shutil.copyfile(path, name)
-
-
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict, run: str = "") -> None:
     """A safetensors file; `info` (JSON), checksum, name and `run` go into its metadata. Equal contents are equal bytes."""
     about = {"sha256": EMPTY, "file": path.name, "run": run}
@@ -130,8 +120,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict, run:
         seal(file)
 
 
-def verify(path: Path, hint: str, run: str | None = None) -> dict:
-    """Info of a file that `write_tensors` wrote, all of which was compared with its checksum.
+def verify(path: Path, hint: str, run: str | None = None, sealed: bool = True) -> dict:
+    """Info of a safetensors file, all of which was compared with its checksum; it may have none if not `sealed`.
 
     UserError if it is missing or damaged, or, where `run` is given, if it is another run's or has another name; `hint` says
     what to do."""
@@ -140,20 +130,26 @@ def verify(path: Path, hint: str, run: str | None = None) -> dict:
     try:
         with safe_open(path, "pt") as file:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
-        if not checksum(path):
+        if not checksum(path) and sealed:
             raise ValueError("it has no checksum")
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}): {hint}") from None
+        damage = "damaged" if sealed else "not a safetensors file"
+        raise UserError(f"{path} is truncated or {damage} ({error}): {hint}") from None
     name, its = info.pop("file", ""), info.pop("run", "")
     if run is not None and (name, its) != (path.name.replace("-previous", ""), run):
         raise UserError(f"{path} was swapped (it is {name} of {'this' if its == run else 'another'} run): {hint}")
     return {k: v for k, v in info.items() if k != "sha256"}
 
 
-def read_verified(path: Path, hint: str, run: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+def read_verified(path: Path, hint: str, run: str | None = None, sealed: bool = True) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and info of a verified file."""
-    info = verify(path, hint, run)
+    info = verify(path, hint, run, sealed)
     return load_file(path), info
+
+
+def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The same of a file that may be somebody else's, without checksum."""
+    return read_verified(path, hint, sealed=False)
 
 
 def is_good(path: Path, run: str, otherwise: str) -> bool:
@@ -172,19 +168,6 @@ def remove_leftovers(folder: Path, seconds: float = 0) -> None:
             file.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and info of a safetensors file. UserError if it is missing or damaged; `hint` says what to do."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: {hint}")
-    try:
-        checksum(path)
-        with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {}).get("info", "{}"))
-        return load_file(path), info
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}): {hint}") from None
-
-
 def fingerprint(*paths: str) -> str:
     """Digest of local files and folders of weights: names, sizes and the ends of every safetensors file. Hub ids say nothing.
     UserError for a file of ours that does not fit its checksum."""
@@ -195,7 +178,7 @@ def fingerprint(*paths: str) -> str:
                 checksum(path)
         except ValueError as error:
             raise UserError(f"{path} is truncated or damaged ({error}): copy it again, or delete it to train it again") from None
-        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []:
+        for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):  # none in what is a hub id
             with open(file, "rb") as opened:
                 size = opened.seek(0, os.SEEK_END)
                 ends = [opened.read(1 << 20) for at in (0, max(0, size - (1 << 20))) if opened.seek(at) >= 0]
@@ -222,32 +205,27 @@ def open_run(out: Path, config: dict, leader: bool, may_change: Set[str] = froze
         if leader:
             for name in ("", "trajectories", "cache", "samples") if (out / "config.json").exists() else ():
                 remove_leftovers(out / name)
-            with open(out / "probe.tmp", "wb") as probe:
+            with tempfile.TemporaryFile(dir=out) as probe:
                 probe.write(bytes(64 << 20))  # room for a state
-            (out / "probe.tmp").unlink()
     except OSError as error:
-        with contextlib.suppress(OSError):
-            (out / "probe.tmp").unlink()
         raise UserError(f"cannot write to the run folder {out} ({error.strerror}): choose another --out or free 64 MB") from None
-    known = False
-    if any((out / f"{name}.safetensors").exists() for name in ("start", "state", "state-previous", "model")):
+    known = any((out / f"{name}.safetensors").exists() for name in ("start", "state", "state-previous", "model"))
+    if known:
         try:
             refuse_another(out, config, may_change)
-            known = True
         except DamagedConfig:  # all of it can be had again; if it was another configuration's, the other files know
+            known = False
             if leader:
                 print(f"{out}/config.json is missing or damaged: it is written again")
     if not known and leader:
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = ""
+        git, commit = ["git", "rev-parse", "--short", "HEAD"], ""
         with contextlib.suppress(OSError):  # no git on this machine
             commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip()
         write_config(out, {"format": FORMAT, "config": config, "torch": torch.__version__, "commit": commit})
-    if dist.is_initialized():
-        dist.barrier()  # from here on every process finds a good config.json
-        if not (out / "config.json").is_file():
-            where = f"process {process_index()} does not see {out.absolute()}"
-            raise UserError(f"{where}: give --out (and --cache) on a disk that all machines share")
+    wait_for_all()  # from here on every process finds a good config.json
+    if not (out / "config.json").is_file():
+        where = f"process {process_index()} does not see {out.absolute()}"
+        raise UserError(f"{where}: give --out (and --cache) on a disk that all machines share")
 
 
 class DamagedConfig(UserError):
@@ -294,8 +272,12 @@ def run_digest(folder: Path) -> str:
     if not (folder / "config.json").exists():
         return ""
     first_names = {new: old for old, new in RENAMED.items()}
-    config = {first_names.get(k, k): v for k, v in read_config(folder)["config"].items()}
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of({first_names.get(k, k): v for k, v in read_config(folder)["config"].items()})
+
+
+def digest_of(about) -> str:
+    """16 hexadecimal digits that stand for something that JSON can hold."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def most_steps(config: dict) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from run import files
 from run.common import UserError, process_index
@@ -72,10 +74,10 @@ class MicroBatches:
 
     finish: go on to the end all the same; processes that share a teacher wait for each other's calls."""
 
-    def __init__(self, parts: tuple[torch.Tensor, ...], finish: bool = False):
+    def __init__(self, parts: tuple[Tensor, ...], finish: bool = False):
         self.parts, self.finish, self.given_up = parts, finish, False
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:
         for part in self.parts:
             if stop.asked and not self.finish:
                 self.given_up = True
@@ -89,14 +91,7 @@ class TrainingState:
 
     MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
-    def __init__(
-        self,
-        out: Path,
-        params: dict[str, torch.Tensor],
-        optimizers: list[torch.optim.Optimizer],
-        averages: dict[str, torch.Tensor],
-        steps: int,
-    ):
+    def __init__(self, out: Path, params: dict[str, Tensor], optimizers: list, averages: dict[str, Tensor], steps: int):
         self.path, self.previous = out / "state.safetensors", out / "state-previous.safetensors"
         self.start, self.metrics, self.run = out / "start.safetensors", out / "metrics.jsonl", files.run_digest(out)
         self.params, self.averages, self.steps = params, averages, steps
@@ -111,12 +106,11 @@ class TrainingState:
         self.lines += line
         try:
             with open(self.metrics, "a") as file:
-                written = os.write(file.fileno(), line.encode())  # no buffer that is written again when the file is closed
-            error = "disk full" if written < len(line) else ""
-        except OSError as full:
-            error = full
-        if error:
-            raise UserError(f"cannot write {self.metrics} ({error}): free some space and run the same command again to resume")
+                if os.write(file.fileno(), line.encode()) < len(line):  # no buffer that is written again when the file is closed
+                    raise OSError("disk full")
+        except OSError as error:
+            where = f"cannot write {self.metrics} ({error})"
+            raise UserError(f"{where}: free some space and run the same command again to resume") from None
 
     def save(self, step: int, stopping: bool = False) -> None:
         """Write the state after `step` updates; a good one that is there becomes the previous one.
@@ -133,8 +127,11 @@ class TrainingState:
             tensors |= {f"ema.{k}": average for k, average in self.averages.items()}
             tensors["metrics.jsonl"] = torch.tensor(list(self.lines.encode()), dtype=torch.uint8)
             if self.good:
-                with files.atomic(self.previous) as file:
-                    files.link_or_copy(self.path, file)  # the first one stays until the new state takes it
+                with files.atomic(self.previous) as file:  # a link, so that the first name stays until the new state takes it
+                    try:
+                        os.link(self.path, file)
+                    except OSError:  # the file system has none
+                        shutil.copyfile(self.path, file)
             files.write_tensors(self.path, tensors, {"step": step, "start": files.recorded_checksum(self.start)}, self.run)
             self.good = True
         stop.wait = step < self.steps
@@ -147,23 +144,25 @@ class TrainingState:
 
         From here to the last save, a signal waits for the end of a micro-batch or update. UserError if no state is good."""
         tensors, info = self._newest()
-        if info.get("start", "") != (files.recorded_checksum(self.start) if tensors else ""):
-            raise UserError(f"{self.start} is not what the state was trained from: restore it, or delete the folder to begin again")
-        for k, p in self.params.items() if tensors else ():
-            p.data.copy_(tensors[f"p.{k}"])
-            moments = {key: tensors[f"{key}.{k}"].to(p.device, copy=True) for key in self.MOMENTS if f"{key}.{k}" in tensors}
-            if moments:  # none if the first update was given up
-                self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
-        for k, average in self.averages.items() if tensors else ():
-            average.copy_(tensors[f"ema.{k}"])
+        if tensors:
+            if info.get("start", "") != files.recorded_checksum(self.start):
+                advice = "restore it, or delete the folder to begin again"
+                raise UserError(f"{self.start} is not what the state was trained from: {advice}")
+            for k, p in self.params.items():
+                p.data.copy_(tensors[f"p.{k}"])
+                moments = {key: tensors[f"{key}.{k}"].to(p.device, copy=True) for key in self.MOMENTS if f"{key}.{k}" in tensors}
+                if moments:  # none if the first update was given up
+                    self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
+            for k, average in self.averages.items():
+                average.copy_(tensors[f"ema.{k}"])
+            self.lines = bytes(tensors["metrics.jsonl"].tolist()).decode()
         if process_index() == 0:
-            self.lines = bytes(tensors["metrics.jsonl"].tolist()).decode() if tensors else ""
             with files.atomic(self.metrics) as file:
                 file.write_text(self.lines)
         stop.wait = info["step"] < self.steps
         return info["step"]
 
-    def _newest(self) -> tuple[dict[str, torch.Tensor], dict]:
+    def _newest(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors and info of the newest good state; ({}, {"step": 0}) where there is none at all."""
         found, damage = [path for path in (self.path, self.previous) if path.exists()], []
         for path in found:

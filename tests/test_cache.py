@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import sources
+from data import cache, sources
 from data.cache import BATCH, Cache, CacheBuilder, buckets, fit, nearest_size
 from run import files as run_files
 from run.common import UserError, step_generator
@@ -138,7 +138,7 @@ def test_the_cache_gives_back_what_the_encoders_gave(source, finished):
     for _, caption, picture in source:
         pixels, ids = fit(picture, buckets(128))
         expected[caption] = encode_pictures(pixels[None].float() / 127.5 - 1), encode_captions([caption]), ids
-    assert sum(int(ends[-1]) for _, ends in made.rows.values()) == len(SIZES) and len(made.rows) > 2
+    assert int(made.ends[-1]) == len(SIZES) and len(made.last) > 2
     seen = set()
     for step in range(80):
         x0, cond = made.latents(4, step_generator(0, step))
@@ -175,9 +175,9 @@ def test_buckets_are_drawn_by_their_size(finished):
     """Catches buckets drawn with equal probability: a lone panorama would be seen as often as all squares together."""
     made = finished[0]
     shapes = [tuple(made.latents(1, step_generator(2, step))[0].shape[2:]) for step in range(500)]
-    for bucket, (_, ends) in made.rows.items():
+    for first, (bucket, last) in zip((0, *made.last.values()), made.last.items(), strict=False):
         h, w = (int(side) // 8 for side in bucket.split("x"))
-        assert abs(shapes.count((h, w)) / 500 - int(ends[-1]) / len(SIZES)) < 0.07
+        assert abs(shapes.count((h, w)) / 500 - (last - first) / len(SIZES)) < 0.07
 
 
 def test_conditions_reach_every_caption_and_are_told_a_whole_square(source, finished):
@@ -321,7 +321,7 @@ def test_a_resumed_build_encodes_only_what_is_missing(source, finished, tmp_path
     assert 0 < done < 4 and set(seen) == {f"picture {i}" for i in range(3 * done, len(SIZES))}
     assert contents_of(tmp_path / "c") == finished[1]
     blind = sources.Source(source.spec, source.fingerprint, None)
-    assert build(tmp_path / "c", blind, encode_pictures=None, encode_captions=None).rows.keys() == finished[0].rows.keys()
+    assert build(tmp_path / "c", blind, encode_pictures=None, encode_captions=None).last == finished[0].last
 
 
 @given(st.data())
@@ -359,21 +359,27 @@ def test_damaged_shards_are_named_and_made_again(source, finished, tmp_path, cap
     assert re.search(f"{one} (is gone|is truncated|was swapped).*made again", capsys.readouterr().out)
 
 
-def test_two_processes_make_the_cache_that_one_makes(source, finished, tmp_path):
+def test_two_processes_make_the_cache_that_one_makes(source, finished, tmp_path, monkeypatch):
     """Catches a shard that two processes or none make, and reading before all have written; also on a damaged cache."""
+    process = threading.local()  # threads stand for processes
+    monkeypatch.setattr(cache, "process_index", lambda: process.index)
+    monkeypatch.setattr(cache, "process_count", lambda: 2)
+    monkeypatch.setattr(cache, "wait_for_all", threading.Barrier(2, timeout=30).wait)
     for contents in ({}, finished[1] | {"00000.safetensors": b"", "00001.safetensors": b"", "null.safetensors": b""}):
-        folder, wait, made, errors = tmp_path / f"{len(contents)}", threading.Barrier(2, timeout=30).wait, {}, []
+        folder, made, errors = tmp_path / f"{len(contents)}", {}, []
         if contents:
             restore(folder, contents)
         captions = {0: [], 1: []}
 
-        def work(index, folder=folder, wait=wait, made=made, captions=captions, errors=errors):
+        def work(index, folder=folder, made=made, captions=captions, errors=errors):
+            process.index = index
+
             def encode(texts):
                 captions[index].extend(texts)
                 return encode_captions(texts)
 
             try:
-                made[index] = build(folder, source, index=index, count=2, wait=wait, encode_captions=encode)
+                made[index] = build(folder, source, encode_captions=encode)
             except Exception as error:
                 errors.append(error)
 
