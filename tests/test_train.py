@@ -132,6 +132,13 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows]
 
 
+def same_losses(a: Path, b: Path) -> None:
+    """Of the updates that both have made, where sums ran in another order. At 4 bits that flips single codes, and a flipped code
+    moves a loss of these random networks by up to some percent; a share or pictures that are not the update's move it by tens."""
+    pairs = list(zip(losses(a), losses(b), strict=False))
+    assert pairs and all(step == other and abs(x - y) < 0.1 * abs(y) for (step, x), (other, y) in pairs), pairs
+
+
 def same_files(a: Path, b: Path, *names: str) -> None:
     for name in names:
         left, right = (files.read_tensors(folder / name, "")[0] for folder in (a, b))
@@ -616,9 +623,8 @@ def test_a_run_goes_on_with_less_at_a_time(weights, finished, without_report, tm
     start = (tmp_path / "r" / "start.safetensors").read_bytes()
     run(weights, tmp_path / "r", "--micro 1 --checkpointing --hessian-mb 64 --save-every 3 --eval-n 8")
     assert (tmp_path / "r" / "start.safetensors").read_bytes() == start
-    assert losses(tmp_path / "r")[:2] == losses(finished)[:2]
-    for (_, a), (_, b) in zip(losses(tmp_path / "r"), losses(finished), strict=True):
-        assert abs(a - b) < 2e-2 * abs(b)  # sums in another order
+    assert losses(tmp_path / "r")[:2] == losses(finished)[:2] and len(losses(tmp_path / "r")) == 4
+    same_losses(tmp_path / "r", finished)
 
 
 @pytest.mark.slow
