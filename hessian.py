@@ -286,12 +286,7 @@ def _passes(layers: dict[str, nn.Module], collect: Callable[[dict[str, nn.Module
 
 
 def collect_passes(
-    model: nn.Module,
-    layer_names: list[str],
-    run: Callable[[Callable[[int], None]], None],
-    budget_bytes: int = 2 << 30,
-    bins: int = 4,
-    group_x: int = 0,
+    model: nn.Module, layer_names: list[str], run: Callable, budget_bytes: int = 2 << 30, bins: int = 4, group_x: int = 0
 ) -> Iterator[dict[str, Stats]]:
     """Yield {name: Stats} once per pass over the calibration set until every layer of `layer_names` is done.
 

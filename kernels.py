@@ -38,8 +38,6 @@ Left out on purpose: quantized outputs.
 Dimension key: see quant.py; P packed bytes of a row.          W4A4 [A]; branch on unquantized input as in SVDQuant [R]; layout [O]
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import timeit
@@ -251,11 +249,7 @@ def im2col(X_NHWC: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int]
 
 
 def w4a16_linear(
-    x: Tensor,
-    pw: PackedWeight,
-    bias: Tensor | None = None,
-    lora_A_rI: Tensor | None = None,
-    lora_B_Or: Tensor | None = None,
+    x: Tensor, pw: PackedWeight, bias: Tensor | None = None, lora_A_rI: Tensor | None = None, lora_B_Or: Tensor | None = None
 ) -> Tensor:
     """4-bit weights, unquantized activations: for modulation layers, which have many parameters and little to compute.
     x (..., I) -> (..., O) in x.dtype."""

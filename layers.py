@@ -319,12 +319,7 @@ def anchored(model: nn.Module):
 
 def as_anchor(student: nn.Module) -> Callable:
     """A function of the student's arguments that returns what its anchor predicts."""
-
-    def call(*args):
-        with anchored(student):
-            return student(*args)
-
-    return call
+    return anchored(student)(lambda *args: student(*args))  # a context manager is a decorator too, which is entered at each call
 
 
 def anchor_state(model: nn.Module) -> dict[str, Tensor]:

@@ -42,8 +42,6 @@ Left out on purpose: zero points, FP4, static activation scales, GPTQ's column r
 The grid, its search and the choice of groups are ours [O]; W4A4 is the paper's [A].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +87,8 @@ class GridWeight:
 
 def dequantize(gw: GridWeight) -> Tensor:
     """float32 (O, K), padding removed."""
-    return unpad_taps(gw.int8().float() * gw.scale_O[:, None], gw.channels, gw.taps)
+    w_OK = gw.int8().float() * gw.scale_O[:, None]
+    return w_OK.unflatten(1, (gw.taps, -1))[..., : gw.channels].flatten(1)
 
 
 def pad_taps(w_OK: Tensor, group: int, taps: int) -> Tensor:
@@ -98,11 +97,6 @@ def pad_taps(w_OK: Tensor, group: int, taps: int) -> Tensor:
     if rest:
         raise ValueError(f"{w_OK.shape[1]} columns do not divide into {taps} taps")
     return F.pad(w_OK.unflatten(1, (taps, channels)), (0, -channels % group)).flatten(1)
-
-
-def unpad_taps(w_OK: Tensor, channels: int, taps: int) -> Tensor:
-    """Inverse of pad_taps: (O, Kp) -> (O, taps*channels)."""
-    return w_OK.unflatten(1, (taps, -1))[..., :channels].flatten(1)
 
 
 def flatten_conv(w_OIhw: Tensor) -> Tensor:
@@ -149,13 +143,9 @@ def round_scale(scale_O: Tensor) -> Tensor:
     return scale_O
 
 
-def _nearest(w_OGg: Tensor, m_OG: Tensor, scale_O: Tensor) -> Tensor:
-    return (w_OGg / (m_OG * scale_O[:, None])[..., None]).round_().clamp_(QMIN, QMAX)
-
-
 def round_rtn(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor | None) -> tuple[Tensor, Tensor]:
     """The nearest code for the multipliers that were chosen: (q (O, G, group), m (O, G)), float."""
-    return _nearest(w_OGg, m_OG, scale_O), m_OG
+    return (w_OGg / (m_OG * scale_O[:, None])[..., None]).round_().clamp_(QMIN, QMAX), m_OG
 
 
 def round_gptq(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor) -> tuple[Tensor, Tensor]:

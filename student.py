@@ -36,7 +36,7 @@ import hgs_lora
 import qra
 import quant
 import tdpt
-from layers import PackedLayer, packed_class, replace_layer
+from layers import packed_class, replace_layer
 from models.denoiser import Denoiser, float_layers
 from run.common import UserError, process_count, process_index, step_generator
 
@@ -77,17 +77,29 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
         rank, gen = ranks[layer.name], step_generator(cfg.seed, layer.index, stream=2)
         grid = dict(group=cfg.group_w, taps=layer.taps, rounding=cfg.rounding)
         gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, cfg.init, iters=cfg.iters, generator=gen, **grid)
-        packed[layer.name] = layer.pack(gw, A_rK, B_Or, cfg.group_x)
+        twin = packed_class(layer.kind, layer.module).from_float(layer.module, gw, A_rK, B_Or, layer.smooth_I, cfg.group_x)
+        packed[layer.name] = twin.cpu()
         error = hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)
-        groups = {"group_w": cfg.group_w, "group_x": cfg.group_x}
-        about = {"kind": layer.kind, "shape": layer.shape, "rank": rank, "smooth": layer.smooth_I is not None}
-        table[layer.name] = about | groups | {"error": error}
+        table[layer.name] = {"kind": layer.kind, "shape": layer.shape, "rank": rank, "smooth": layer.smooth_I is not None}
+        table[layer.name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x, "error": error}
 
     # The packed layers take the float layers' places
     for layer in layers:
-        twin, table[layer.name] = on_every_process(packed.pop(layer.name, None), table.get(layer.name), layer)
+        held = [packed.pop(layer.name, None), table.get(layer.name)]
+        if process_count() > 1:
+            dist.broadcast_object_list(held, src=layer.owner)
+        twin, table[layer.name] = held
         replace_layer(base.net, layer.name, twin)
     return base, {layer.name: table[layer.name] for layer in layers}
+
+
+def of_all_processes(values: dict) -> dict:
+    """The entries that each process has, together."""
+    if process_count() == 1:
+        return values
+    parts = [None] * process_count()
+    dist.all_gather_object(parts, values)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 # ---------------------------------------------------------------- layers and what is measured of them
@@ -124,19 +136,14 @@ class Layer:
         w_OIhw = self.module.weight[..., None, None] if self.module.weight.dim() == 2 else self.module.weight
         return quant.flatten_conv(w_OIhw).float().to(device)
 
-    def pack(self, gw: quant.GridWeight, A_rK: Tensor, B_Or: Tensor, group_x: int) -> PackedLayer:
-        """The packed twin, in main memory."""
-        return packed_class(self.kind, self.module).from_float(self.module, gw, A_rK, B_Or, self.smooth_I, group_x).cpu()
-
     def let_go(self) -> None:
         self.stats = self.w_OK = self.white = self.smooth_I = None
 
 
 def layers_to_quantize(cfg, base: Denoiser) -> list[Layer]:
     """In the network's order. UserError if --rank is too large for one, or --hessian-mb too small."""
-    kinds = {name: base.family.precision(name) for name in float_layers(base.net)}
-    chosen = [(name, module) for name, module in float_layers(base.net).items() if kinds[name] != "16bit"]
-    layers = [Layer(name, module, kinds[name], i) for i, (name, module) in enumerate(chosen)]
+    known = ((name, module, base.family.precision(name)) for name, module in float_layers(base.net).items())
+    layers = [Layer(*about, index) for index, about in enumerate(about for about in known if about[2] != "16bit")]
     for layer in layers:
         if cfg.rank > min(layer.shape):
             shape = tuple(layer.module.weight.shape)
@@ -243,32 +250,3 @@ class Calibration:
         """Where its factors are: beside the layer if they fit one half of the budget."""
         fits = hgs_lora.factor_bytes(*layer.shape, self.cfg.rounding) <= self.half
         return layer.module.weight.device if fits else torch.device("cpu")
-
-
-# ---------------------------------------------------------------- processes
-
-
-def of_all_processes(values: dict) -> dict:
-    """The entries that each process has, together."""
-    if process_count() == 1:
-        return values
-    parts = [None] * process_count()
-    dist.all_gather_object(parts, values)
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def on_every_process(packed: PackedLayer | None, row: dict | None, layer: Layer) -> tuple[PackedLayer, dict]:
-    """The packed layer and its row of the table, which only its owner has, on every process; the layer in main memory."""
-    if process_count() == 1:
-        return packed, row
-    rows = [row]
-    dist.broadcast_object_list(rows, src=layer.owner)
-    row = rows[0]
-    if packed is None:
-        shape = row["rank"], row["group_w"], row["group_x"], row["smooth"]
-        packed = packed_class(layer.kind, layer.module)(layer.module, *shape)
-    packed.to(layer.module.weight.device)
-    for tensor in packed.state_dict().values():
-        dist.broadcast(tensor, src=layer.owner)
-    packed.set_anchor()
-    return packed.cpu(), row

@@ -101,7 +101,7 @@ def test_channels_are_padded_inside_each_tap_and_padding_is_the_code_zero(O, I, 
     Ip = -(-I // group) * group
     assert gw.codes_OK.shape == (O, taps * Ip) and gw.mult_OG.shape == (O, taps * Ip // group)
     assert (gw.codes_OK.unflatten(1, (taps, Ip))[:, :, I:] == 0).all()
-    by_tap = [quant._nearest(t.unflatten(1, (-1, group)), m, gw.scale_O) for t, m in zip(
+    by_tap = [quant.round_rtn(t.unflatten(1, (-1, group)), gw.scale_O, m, True, None)[0] for t, m in zip(
         quant.pad_taps(w, group, taps).chunk(taps, 1), gw.mult_OG.float().chunk(taps, 1), strict=True)]  # fmt: skip
     assert torch.equal(torch.cat([t.flatten(1) for t in by_tap], 1), gw.codes_OK.float())
     assert quant.dequantize(gw).shape == w.shape
