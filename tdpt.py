@@ -43,7 +43,7 @@ from *its own* state where the reference ends, so that what went wrong before is
 
     loss_k = pseudo-Huber( y_k+1 - z_k+1 ),    y_k+1 = jump(y_k, student(y_k, e_k), e_k, e_k+1),  y_k detached
 
-Dimension key: B batch, K phases, n solver steps, M components, D coordinates (demo); states are (B, ...) of any shape.
+Dimension key: B batch, K phases, n solver steps, D coordinates, r rank (demo); states are (B, ...) of any shape.
 Coefficients float64, states float32 (float64 stays). Left out on purpose: higher-order and stochastic samplers, loss
 weights over time, adversarial terms, devices without float64 (MPS).
 """
@@ -351,9 +351,8 @@ def calibration(model, path, x_T, cond, sampling_steps, bins=4, micro=16):
 
     def samplers(model, part):
         for rows in torch.arange(len(x_T)).split(part):
-            cond_r = {k: v[rows] for k, v in cond.items()}
             for K in sampling_steps:
-                yield from jumps(model, path, x_T[rows], cond_r, path.grid(K, x_T.device))
+                yield from jumps(model, path, x_T[rows], {k: v[rows] for k, v in cond.items()}, path.grid(K, x_T.device))
 
     def forward(set_bin):
         def told(x, t, s, cond):
