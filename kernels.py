@@ -38,11 +38,9 @@ Left out on purpose: quantized outputs.
 Dimension key: see quant.py; P packed bytes of a row.          W4A4 [A]; branch on unquantized input as in SVDQuant [R]; layout [O]
 """
 
-from __future__ import annotations
-
 import functools
 import math
-import time
+import timeit
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -156,19 +154,13 @@ def _(X_TK: Tensor, W_OK: Tensor) -> Tensor:
 
 def int8_matmul(X_TK: Tensor, W_OK: Tensor) -> Tensor:
     """X W^T, int8 (T, K) x (O, K) -> int32 (T, O), exact."""
-    if X_TK.is_cuda:
-        return _int8_matmul_cuda(X_TK, W_OK)
-    return torch._int_mm(X_TK, W_OK.t()) if VNNI else int8_matmul_in_float(X_TK, W_OK)
-
-
-def _int8_matmul_cuda(X_TK: Tensor, W_OK: Tensor) -> Tensor:
-    """int8_matmul by cuBLAS, which wants T > 16, O a multiple of 8 and rows that are contiguous: diffusers makes a transposed view
-    of one picture's tokens."""
+    if not X_TK.is_cuda:
+        return torch._int_mm(X_TK, W_OK.t()) if VNNI else int8_matmul_in_float(X_TK, W_OK)
+    # cuBLAS wants T > 16, O a multiple of 8 and contiguous rows: diffusers makes a transposed view of one picture's tokens
     X_TK, T, O = X_TK.contiguous(), X_TK.shape[0], W_OK.shape[0]
     if T <= 16 or O % 8:
         X_TK, W_OK = F.pad(X_TK, (0, 0, 0, max(0, 17 - T))), F.pad(W_OK, (0, 0, 0, -O % 8))
-        return torch._int_mm(X_TK, W_OK.t())[:T, :O]
-    return torch._int_mm(X_TK, W_OK.t())
+    return torch._int_mm(X_TK, W_OK.t())[:T, :O]
 
 
 def _has_branch(lora_A_rK: Tensor | None) -> bool:
@@ -257,11 +249,7 @@ def im2col(X_NHWC: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int]
 
 
 def w4a16_linear(
-    x: Tensor,
-    pw: PackedWeight,
-    bias: Tensor | None = None,
-    lora_A_rI: Tensor | None = None,
-    lora_B_Or: Tensor | None = None,
+    x: Tensor, pw: PackedWeight, bias: Tensor | None = None, lora_A_rI: Tensor | None = None, lora_B_Or: Tensor | None = None
 ) -> Tensor:
     """4-bit weights, unquantized activations: for modulation layers, which have many parameters and little to compute.
     x (..., I) -> (..., O) in x.dtype."""
@@ -308,29 +296,22 @@ def compiled(fn: Callable) -> Callable:
     return call
 
 
-def _check_channels(channels: int, pw: PackedWeight) -> None:
-    if channels != pw.channels:  # kernels by hand would read beyond the factors of the branch
-        raise ValueError(f"x has {channels} channels, its weight {pw.channels}")
-
-
 def native_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16, w4a4=cpu.w4a4) -> Tensor:
-    """w4a4_linear by w4a4, a kernel of backends/ for pictures: each row is a picture of one pixel. ValueError for a wrong width."""
-    _check_channels(x.shape[-1], pw)
-    pixels = x.reshape(math.prod(x.shape[:-1]), 1, 1, x.shape[-1])
-    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, lora_A_rI, lora_B_Or, inv_smooth_I, pw.group, group_x)
-    y = w4a4(pixels, *operands, False, (1, 1), (1, 1), (0, 0))
-    return y.view(*x.shape[:-1], y.shape[-1])
+    """w4a4_linear as native_conv2d, where each row is a picture of one pixel."""
+    pixels, geometry = x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1), ((1, 1), (1, 1), (0, 0))
+    y = native_conv2d(pixels, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, *geometry, w4a4, per_sample=False)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def native_conv2d(
     x_NCHW, pw, bias=None, lora_A_rK=None, lora_B_Or=None, inv_smooth_I=None, group_x=16,
-    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), w4a4=cpu.w4a4,
+    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), w4a4=cpu.w4a4, per_sample=True,
 ) -> Tensor:  # fmt: skip
     """w4a4_conv2d by w4a4, a kernel of backends/. ValueError for a wrong number of channels."""
-    _check_channels(x_NCHW.shape[1], pw)
-    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, lora_A_rK, lora_B_Or, inv_smooth_I, pw.group, group_x)
-    y_NHWO = w4a4(x_NCHW.permute(0, 2, 3, 1), *operands, True, kernel_size, stride, padding)
-    return y_NHWO.permute(0, 3, 1, 2)
+    if x_NCHW.shape[1] != pw.channels:  # kernels by hand would read beyond the factors of the branch
+        raise ValueError(f"x has {x_NCHW.shape[1]} channels, its weight {pw.channels}")
+    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, lora_A_rK, lora_B_Or, inv_smooth_I, pw.group, group_x, per_sample)
+    return w4a4(x_NCHW.permute(0, 2, 3, 1), *operands, kernel_size, stride, padding).permute(0, 3, 1, 2)
 
 
 @torch.compiler.assume_constant_result  # or torch.compile would trace through functools.cache into the build
@@ -363,40 +344,25 @@ BACKENDS = {"eager": lambda fn: fn, "compile": compiled_once, "native": native} 
 # ------------------------------------------------------------------------------------------------ demo
 
 
-def _milliseconds(f: Callable, repeats: int = 9) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return 1e3 * sorted(times)[repeats // 2]
-
-
-def _row(T: int, I: int, O: int, gen: torch.Generator) -> str:
-    """Measures a linear layer with a branch of rank 16 and Gaussian operands."""
-    x, w, bias = (torch.randn(*shape, generator=gen) for shape in ((T, I), (O, I), (O,)))
-    A, B = torch.randn(16, I, generator=gen) / I**0.5, torch.randn(O, 16, generator=gen) * 0.1
-    pw = pack(quantize_weight(w))
-    y = w4a4_linear(x, pw, bias, A, B)
-
-    W_OK, (X_TK, _) = weight_int8(pw), activation_int8(x)
-    assert torch.equal(int8_matmul(X_TK, W_OK).double(), X_TK.double() @ W_OK.t().double()), "int32 sums are exact"
-    branch = x.double() @ A.t().double() @ B.t().double() + bias
-    x_hat = dequantize_activation(*quantize_activation(x), I).double()
-    references = x_hat @ dequantize(pw).t().double() + branch, x.double() @ w.t().double() + branch
-    kernel_error, error = (float((y - reference).norm() / reference.norm()) for reference in references)
-
-    bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_P, pack_scales(pw.scale_O))) / w.numel()
-    float_ms, ms = _milliseconds(lambda: F.linear(x, w, bias)), _milliseconds(lambda: w4a4_linear(x, pw, bias, A, B))
-    return f"{bits:12.3f}{kernel_error:16.1e}{error:10.3f}{float_ms:10.2f}{ms:9.2f}"
-
-
 def main() -> None:
+    """Linear layers with a branch of rank 16 and Gaussian operands: storage, error and time of the eager kernel."""
     gen = torch.Generator().manual_seed(0)
-    print(f"{'layer':28s}{'bits/weight':>12s}{'vs dequantized':>16s}{'vs float':>10s}{'float ms':>10s}{'W4A4 ms':>9s}   (eager)")
-    for T, I, O in ((4096, 128, 128), (1024, 1024, 1024)):
-        name = f"linear {T} x {I} -> {O}"
-        print(f"{name:28s}{_row(T, I, O, gen)}")
+    print(f"{'layer':28s}{'bits/weight':>12s}{'vs dequantized':>16s}{'vs float':>10s}{'float ms':>10s}{'W4A4 ms':>9s}")
+    for T, I, O in ((2048, 128, 128), (256, 1024, 1024)):
+        x, w, bias = (torch.randn(*shape, generator=gen) for shape in ((T, I), (O, I), (O,)))
+        A, B = torch.randn(16, I, generator=gen) / I**0.5, torch.randn(O, 16, generator=gen) * 0.1
+        pw = pack(quantize_weight(w))
+        W_OK, (X_TK, _) = weight_int8(pw), activation_int8(x)
+        assert torch.equal(int8_matmul(X_TK, W_OK).double(), X_TK.double() @ W_OK.t().double()), "int32 sums are exact"
+        bits = 8 * sum(t.nbytes for t in (pw.codes_OP, pw.mult_P, pack_scales(pw.scale_O))) / w.numel()
+        kernels = functools.partial(F.linear, x, w, bias), functools.partial(w4a4_linear, x, pw, bias, A, B)
+        milliseconds = [1e3 * min(timeit.repeat(kernel, number=1, repeat=9)) for kernel in kernels]
+        x_hat, y = dequantize_activation(*quantize_activation(x), I), kernels[1]()
+        branch = x.double() @ A.t().double() @ B.t().double() + bias
+        references = [a.double() @ b.double().t() + branch for a, b in ((x_hat, dequantize(pw)), (x, w))]
+        kernel_error, error = (float((y - reference).norm() / reference.norm()) for reference in references)
+        row = f"{bits:12.3f}{kernel_error:16.1e}{error:10.3f}" + "{:10.2f}{:9.2f}".format(*milliseconds)
+        print(f"{f'linear {T} x {I} -> {O}':28s}{row}")
     print("invariant holds: the int32 sums equal the float64 products of the codes")
 
 

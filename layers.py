@@ -34,6 +34,7 @@ Left out on purpose: training of grid, bias or scales, higher derivatives.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -90,29 +91,65 @@ class _StraightThrough(torch.autograd.Function):
         return *ctx.layer.grads(g, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None
 
 
-class PackedStorage(nn.Module):
-    """Q as it is stored, with bias and smoothing; all of it are buffers.
+class PackedLayer(nn.Module):
+    """Q + B A. A subclass defines run(x, A, B), the kernel, and grads(g, x, A, B, needs), its straight-through gradients.
 
-    codes_OP, mult_P uint8; scale_O float32, or the byte of kernels.pack_scales, which is the same number exactly (deployed form);
-    inv_smooth (I,) float32 if smoothed; bias (O,) if there is one, in the float layer's dtype.
+    Buffers: codes_OP, mult_P uint8; scale_O float32, or the byte of kernels.pack_scales, which is the same number exactly (deployed
+    form); inv_smooth (I,) float32 if smoothed; bias (O,) if there is one, in the float layer's dtype.
+
+    lora_A (r, K), lora_B (O, r) are float32 Parameters, and None at rank 0. In the deployed form (store_8bit, or lora_bits=8) they
+    are int8 buffers with lora_scale (2, r) float32 beside them, and only x has a gradient. state_dict() is what safetensors saves.
+    anchor_A, anchor_B are not part of it, since a deployed checkpoint has no use for them: see anchor_state.
 
     .to(dtype), .half() and the like move a layer but cast nothing: bfloat16 scales would change the weights, and bfloat16 A and B
     would not take small updates. The layer computes in the dtype of its input."""
 
-    def __init__(self, layer: nn.Module, group: int, group_x: int, smooth: bool, deployed: bool):
-        super().__init__()
+    def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
+        """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
+        lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
+        if lora_bits not in (8, 16):
+            raise ValueError(f"LoRA factors are kept in 8 or 16 bits, not {lora_bits}")
+        (O, I), K, taps = layer.weight.shape[:2], layer.weight[0].numel(), layer.weight[0, 0].numel()
+        if not 0 <= rank <= min(O, K):
+            raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
         quant.check_group(group)
         quant.check_group(group_x)
-        O, I = layer.weight.shape[:2]
-        taps, device = layer.weight[0, 0].numel(), layer.weight.device
-        padded = taps * -(-I // group) * group
-        self.channels, self.out, self.taps, self.group, self.group_x = I, O, taps, group, group_x
-        self.backend = "eager"
-        self.register_buffer("codes_OP", torch.empty(O, padded // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("mult_P", torch.empty(-(-O * padded // group // 2), dtype=torch.uint8, device=device))
-        self.register_buffer("scale_O", torch.empty(O, dtype=torch.uint8 if deployed else torch.float32, device=device))
-        self.register_buffer("inv_smooth", torch.empty(I, device=device) if smooth else None)
+        super().__init__()
+        self.channels, self.out, self.taps, self.group, self.group_x, self.rank = I, O, taps, group, group_x, rank
+        self.backend, self.use_anchor = "eager", False
+        padded, deployed, empty = taps * -(-I // group) * group, lora_bits == 8, partial(torch.empty, device=layer.weight.device)
+        self.register_buffer("codes_OP", empty(O, padded // 2, dtype=torch.uint8))
+        self.register_buffer("mult_P", empty(-(-O * padded // group // 2), dtype=torch.uint8))
+        self.register_buffer("scale_O", empty(O, dtype=torch.uint8 if deployed else torch.float32))
+        self.register_buffer("inv_smooth", empty(I) if smooth else None)
         self.register_buffer("bias", None if layer.bias is None else torch.empty_like(layer.bias, requires_grad=False))
+        for name, shape in (("lora_A", (rank, K)), ("lora_B", (O, rank))):
+            if rank and deployed:
+                self.register_buffer(name, empty(shape, dtype=torch.int8))
+            else:
+                self.register_parameter(name, nn.Parameter(empty(shape)) if rank else None)
+        self.register_buffer("lora_scale", empty(2, rank) if rank and deployed else None)
+        self.register_buffer("anchor_A", None, persistent=False)
+        self.register_buffer("anchor_B", None, persistent=False)
+
+    @classmethod
+    def from_float(cls, layer, gw: quant.GridWeight, A_rK=None, B_Or=None, smooth_I=None, group_x: int = 16):
+        """The packed twin of `layer`: grid weight and factors from `decompose` (of W * smooth_I if it is smoothed)."""
+        new = cls(layer, 0 if A_rK is None else len(A_rK), gw.group, group_x, smooth_I is not None)
+        if (gw.channels, gw.taps, len(gw.scale_O)) != (new.channels, new.taps, new.out):
+            raise ValueError(f"a grid weight with {gw.channels} channels and {gw.taps} taps is not one of {layer}")
+        known = kernels.pack(gw)._asdict() | {"bias": layer.bias, "lora_A": A_rK, "lora_B": B_Or}
+        known["inv_smooth"] = None if smooth_I is None else 1.0 / smooth_I
+        new.load_state_dict({key: known[key] for key in new.state_dict()})
+        new.set_anchor()
+        return new.train(layer.training)
+
+    def _apply(self, fn, recurse=True):
+        def move_only(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(move_only, recurse)
 
     @property
     def packed(self) -> kernels.PackedWeight:
@@ -125,61 +162,6 @@ class PackedStorage(nn.Module):
     def _smoothed(self, x: Tensor) -> Tensor:
         """x' in x's dtype, the product in float32; channels are the last axis."""
         return x if self.inv_smooth is None else (x.float() * self.inv_smooth).to(x.dtype)
-
-    def _apply(self, fn, recurse=True):
-        def move_only(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(move_only, recurse)
-
-
-class PackedLayer(PackedStorage):
-    """Q + B A. A subclass defines run(x, A, B), the kernel, and grads(g, x, A, B, needs), its straight-through gradients.
-
-    lora_A (r, K), lora_B (O, r) are float32 Parameters, and None at rank 0. In the deployed form (store_8bit, or lora_bits=8) they
-    are int8 buffers with lora_scale (2, r) float32 beside them, and only x has a gradient. state_dict() is what safetensors saves.
-    anchor_A, anchor_B are not part of it, since a deployed checkpoint has no use for them: see anchor_state."""
-
-    def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
-        """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
-        lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
-        if lora_bits not in (8, 16):
-            raise ValueError(f"LoRA factors are kept in 8 or 16 bits, not {lora_bits}")
-        O, K, device = len(layer.weight), layer.weight[0].numel(), layer.weight.device
-        if not 0 <= rank <= min(O, K):
-            raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
-        deployed = lora_bits == 8
-        super().__init__(layer, group, group_x, smooth, deployed)
-        self.rank, self.use_anchor = rank, False
-        for name, shape in (("lora_A", (rank, K)), ("lora_B", (O, rank))):
-            if rank and deployed:
-                self.register_buffer(name, torch.empty(shape, dtype=torch.int8, device=device))
-            else:
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device)) if rank else None)
-        self.register_buffer("lora_scale", torch.empty(2, rank, device=device) if rank and deployed else None)
-        self.register_buffer("anchor_A", None, persistent=False)
-        self.register_buffer("anchor_B", None, persistent=False)
-
-    @classmethod
-    def from_float(cls, layer, gw: quant.GridWeight, A_rK=None, B_Or=None, smooth_I=None, group_x: int = 16):
-        """The packed twin of `layer`: grid weight and factors from `decompose` (of W * smooth_I if it is smoothed)."""
-        new = cls(layer, 0 if A_rK is None else len(A_rK), gw.group, group_x, smooth_I is not None)
-        if (gw.channels, gw.taps, len(gw.scale_O)) != (new.channels, new.taps, new.out):
-            raise ValueError(f"a grid weight with {gw.channels} channels and {gw.taps} taps is not one of {layer}")
-        pw = kernels.pack(gw)
-        with torch.no_grad():
-            for name in ("codes_OP", "mult_P", "scale_O"):
-                getattr(new, name).copy_(getattr(pw, name))
-            if smooth_I is not None:
-                new.inv_smooth.copy_(1.0 / smooth_I)
-            if layer.bias is not None:
-                new.bias.copy_(layer.bias)
-            if new.rank:
-                new.lora_A.copy_(A_rK)
-                new.lora_B.copy_(B_Or)
-        new.set_anchor()
-        return new.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else self.factors()
@@ -234,10 +216,10 @@ class W4A4Linear(PackedLayer):
         """(dx, dA, dB), None where not needed. Products in x's dtype, as those of a float layer's backward."""
         g_TO, x1_TI = g.reshape(-1, self.out), self._smoothed(x.reshape(-1, self.channels))
         dx = dA = dB = None
-        if A_rI is not None and (needs[1] or needs[2]):
-            A, B = A_rI.to(x.dtype), B_Or.to(x.dtype)
-            dA = ((g_TO @ B).mT @ x1_TI).to(A_rI.dtype) if needs[1] else None
-            dB = (g_TO.mT @ (x1_TI @ A.mT)).to(B_Or.dtype) if needs[2] else None
+        if needs[1]:
+            dA = ((g_TO @ B_Or.to(x.dtype)).mT @ x1_TI).to(A_rI.dtype)
+        if needs[2]:
+            dB = (g_TO.mT @ (x1_TI @ A_rI.to(x.dtype).mT)).to(B_Or.dtype)
         if needs[0]:
             dx = self._smoothed(g_TO @ self.merged_weight(A_rI, B_Or).to(g.dtype)).reshape(x.shape)
         return dx, dA, dB
@@ -268,19 +250,17 @@ class W4A4Conv2d(PackedLayer):
 
     def grads(self, g, x, A_rK, B_Or, needs):
         """(dx, dA, dB), None where not needed, in x's dtype. The branch is conv(A), then a 1x1 convolution B."""
-        strides = dict(stride=self.stride, padding=self.padding)
+        strides, taps = dict(stride=self.stride, padding=self.padding), self.kernel_size
         x1 = self._smoothed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         dx = dA = dB = None
-        if A_rK is not None and (needs[1] or needs[2]):
-            A_rIhw, B = quant.unflatten_conv(A_rK.to(x.dtype), self.kernel_size), B_Or.to(x.dtype)
-            if needs[1]:
-                low = F.conv2d(g, B.mT[:, :, None, None])
-                dA = quant.flatten_conv(nn.grad.conv2d_weight(x1, A_rIhw.shape, low, **strides)).to(A_rK.dtype)
-            if needs[2]:
-                low = F.conv2d(x1, A_rIhw, **strides)
-                dB = (g.transpose(0, 1).flatten(1) @ low.transpose(0, 1).flatten(1).mT).to(B_Or.dtype)
+        if needs[1]:
+            low = F.conv2d(g, B_Or.to(x.dtype).mT[:, :, None, None])
+            dA = quant.flatten_conv(nn.grad.conv2d_weight(x1, (self.rank, self.channels, *taps), low, **strides)).to(A_rK.dtype)
+        if needs[2]:
+            low = F.conv2d(x1, quant.unflatten_conv(A_rK.to(x.dtype), taps), **strides)
+            dB = (g.transpose(0, 1).flatten(1) @ low.transpose(0, 1).flatten(1).mT).to(B_Or.dtype)
         if needs[0]:
-            w_OIhw = quant.unflatten_conv(self.merged_weight(A_rK, B_Or), self.kernel_size).to(g.dtype)
+            w_OIhw = quant.unflatten_conv(self.merged_weight(A_rK, B_Or), taps).to(g.dtype)
             dx = nn.grad.conv2d_input(x.shape, w_OIhw, g, **strides)
             dx = self._smoothed(dx.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return dx, dA, dB
@@ -339,18 +319,13 @@ def anchored(model: nn.Module):
 
 def as_anchor(student: nn.Module) -> Callable:
     """A function of the student's arguments that returns what its anchor predicts."""
-
-    def call(*args):
-        with anchored(student):
-            return student(*args)
-
-    return call
+    return anchored(student)(lambda *args: student(*args))  # a context manager is a decorator too, which is entered at each call
 
 
 def anchor_state(model: nn.Module) -> dict[str, Tensor]:
     """{"name.anchor_A": .., "name.anchor_B": ..}: what resuming needs beside state_dict()."""
-    keys = [(name, layer, key) for name, layer in packed_layers(model) for key in ("anchor_A", "anchor_B")]
-    return {f"{name}.{key}": getattr(layer, key) for name, layer, key in keys if getattr(layer, key) is not None}
+    state = {f"{name}.{key}": getattr(layer, key) for name, layer in packed_layers(model) for key in ("anchor_A", "anchor_B")}
+    return {key: anchor for key, anchor in state.items() if anchor is not None}
 
 
 def load_anchor_state(model: nn.Module, state: dict[str, Tensor]) -> None:

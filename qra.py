@@ -197,23 +197,17 @@ def main():
         sigma2_r = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -decay
         spectrum = (scale**2 * residual * sigma2_r / sigma2_r.sum()).sqrt()
         shapes[name], statistics[name] = shape, {"spectrum": spectrum, "energy": scale**2, "variation": variation}
-    unnormalised = {name: known | {"energy": 1.0} for name, known in statistics.items()}
+    gains = gains_qra(shapes, statistics, 0.5, 0)
     for rank in (16, 2):
-        uniform = dict.fromkeys(shapes, rank)
         table = {method: allocate(shapes, statistics, method, rank) for method in METHODS}
-        table["no norm"] = allocate(shapes, unnormalised, "spectrum", rank)
-        budget, spent = parameters(uniform, shapes), {m: parameters(ranks, shapes) for m, ranks in table.items()}
-        print(f"{f'ranks, budget of uniform {rank}':28s}" + "".join(f"{m:>11s}" for m in table))
+        budget, total = parameters(table["uniform"], shapes), sum(map(sum, gains.values()))
+        print(f"{f'ranks, budget of uniform {rank}':28s}" + "".join(f"{method:>11s}" for method in table))
         for name in shapes:
             print(f"{name:28s}" + "".join(f"{ranks[name]:11d}" for ranks in table.values()))
-        print(f"{'share of the budget':28s}" + "".join(f"{v / budget:11.1%}" for v in spent.values()))
-        for m in ("spectrum", "qra"):
-            gains = METHODS[m].gains(shapes, statistics, 0.5, 0)
-            total = sum(map(sum, gains.values()))
-            print(f"{f'won back ({m} gain)':28s}" + "".join(f"{objective(r, gains) / total:11.1%}" for r in table.values()))
-        print()
-        assert max(spent.values()) == budget, "no method may use more parameters than the uniform rank"
-        assert objective(table["qra"], gains) >= objective(uniform, gains), "qra wins back more than uniform"
+        print(f"{'share of the budget':28s}" + "".join(f"{parameters(r, shapes) / budget:11.1%}" for r in table.values()))
+        print(f"{'won back (qra gain)':28s}" + "".join(f"{objective(r, gains) / total:11.1%}" for r in table.values()) + "\n")
+        assert all(parameters(ranks, shapes) <= budget for ranks in table.values()), "no method exceeds the budget"
+        assert objective(table["qra"], gains) >= objective(table["uniform"], gains), "qra wins back more than uniform"
 
 
 if __name__ == "__main__":

@@ -42,8 +42,6 @@ Left out on purpose: zero points, FP4, static activation scales, GPTQ's column r
 The grid, its search and the choice of groups are ours [O]; W4A4 is the paper's [A].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +87,8 @@ class GridWeight:
 
 def dequantize(gw: GridWeight) -> Tensor:
     """float32 (O, K), padding removed."""
-    return unpad_taps(gw.int8().float() * gw.scale_O[:, None], gw.channels, gw.taps)
+    w_OK = gw.int8().float() * gw.scale_O[:, None]
+    return w_OK.unflatten(1, (gw.taps, -1))[..., : gw.channels].flatten(1)
 
 
 def pad_taps(w_OK: Tensor, group: int, taps: int) -> Tensor:
@@ -98,11 +97,6 @@ def pad_taps(w_OK: Tensor, group: int, taps: int) -> Tensor:
     if rest:
         raise ValueError(f"{w_OK.shape[1]} columns do not divide into {taps} taps")
     return F.pad(w_OK.unflatten(1, (taps, channels)), (0, -channels % group)).flatten(1)
-
-
-def unpad_taps(w_OK: Tensor, channels: int, taps: int) -> Tensor:
-    """Inverse of pad_taps: (O, Kp) -> (O, taps*channels)."""
-    return w_OK.unflatten(1, (taps, -1))[..., :channels].flatten(1)
 
 
 def flatten_conv(w_OIhw: Tensor) -> Tensor:
@@ -149,13 +143,9 @@ def round_scale(scale_O: Tensor) -> Tensor:
     return scale_O
 
 
-def _nearest(w_OGg: Tensor, m_OG: Tensor, scale_O: Tensor) -> Tensor:
-    return (w_OGg / (m_OG * scale_O[:, None])[..., None]).round_().clamp_(QMIN, QMAX)
-
-
 def round_rtn(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor | None) -> tuple[Tensor, Tensor]:
     """The nearest code for the multipliers that were chosen: (q (O, G, group), m (O, G)), float."""
-    return _nearest(w_OGg, m_OG, scale_O), m_OG
+    return (w_OGg / (m_OG * scale_O[:, None])[..., None]).round_().clamp_(QMIN, QMAX), m_OG
 
 
 def round_gptq(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,8 +252,11 @@ def _h_error(w_OGg: Tensor, q_OGg: Tensor, m_OG: Tensor, scale_O: Tensor, H_KK: 
 # ------------------------------------------------------------------------------------------------ activations
 
 
-def _quantize(x: Tensor, group: int, per_sample: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """codes (..., G, group) int8, multipliers (..., G) float, scale float32 (..., 1), or (N, 1, 1, 1) per sample of x_NHWC."""
+def quantize_activation(x: Tensor, group: int = 16, per_sample: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., T, I), any float dtype -> codes (..., T, Kp) int8, mult (..., T, G) uint8, scale (..., T) float32, per token.
+
+    per_sample is the grid for convolutions: multipliers per pixel and group, but one scale per sample, because a window mixes
+    pixels and one GEMM can apply one scale per row only. (N, H, W, C) -> codes (N, H, W, Cp), mult (N, H, W, G), scale (N,)."""
     x = x.float()  # bf16 / fp16 inputs are quantized in float32
     if x.shape[-1] % group:
         x = F.pad(x, (0, -x.shape[-1] % group))
@@ -273,30 +266,17 @@ def _quantize(x: Tensor, group: int, per_sample: bool) -> tuple[Tensor, Tensor, 
     s = torch.where(s < torch.inf, s, torch.nan).clamp_min(TINY)  # inf becomes nan, nan stays
     m_G = (b_G / s).ceil().clamp(1, MMAX)
     q = (x_Gg * (1 / (s * m_G))[..., None]).round_().clamp_(QMIN, QMAX)
-    return q.to(torch.int8), m_G, s
+    return q.to(torch.int8).flatten(-2), m_G.to(torch.uint8), s.flatten() if per_sample else s.squeeze(-1)
 
 
 def activation_int8(x: Tensor, group: int = 16, per_sample: bool = False) -> tuple[Tensor, Tensor]:
-    """What the kernels multiply: m*q int8 (..., Kp), and the float32 scale (..., T) per token, or (N,) per sample of x_NHWC."""
-    q, m_G, s = _quantize(x, group, per_sample)
-    return (q * m_G.to(torch.int8)[..., None]).flatten(-2), s.flatten() if per_sample else s.squeeze(-1)
-
-
-def quantize_activation(x_TI: Tensor, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., T, I), any float dtype -> codes (..., T, Kp) int8, mult (..., T, G) uint8, scale (..., T) float32, per token."""
-    q, m_G, s = _quantize(x_TI, group, False)
-    return q.flatten(-2), m_G.to(torch.uint8), s.squeeze(-1)
-
-
-def quantize_activation_per_sample(x_NHWC: Tensor, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """The grid for convolutions: multipliers per pixel and group, one float scale per sample, because a window mixes
-    pixels and one GEMM can apply one scale per row only. codes (N,H,W,Cp) int8, mult (N,H,W,G) uint8, scale (N) float32."""
-    q, m_G, s = _quantize(x_NHWC, group, True)
-    return q.flatten(-2), m_G.to(torch.uint8), s.flatten()
+    """What the kernels multiply: m*q int8 (..., Kp), and the scale, for the same arguments."""
+    codes, mult, scale = quantize_activation(x, group, per_sample)
+    return (codes.unflatten(-1, (-1, group)) * mult.to(torch.int8)[..., None]).flatten(-2), scale
 
 
 def dequantize_activation(codes: Tensor, mult: Tensor, scale: Tensor, channels: int) -> Tensor:
-    """float32 (..., I), padding removed; takes what either of the two quantizers returns."""
+    """float32 (..., I), padding removed."""
     step_G = mult.float() * scale.reshape(scale.shape + (1,) * (mult.dim() - scale.dim()))
     return (codes.unflatten(-1, (mult.shape[-1], -1)) * step_G[..., None]).flatten(-2)[..., :channels]
 
@@ -308,61 +288,33 @@ def smoothing_factors(xmax_I: Tensor, wmax_I: Tensor, alpha: float) -> Tensor:
     return torch.where(torch.isfinite(lam) & (lam > TINY) & (xmax_I > 0) & (wmax_I > 0), lam, 1.0)
 
 
-# ------------------------------------------------------------------------------------------------ baselines' grids
-
-
-def quantize_per_row(w_OK: Tensor, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain absmax grid with one float scale per row: (dequantized (O, K), codes (O, K) int8, scale (O, 1))."""
-    top = 2 ** (bits - 1) - 1
-    scale = (w_OK.float().abs().amax(1, keepdim=True) / top).clamp_min(TINY)
-    codes = (w_OK.float() / scale).round().clamp(-top - 1, top)
-    return codes * scale, codes.to(torch.int8), scale
-
-
-def quantize_group_float(w_OK: Tensor, group: int = 64, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain absmax grid with one float scale per group: (dequantized (O, K), codes (O, G, group) int8, scale (O, G, 1))."""
-    check_group(group)
-    deq, codes, scale = quantize_per_row(pad_taps(w_OK.float(), group, 1).reshape(-1, group), bits)  # a group is a row here
-    O, K = w_OK.shape
-    return deq.reshape(O, -1)[:, :K], codes.reshape(O, -1, group), scale.reshape(O, -1, 1)
-
-
 # ------------------------------------------------------------------------------------------------ demo
+
+
+def absmax_grid(w_OK: Tensor, group: int | None = None) -> Tensor:
+    """The usual grid, for comparison: codes -7..7, a float scale per row or per group of a row. Dequantized, float32 (O, K)."""
+    (O, K), width = w_OK.shape, group or w_OK.shape[1]
+    rows = pad_taps(w_OK.float(), width, 1).reshape(-1, width)
+    scale = (rows.abs().amax(1, keepdim=True) / QMAX).clamp_min(TINY)
+    return ((rows / scale).round() * scale).reshape(O, -1)[:, :K]
 
 
 def main() -> None:
     gen = torch.Generator().manual_seed(0)
-    plain = torch.randn(256, 1024, generator=gen)
-    outlier = plain.clone()
-    outlier[:, ::64] *= 20  # a 20x channel in every group of 64
-    heavy = plain * torch.randn(256, 1024, generator=gen).abs().sqrt()
-
-    def error(x: Tensor, x_hat: Tensor) -> float:
-        return float((x_hat - x).norm() / x.norm())
-
-    def activation(x: Tensor, group: int) -> Tensor:
-        return dequantize_activation(*quantize_activation(x, group), x.shape[1])
-
+    gaussian = torch.randn(256, 1024, generator=gen)
+    heavy = gaussian * torch.randn(256, 1024, generator=gen).abs().sqrt()
+    outlier = torch.where(torch.arange(1024) % 64 == 0, 20, 1) * gaussian  # a 20x channel in every group of 64
     grids = {
-        "one float scale per row": lambda x: quantize_per_row(x)[0],
-        "float scale per group of 64": lambda x: quantize_group_float(x)[0],
+        "one float scale per row": absmax_grid,
+        "float scale per group of 64": lambda x: absmax_grid(x, 64),
         "two-level, 64, no search": lambda x: dequantize(quantize_weight(x, search=False)),
         "two-level, 64, searched  (weights)": lambda x: dequantize(quantize_weight(x)),
-        "two-level, 16, dynamic   (activations)": lambda x: activation(x, 16),
-        "two-level, 8, dynamic": lambda x: activation(x, 8),
+        "two-level, 16, dynamic   (activations)": lambda x: dequantize_activation(*quantize_activation(x, 16), 1024),
+        "two-level, 8, dynamic": lambda x: dequantize_activation(*quantize_activation(x, 8), 1024),
     }
-    print(f"{'relative error':42s}{'Gaussian':>10s}{'heavy tail':>12s}{'20x outliers':>14s}")
+    print(f"{'relative error':42s}{'Gaussian':>14s}{'heavy tail':>14s}{'20x outliers':>14s}")
     for name, grid in grids.items():
-        print(f"{name:42s}" + "".join(f"{error(x, grid(x)):{n}.4f}" for x, n in ((plain, 10), (heavy, 12), (outlier, 14))))
-
-    x = plain @ torch.randn(1024, 1024, generator=gen).mul_(torch.linspace(0, 2, 1024).exp() / 32)
-    H = x.t() @ x / len(x)
-    H += 0.01 * H.diagonal().mean() * torch.eye(1024)
-    print("\noutput error |(W - Q) x| / |W x|, correlated inputs")
-    for rounding in ROUNDINGS:
-        gw = quantize_weight(plain, H_KK=H, rounding=rounding)
-        print(f"{rounding:42s}{error(x @ plain.t(), x @ dequantize(gw).t()):10.4f}")
-
+        print(f"{name:42s}" + "".join(f"{(grid(x) - x).norm() / x.norm():14.4f}" for x in (gaussian, heavy, outlier)))
     codes, mult, scale = quantize_activation(outlier, 16)
     half_step = (mult.float() * scale[:, None]).repeat_interleave(16, 1) * 0.5
     assert ((outlier - dequantize_activation(codes, mult, scale, 1024)).abs() <= half_step * 1.0001).all()

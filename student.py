@@ -5,7 +5,7 @@
     3. W ~ Q + B A                                                                                     hgs_lora.py
 
 `build` is these three steps. `Calibration` makes them possible on a real model [O]: all H of SDXL take 60 GB in float64, all G
-55, so layers are worked on in slices (hessian.Slices), each with its own passes over the calibration captions. `--hessian-mb`
+55, so layers are worked on in slices (hessian.slices), each with its own passes over the calibration captions. `--hessian-mb`
 bounds what statistics and factors hold at a time:
 
     passes for H    1/2 its float64 sums, which end as float32: 1/4
@@ -22,9 +22,9 @@ and sent to the others. Which process does what changes the last bits of the sum
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ import hgs_lora
 import qra
 import quant
 import tdpt
-from layers import PackedLayer, packed_class, replace_layer
+from layers import packed_class, replace_layer
 from models.denoiser import Denoiser, float_layers
 from run.common import UserError, process_count, process_index, step_generator
 
@@ -74,26 +74,32 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
     # 3. Split: W ~ Q + B A, HGS-LoRA
     packed, table = {}, {}
     for layer in tqdm(calibration, f"split ({cfg.init}, {cfg.rounding})", total=len(layers), disable=process_index() > 0):
-        gw, A_rK, B_Or = hgs_lora.decompose(
-            layer.w_OK,
-            layer.white,
-            ranks[layer.name],
-            method=cfg.init,
-            group=cfg.group_w,
-            taps=layer.taps,
-            rounding=cfg.rounding,
-            iters=cfg.iters,
-            generator=step_generator(cfg.seed, layer.index, stream=2),
-        )
-        packed[layer.name] = layer.pack(gw, A_rK, B_Or, cfg.group_x)
+        rank, gen = ranks[layer.name], step_generator(cfg.seed, layer.index, stream=2)
+        grid = dict(group=cfg.group_w, taps=layer.taps, rounding=cfg.rounding)
+        gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, cfg.init, iters=cfg.iters, generator=gen, **grid)
+        twin = packed_class(layer.kind, layer.module).from_float(layer.module, gw, A_rK, B_Or, layer.smooth_I, cfg.group_x)
+        packed[layer.name] = twin.cpu()
         error = hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)
-        table[layer.name] = layer.row(cfg, ranks[layer.name]) | {"error": error}
+        table[layer.name] = {"kind": layer.kind, "shape": layer.shape, "rank": rank, "smooth": layer.smooth_I is not None}
+        table[layer.name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x, "error": error}
 
     # The packed layers take the float layers' places
     for layer in layers:
-        twin, table[layer.name] = on_every_process(packed.pop(layer.name, None), table.get(layer.name), layer)
+        held = [packed.pop(layer.name, None), table.get(layer.name)]
+        if process_count() > 1:
+            dist.broadcast_object_list(held, src=layer.owner)
+        twin, table[layer.name] = held
         replace_layer(base.net, layer.name, twin)
     return base, {layer.name: table[layer.name] for layer in layers}
+
+
+def of_all_processes(values: dict) -> dict:
+    """The entries that each process has, together."""
+    if process_count() == 1:
+        return values
+    parts = [None] * process_count()
+    dist.all_gather_object(parts, values)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 # ---------------------------------------------------------------- layers and what is measured of them
@@ -130,24 +136,14 @@ class Layer:
         w_OIhw = self.module.weight[..., None, None] if self.module.weight.dim() == 2 else self.module.weight
         return quant.flatten_conv(w_OIhw).float().to(device)
 
-    def pack(self, gw: quant.GridWeight, A_rK: Tensor, B_Or: Tensor, group_x: int) -> PackedLayer:
-        """The packed twin, in main memory."""
-        return packed_class(self.kind, self.module).from_float(self.module, gw, A_rK, B_Or, self.smooth_I, group_x).cpu()
-
-    def row(self, cfg, rank: int) -> dict:
-        """Its row of the table of layers."""
-        groups = {"group_w": cfg.group_w, "group_x": cfg.group_x}
-        return {"kind": self.kind, "shape": self.shape, "rank": rank, "smooth": self.smooth_I is not None} | groups
-
     def let_go(self) -> None:
         self.stats = self.w_OK = self.white = self.smooth_I = None
 
 
 def layers_to_quantize(cfg, base: Denoiser) -> list[Layer]:
     """In the network's order. UserError if --rank is too large for one, or --hessian-mb too small."""
-    kinds = {name: base.family.precision(name) for name in float_layers(base.net)}
-    chosen = [(name, module) for name, module in float_layers(base.net).items() if kinds[name] != "16bit"]
-    layers = [Layer(name, module, kinds[name], i) for i, (name, module) in enumerate(chosen)]
+    known = ((name, module, base.family.precision(name)) for name, module in float_layers(base.net).items())
+    layers = [Layer(*about, index) for index, about in enumerate(about for about in known if about[2] != "16bit")]
     for layer in layers:
         if cfg.rank > min(layer.shape):
             shape = tuple(layer.module.weight.shape)
@@ -207,31 +203,38 @@ class Calibration:
         forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
         _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
         backward = backward if reads_gradients(cfg) else None
-        self.slices = hessian.Slices(base.net, list(self.layers), forward, backward, self.half, cfg.group_x)
+        self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, cfg.group_x)
+        self.everything: dict | None = None  # a slice that holds all layers
 
     def __iter__(self) -> Iterator[Layer]:
-        for part in self.slices:
+        for part in [self.everything] if self.everything else self.slices():
+            if len(part) == len(self.layers):
+                self.everything = dict(part)
             yield from self.prepared(part)
 
     def prepared(self, part: dict[str, tuple[hessian.Stats, Tensor | None]]) -> Iterator[Layer]:
-        """The layers of one slice that this process works on."""
-        layers = [self.layers[name] for name in part if self.layers[name].owner == process_index()]
-        shared = SharedWhiteners((part[layer.name][0], self.device(layer)) for layer in layers if not self.smooths(layer))
-        for layer in layers:
-            self.prepare(layer, *part[layer.name], shared)
-            yield layer
-            layer.let_go()
+        """The layers of one slice that this process works on; those that read one input (q, k and v) come one after the other and
+        share a Whitener, unless they are smoothed."""
+        for stats in dict.fromkeys(stats for stats, _ in part.values()):
+            shared: dict[torch.device, hgs_lora.Whitener] = {}
+            for layer in (self.layers[name] for name in stats.layers if name in part):
+                if layer.owner == process_index():
+                    self.prepare(layer, stats, part[layer.name][1], shared)
+                    yield layer
+                    layer.let_go()
 
-    def prepare(self, layer: Layer, stats: hessian.Stats, G_OO: Tensor | None, shared: "SharedWhiteners") -> None:
-        device = self.device(layer)
+    def prepare(self, layer: Layer, stats: hessian.Stats, G_OO: Tensor | None, shared: dict) -> None:
+        device, smooth = self.device(layer), self.cfg.smooth and layer.kind == "w4a4"
         layer.stats, layer.w_OK = stats, layer.weight(device)
-        if self.smooths(layer):
+        if smooth:
             wmax_I = layer.w_OK.abs().unflatten(1, (layer.taps, -1)).amax((0, 1))
             layer.smooth_I = quant.smoothing_factors(stats.xmax_I.to(device), wmax_I, self.cfg.smooth)
             layer.w_OK = layer.w_OK * layer.smooth_I.repeat(layer.taps)
             layer.white = hgs_lora.Whitener(hessian.smooth(stats.H_KK.to(device), layer.smooth_I))
         else:
-            layer.white = shared.take(stats, device)
+            if device not in shared:
+                shared[device] = hgs_lora.Whitener(stats.H_KK.to(device))
+            layer.white = shared[device]
         if G_OO is not None:
             layer.white = layer.white.of_layer(G_OO.to(device), self.noise(layer))
 
@@ -243,54 +246,7 @@ class Calibration:
         lambda2_I = 1 if layer.smooth_I is None else layer.smooth_I**2
         return (layer.stats.noise_I.to(layer.w_OK.device) / lambda2_I).repeat(layer.taps)
 
-    def smooths(self, layer: Layer) -> bool:
-        return bool(self.cfg.smooth) and layer.kind == "w4a4"
-
     def device(self, layer: Layer) -> torch.device:
         """Where its factors are: beside the layer if they fit one half of the budget."""
         fits = hgs_lora.factor_bytes(*layer.shape, self.cfg.rounding) <= self.half
         return layer.module.weight.device if fits else torch.device("cpu")
-
-
-class SharedWhiteners:
-    """One Whitener for all layers of a slice that read the same input (q, k and v); it is let go of with the last of them."""
-
-    def __init__(self, readers: Iterator[tuple[hessian.Stats, torch.device]]):
-        self.readers, self.made = Counter(readers), {}
-
-    def take(self, stats: hessian.Stats, device: torch.device) -> hgs_lora.Whitener:
-        key = stats, device
-        white = self.made.pop(key, None) or hgs_lora.Whitener(stats.H_KK.to(device))
-        self.readers[key] -= 1
-        if self.readers[key]:
-            self.made[key] = white
-        return white
-
-
-# ---------------------------------------------------------------- processes
-
-
-def of_all_processes(values: dict) -> dict:
-    """The entries that each process has, together."""
-    if process_count() == 1:
-        return values
-    parts = [None] * process_count()
-    dist.all_gather_object(parts, values)
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def on_every_process(packed: PackedLayer | None, row: dict | None, layer: Layer) -> tuple[PackedLayer, dict]:
-    """The packed layer and its row of the table, which only its owner has, on every process; the layer in main memory."""
-    if process_count() == 1:
-        return packed, row
-    rows = [row]
-    dist.broadcast_object_list(rows, src=layer.owner)
-    row = rows[0]
-    if packed is None:
-        shape = row["rank"], row["group_w"], row["group_x"], row["smooth"]
-        packed = packed_class(layer.kind, layer.module)(layer.module, *shape)
-    packed.to(layer.module.weight.device)
-    for tensor in packed.state_dict().values():
-        dist.broadcast(tensor, src=layer.owner)
-    packed.set_anchor()
-    return packed.cpu(), row

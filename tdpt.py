@@ -43,12 +43,11 @@ from *its own* state where the reference ends, so that what went wrong before is
 
     loss_k = pseudo-Huber( y_k+1 - z_k+1 ),    y_k+1 = jump(y_k, student(y_k, e_k), e_k, e_k+1),  y_k detached
 
-Dimension key: B batch, K phases, n solver steps, M components, D coordinates (demo); states are (B, ...) of any shape.
+Dimension key: B batch, K phases, n solver steps, D coordinates, r rank (demo); states are (B, ...) of any shape.
 Coefficients float64, states float32 (float64 stays). Left out on purpose: higher-order and stochastic samplers, loss
 weights over time, adversarial terms, devices without float64 (MPS).
 """
 
-import copy
 import itertools
 from dataclasses import dataclass
 
@@ -322,14 +321,20 @@ def rollout_phases(student, path, states, cond, edges, on_policy=True, c=1e-3):
 # ------------------------------------------------------------------------------------------------- solvers and samplers
 
 
+def jumps(model, path, x, cond, edges):
+    """Yield the state (B, ...) after each jump of `model` along `edges`; the next one begins there, without its gradient."""
+    x = _wide(x)
+    for t, s in itertools.pairwise(edges):
+        t, s = t.expand(len(x)), s.expand(len(x))
+        y = path.jump(x, model(x, t, s, cond), t, s)
+        yield y
+        x = y.detach()
+
+
 @torch.no_grad()
 def rollout_states(model, path, x_T, cond, edges):
     """States (K+1, B, ...) of `model` from x_T, one jump per phase; a guided teacher over path.grid(n): DDIM, Euler."""
-    states = [_wide(x_T)]
-    for t, s in itertools.pairwise(edges):
-        t, s = t.expand(len(x_T)), s.expand(len(x_T))
-        states.append(path.jump(states[-1], model(states[-1], t, s, cond), t, s))
-    return torch.stack(states)
+    return torch.stack([_wide(x_T), *jumps(model, path, x_T, cond, edges)])
 
 
 def sample(model, path, x_T, cond, steps=4):
@@ -344,28 +349,24 @@ def calibration(model, path, x_T, cond, sampling_steps, bins=4, micro=16):
     v ~ N(0, 1) back from where each jump arrives, `micro` samples at a time, and returns how many samples it sent.
     """
 
-    def jumps(rows, set_bin):
-        cond_r = {k: v[rows] for k, v in cond.items()}
-        for K in sampling_steps:
-            x = _wide(x_T[rows])
-            for t, s in itertools.pairwise(path.grid(K, x_T.device)):
-                set_bin(min(bins - 1, int(bins * float(t) / path.start)))
-                t, s = t.expand(len(x)), s.expand(len(x))
-                y = path.jump(x, model(x, t, s, cond_r), t, s)
-                yield y
-                x = y.detach()
+    def samplers(model, part):
+        for rows in torch.arange(len(x_T)).split(part):
+            for K in sampling_steps:
+                yield from jumps(model, path, x_T[rows], {k: v[rows] for k, v in cond.items()}, path.grid(K, x_T.device))
 
     def forward(set_bin):
-        for rows in torch.arange(len(x_T)).split(4 * micro):
-            for _ in jumps(rows, set_bin):
-                pass
+        def told(x, t, s, cond):
+            set_bin(min(bins - 1, int(bins * float(t[0]) / path.start)))
+            return model(x, t, s, cond)
+
+        for _ in samplers(told, 4 * micro):
+            pass
 
     def backward():
         generator, samples = torch.Generator().manual_seed(0), 0
-        for rows in torch.arange(len(x_T)).split(micro):
-            for y in jumps(rows, lambda bin: None):
-                (torch.randn(y.shape, generator=generator).to(y) * y).sum().backward()
-                samples += len(rows)
+        for y in samplers(model, micro):
+            (torch.randn(y.shape, generator=generator).to(y) * y).sum().backward()
+            samples += len(y)
         return samples
 
     return forward, backward
@@ -382,102 +383,57 @@ def states_at(states, times, edges):
 # ----------------------------------------------------------------------------------------------------------------- demo
 
 
-def mixture_teacher(path, mean_MD, std):
-    """The exact teacher of a Gaussian mixture, E[prediction | x_t]; its "caption" is cond["prior_BM"], M probabilities.
-
-    With tau^2 = alpha^2 std^2 + sigma^2 and gamma_m ~ prior_m N(x; alpha mean_m, tau^2), summed over m:
-    E[x0] = gamma_m (mean_m + alpha std^2/tau^2 (x - alpha mean_m)),   E[eps] = gamma_m sigma/tau^2 (x - alpha mean_m).
-    """
-
-    def model(x, t, s, cond):
-        alpha_B1, sigma_B1 = (v.to(x.dtype)[:, None] for v in path.alpha_sigma(t))
-        tau2_B1 = alpha_B1**2 * std**2 + sigma_B1**2
-        away_BMD = x[:, None] - alpha_B1[..., None] * mean_MD
-        gamma_BM = (cond["prior_BM"].log() - away_BMD.square().sum(2) / (2 * tau2_B1)).softmax(1)
-        away_BD = (gamma_BM[..., None] * away_BMD).sum(1) / tau2_B1
-        return path.prediction_of(gamma_BM @ mean_MD + alpha_B1 * std**2 * away_BD, sigma_B1 * away_BD, t)
-
-    return model
-
-
-class ToyCM(torch.nn.Module):
-    """A consistency model of a 2-D mixture: an MLP that is told t, s and the prior."""
-
-    def __init__(self, start, M=4, width=64):
-        super().__init__()
-        self.start, sizes = start, (2 + M + 10, width, width, width)
-        layers = [m for i, o in itertools.pairwise(sizes) for m in (torch.nn.Linear(i, o), torch.nn.SiLU())]
-        self.net = torch.nn.Sequential(*layers, torch.nn.Linear(width, 2))
-
-    def forward(self, x, t, s, cond):
-        ts = torch.stack([t, s], 1).float() / self.start
-        waves = [f(k * ts) for k in (1.5, 3.0) for f in (torch.sin, torch.cos)]
-        return self.net(torch.cat([x, cond["prior_BM"], ts, *waves], 1))
-
-
-def toy_low_bit(cm):
-    """4-bit stand-in: hidden weights rounded per row and frozen; the first and last layer and the biases can train."""
-    cm = copy.deepcopy(cm)
-    for layer in (cm.net[2], cm.net[4]):
-        scale_O1 = layer.weight.detach().abs().amax(1, keepdim=True) / 7
-        layer.weight.requires_grad_(False).copy_((layer.weight / scale_O1).round() * scale_O1)
-    return cm
-
-
-def toy(path, n, seed):
-    """Guided teacher of 4 Gaussians, n noises, n captions ("one of these two neighbours") -> teacher, x_T, cond."""
-    generator = torch.Generator().manual_seed(seed)
-    mean_MD = torch.tensor([[1.5, 0.0], [0.0, 1.5], [-1.5, 0.0], [0.0, -1.5]])
-    first_BM = torch.eye(4)[torch.randint(4, (n,), generator=generator)]
-    prior_BM = 0.5 * (first_BM + first_BM.roll(1, 1)) * (1 - 4e-6) + 1e-6
-    teacher = guided(mixture_teacher(path, mean_MD, 0.3), 1.5, {"prior_BM": torch.full((1, 4), 0.25)})
-    return teacher, torch.randn(n, 2, generator=generator), {"prior_BM": prior_BM}
-
-
 def main():
-    """A CM of the mixture at full precision, its 4-bit copy, and what 120 updates of each objective make of the copy."""
-    torch.manual_seed(0)
-    path = VPPath.from_betas(zero_terminal_snr=True)
-    grid, times = path.grid(48), path.grid(8)
-    teacher, x_T, cond = toy(path, 4096, seed=0)
-    cached = states_at(rollout_states(teacher, path, x_T, cond, grid), grid, times)
-    _, test_T, test_cond = toy(path, 1024, seed=1)
-    end = sample(teacher, path, test_T, test_cond, 200)  # the integrated ODE
-    networks = {"teacher": teacher}
+    """The CM of a Gaussian at full precision, with weights in 4 bits, and after 60 updates of a LoRA beside these.
 
-    def fit(student, objective, steps, lr):
-        """objective: "own" or "reference's" states of a rollout, or TDPT's targets."""
-        optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0)
-        for step in range(steps):
-            rows, edges = torch.randint(len(x_T), (256,)), phase_edges(times, (1, 2, 4)[step % 3])
-            z, cond_B = states_at(cached, times, edges)[:, rows], {k: v[rows] for k, v in cond.items()}
-            if objective in ("own", "reference's"):
-                loss = torch.stack([*rollout_phases(student, path, z, cond_B, edges, objective == "own")]).mean()
+    On a flow the exact networks of N(0, U diag(v) U^T) are U^T, a factor for each coordinate that t and s decide, and U: with
+    tau_t^2 = (1-t)^2 v + t^2 the ODE scales a coordinate by tau_s / tau_t, and E[eps - x0 | x] = (t - (1-t) v) / tau_t^2 x."""
+    torch.manual_seed(0)
+    path, D, rank = FlowPath(), 32, 4
+    grid, x_T, v_D, U_DD = path.grid(48), torch.randn(512, D), torch.logspace(0, -2, D), torch.linalg.qr(torch.randn(D, D))[0]
+    weight_2DD = torch.stack([U_DD.T, U_DD])
+    scale_2D1 = weight_2DD.abs().amax(2, keepdim=True) / 7
+    low_bit_2DD = (weight_2DD / scale_2D1).round() * scale_2D1
+
+    def network(factor, weight_2DD):
+        return lambda x, t, s, cond: x @ weight_2DD[0].T * factor(t[:, None], s[:, None]) @ weight_2DD[1].T
+
+    def tau(t):
+        return ((1 - t) ** 2 * v_D + t**2).sqrt()
+
+    def of_cm(t, s):
+        return (tau(s) / tau(t) - 1) / (s - t)
+
+    def fit(targets):
+        A, B = (torch.randn(2, rank, D) / D**0.5).requires_grad_(), torch.zeros(2, D, rank, requires_grad=True)
+        optimizer = torch.optim.AdamW([A, B], lr=1e-2, weight_decay=0)
+        for step in range(60):
+            networks["self"], edges = network(of_cm, low_bit_2DD + B @ A), phase_edges(grid, (1, 2, 4)[step % 3])
+            states = rollout_states(networks["fp"], path, torch.randn(128, D), {}, edges)
+            if targets:
+                schedule, noise, idx = Schedule(path, grid, edges, targets), torch.randn(128, D), torch.randint(48, (128,))
+                loss = tdpt_loss(networks, schedule, states[-1], {}, noise, idx).mean()
             else:
-                schedule = Schedule(path, grid, edges, targets=objective)
-                noise, idx = torch.randn_like(z[0]), torch.randint(len(grid) - 1, (256,))
-                loss = tdpt_loss(networks | {"self": student}, schedule, z[-1], cond_B, noise, idx).mean()
-            optimizer.param_groups[0]["lr"] = lr * min(1, 2 - 2 * step / steps)
+                loss = torch.stack([*rollout_phases(networks["self"], path, states, {}, edges)]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return student
+        return network(of_cm, (low_bit_2DD + B @ A).detach())
 
     def report(name, model):
-        error_K = [(sample(model, path, test_T, test_cond, K) - end).norm(dim=1).mean().item() for K in (1, 2, 4)]
-        print(f"{name:46s}" + "".join(f"{e:8.3f}" for e in error_K))
-        return error_K
+        error = [float((sample(model, path, x_T, {}, K) - end).norm() / end.norm()) for K in (1, 2, 4)]
+        print(f"{name:40s}" + "".join(f"{e:8.1%}" for e in error))
+        return error
 
-    print(f"{'mean distance to where the ODE ends, steps:':46s}" + "".join(f"{K:8d}" for K in (1, 2, 4)))
-    report("guided teacher's own solver", teacher)
-    networks["fp"] = fp = fit(ToyCM(path.start), "own", 800, 1e-2)
-    report("FP CM, rollouts on the teacher's trajectories", fp)
-    networks["anchor"] = anchor = toy_low_bit(fp)
-    before = report("4-bit copy, untrained (the anchor)", anchor)
-    for targets in (("self", "self"), ("teacher", "teacher"), ("anchor", "fp"), ("fp", "fp")):
-        report(f"  TDPT, targets ({', '.join(targets)})", fit(copy.deepcopy(anchor), targets, 120, 1e-3))
-    for objective in ("reference's", "own"):
-        after = report(f"  rollouts, {objective} states", fit(copy.deepcopy(anchor), objective, 120, 1e-3))
+    networks = {"teacher": network(lambda t, s: (t - (1 - t) * v_D) / tau(t) ** 2, weight_2DD)}
+    networks |= {"fp": network(of_cm, weight_2DD), "anchor": network(of_cm, low_bit_2DD)}
+    end = sample(networks["fp"], path, x_T, {}, 1)  # of the ODE
+    print(f"{'distance to where the ODE ends, steps:':40s}" + "".join(f"{K:8d}" for K in (1, 2, 4)))
+    report("the teacher's own solver", networks["teacher"])
+    before = report("4-bit copy of the CM, the anchor", networks["anchor"])
+    for targets in (("self", "self"), ("anchor", "fp"), ("fp", "fp")):
+        report(f"  TDPT, targets ({', '.join(targets)})", fit(targets))
+    after = report("  on-policy rollouts", fit(()))
     assert all(a < b for a, b in zip(after, before, strict=True)), "on-policy rollouts must repair the 4-bit copy"
 
 

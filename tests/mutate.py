@@ -37,7 +37,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("budget counts O only", "qra.py", "ranks[name] * (O + K) for", "ranks[name] * O for", "qra"),
     ("least rank of small budgets", "qra.py", "rank // 4 if least == -1", "min(4, rank) if least == -1", "qra"),
     ("layers that are not let go of", "student.py", "layer.let_go()", "pass", "student"),
-    ("factors that are not shared", "student.py", "if self.readers[key]:", "if False:", "student"),
+    ("factors that are not shared", "student.py", "if device not in shared:", "if True:", "student"),
     ("noise of the unsmoothed input", "student.py", "layer.smooth_I**2", "layer.smooth_I", "student"),
     ("phase edge off by one", "tdpt.py", "(edges >= t[:, None]).sum(1)", "(edges > t[:, None]).sum(1)", "tdpt"),
     ("T' belongs to the late stage", "tdpt.py", "stage_B += t < split_time", "stage_B += t <= split_time", "tdpt"),

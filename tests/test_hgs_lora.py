@@ -178,7 +178,8 @@ def test_gradients_of_a_layer_without_influence_or_of_another_shape():
 def test_gradients_are_collected_where_something_reads_them():
     """Catches passes that cost four times as much and that nothing uses, and a split or rule that is denied G."""
     assert hgs_lora.wants_gradients("kron", "hgs", ()) and hgs_lora.wants_gradients("kron", "zero", ("spectrum",))
-    assert not hgs_lora.wants_gradients("kron", "qera", ()) and not hgs_lora.wants_gradients("input", "hgs", ("spectrum",))
+    assert not hgs_lora.wants_gradients("kron", "qera", ()) and not hgs_lora.wants_gradients("kron", "qera", ("variation",))
+    assert not hgs_lora.wants_gradients("input", "hgs", ("spectrum",))
 
 
 @given(st.integers(2, 16), st.integers(2, 16), H_KINDS, st.integers(0, 999))

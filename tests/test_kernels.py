@@ -272,7 +272,7 @@ def test_conv_equals_the_convolution_of_its_dequantized_operands(
     y = conv2d(x, kernels.pack(gw), b, A, B, inv, group_x, *geometry)
 
     x1 = x.permute(0, 2, 3, 1).float() * (inv if smooth else 1)
-    x_hat = quant.dequantize_activation(*quant.quantize_activation_per_sample(x1, group_x), I).double()
+    x_hat = quant.dequantize_activation(*quant.quantize_activation(x1, group_x, per_sample=True), I).double()
 
     def conv(x_NHWC, w_OK):
         w = quant.unflatten_conv(w_OK.double(), kernel_size)
@@ -309,8 +309,9 @@ def test_windows_that_lie_in_one_row_are_read_as_they_lie(backend, side, kernel_
     I, O, taps = 64, 16, kernel_size[0] * kernel_size[1]
     gw, x = grid_weight(O, I, 64, taps, 0), torch.randn(1, I, *side, generator=gen(0))
     y = on(backend)[1](x, kernels.pack(gw), None, None, None, None, 16, kernel_size, (1, 1), padding)
-    x_hat = quant.dequantize_activation(*quant.quantize_activation_per_sample(x.permute(0, 2, 3, 1), 16), I).permute(0, 3, 1, 2)
-    expected = F.conv2d(x_hat.double(), quant.unflatten_conv(quant.dequantize(gw).double(), kernel_size), None, 1, padding)
+    x_hat = quant.dequantize_activation(*quant.quantize_activation(x.permute(0, 2, 3, 1), 16, per_sample=True), I)
+    x_hat, w_hat = x_hat.permute(0, 3, 1, 2).double(), quant.unflatten_conv(quant.dequantize(gw).double(), kernel_size)
+    expected = F.conv2d(x_hat, w_hat, None, 1, padding)
     assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

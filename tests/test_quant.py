@@ -101,7 +101,7 @@ def test_channels_are_padded_inside_each_tap_and_padding_is_the_code_zero(O, I, 
     Ip = -(-I // group) * group
     assert gw.codes_OK.shape == (O, taps * Ip) and gw.mult_OG.shape == (O, taps * Ip // group)
     assert (gw.codes_OK.unflatten(1, (taps, Ip))[:, :, I:] == 0).all()
-    by_tap = [quant._nearest(t.unflatten(1, (-1, group)), m, gw.scale_O) for t, m in zip(
+    by_tap = [quant.round_rtn(t.unflatten(1, (-1, group)), gw.scale_O, m, True, None)[0] for t, m in zip(
         quant.pad_taps(w, group, taps).chunk(taps, 1), gw.mult_OG.float().chunk(taps, 1), strict=True)]  # fmt: skip
     assert torch.equal(torch.cat([t.flatten(1) for t in by_tap], 1), gw.codes_OK.float())
     assert quant.dequantize(gw).shape == w.shape
@@ -140,8 +140,8 @@ def test_conv_weights_flatten_tap_major_channel_fastest(O, I, kh, kw):
 def test_searched_grid_beats_a_float_scale_per_group():
     """The claim that the module's docstring makes for Gaussian rows. Catches a search that is not one."""
     error = {
-        "per row": GAUSSIAN - quant.quantize_per_row(GAUSSIAN)[0],
-        "group float": GAUSSIAN - quant.quantize_group_float(GAUSSIAN)[0],
+        "per row": GAUSSIAN - quant.absmax_grid(GAUSSIAN),
+        "group float": GAUSSIAN - quant.absmax_grid(GAUSSIAN, 64),
         "searched": GAUSSIAN - quant.dequantize(quant.quantize_weight(GAUSSIAN)),
     }
     error = {k: float(e.norm() / GAUSSIAN.norm()) for k, e in error.items()}
@@ -298,11 +298,11 @@ def test_the_step_is_the_smallest_that_clips_nothing(T, I, seed):
 def test_per_sample_grid_bounds_every_pixel_and_mixes_no_samples(kind, N, side, C, group, seed):
     """Catches a scale over the batch, multipliers shared between pixels, a scale per pixel."""
     x = draw(kind, N, side, side + 1, C, seed=seed)
-    codes, mult, scale = quant.quantize_activation_per_sample(x, group)
+    codes, mult, scale = quant.quantize_activation(x, group, per_sample=True)
     assert scale.shape == (N,) and mult.shape[:3] == x.shape[:3]
     half = steps(mult, scale, group)[..., :C] / 2
     assert ((x - quant.dequantize_activation(codes, mult, scale, C)).abs() <= half * (1 + 1e-5)).all()
-    alone = quant.quantize_activation_per_sample(x[-1:], group)
+    alone = quant.quantize_activation(x[-1:], group, per_sample=True)
     assert all(torch.equal(a[-1:], b) for a, b in zip((codes, mult, scale), alone, strict=True))
 
 
@@ -310,8 +310,7 @@ def test_per_sample_grid_bounds_every_pixel_and_mixes_no_samples(kind, N, side, 
 def test_int8_activations_are_multiplier_times_code(kind, T, I, group, per_sample, seed):
     """Catches a kernel path that rounds otherwise than the documented grid."""
     x = draw(kind, 2, T, 3, I, seed=seed)
-    quantize = quant.quantize_activation_per_sample if per_sample else quant.quantize_activation
-    codes, mult, scale = quantize(x, group)
+    codes, mult, scale = quant.quantize_activation(x, group, per_sample)
     X, s = quant.activation_int8(x, group, per_sample)
     assert torch.equal(X.long(), mult.long().repeat_interleave(group, -1) * codes.long()) and torch.equal(s, scale)
 
@@ -331,8 +330,8 @@ def test_bad_values_make_their_own_scale_nan_and_no_other(bad):
     """Catches inf that becomes a large number, NaN that becomes a code, poison in other rows."""
     x = GAUSSIAN[:4, :40].clone()
     x[2, 17] = bad
-    for quantize, shaped in ((quant.quantize_activation, x), (quant.quantize_activation_per_sample, x[:, None, None])):
-        assert quantize(shaped)[2].isnan().tolist() == [False, False, True, False]
+    for per_sample, shaped in ((False, x), (True, x[:, None, None])):
+        assert quant.quantize_activation(shaped, 16, per_sample)[2].isnan().tolist() == [False, False, True, False]
 
 
 # ------------------------------------------------------------------------------------------------ smoothing, baselines
@@ -349,13 +348,11 @@ def test_smoothing_is_the_formula_and_one_for_dead_channels(I, alpha, seed):
 
 
 @given(kinds, rows, widths, groups, seeds)
-def test_baselines_are_plain_absmax_grids(kind, O, I, group, seed):
+def test_the_grid_for_comparison_is_plain_absmax(kind, O, I, group, seed):
     """Catches scales of absmax / 8 or / 7.5, groups that straddle rows, padding that leaks."""
     w = draw(kind, O, I, seed=seed)
-    deq, codes, scale = quant.quantize_per_row(w)
-    assert torch.allclose(scale[:, 0] * 7, w.abs().amax(1).clamp_min(7 * quant.TINY)) and codes.abs().max() <= 7
-    assert ((w - deq).abs() <= scale / 2 * (1 + 1e-5)).all() and torch.equal(deq, codes * scale)
-    deq, codes, scale = quant.quantize_group_float(w, group)
-    for g in range(codes.shape[1]):
-        part = slice(g * group, (g + 1) * group)
-        assert torch.equal(deq[:, part], quant.quantize_per_row(w[:, part])[0])
+    scale = w.abs().amax(1, keepdim=True).div(7).clamp_min(quant.TINY)
+    deq = quant.absmax_grid(w)
+    assert ((w - deq).abs() <= scale / 2 * (1 + 1e-5)).all() and ((deq / scale).round() * scale == deq).all()
+    by_group = torch.cat([quant.absmax_grid(part) for part in w.split(group, 1)], 1)
+    assert torch.equal(quant.absmax_grid(w, group), by_group)

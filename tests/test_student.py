@@ -107,7 +107,9 @@ def test_slices_change_nothing_but_the_number_of_passes(flags):
         built.append(build(f"{FULL} {flags} --hessian-mb {int(budget)}", base))
         passes.append(len(calls))
     (one, table), (sliced, same) = built
-    assert table == same and passes[1] > 2 * passes[0]
+    assert table == same
+    assert passes[0] == (1 if "input" in flags else 3), "what one slice holds is measured once, for ranks and splits"
+    assert passes[1] > 2 * passes[0]
     assert all(torch.equal(tensor, sliced.state_dict()[key]) for key, tensor in one.state_dict().items())
 
 
@@ -188,7 +190,7 @@ def test_a_rule_of_ones_own_with_its_own_statistic_is_one_row_each(monkeypatch):
     cfg = dataclasses.replace(cfg, ranks="norm")
     cond = {"tokens": torch.randn(1, 77, base.net.text)}
     _, table = student.build(cfg, base, cond, torch.randn(1, 4, 8, 8))
-    assert measured == list(table) and len({row["rank"] for row in table.values()}) > 1
+    assert sorted(measured) == sorted(table) and len({row["rank"] for row in table.values()}) > 1
     build("--ranks uniform")  # asks for none
 
 

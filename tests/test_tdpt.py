@@ -1,6 +1,7 @@
 """TDPT: paths agree with diffusers, phases partition time, targets come from the right network at the right points."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -171,6 +172,61 @@ def test_flow_grid_and_jump_are_diffusers_flow_match_euler(shift, n):
         expected = scheduler.step(pred, timestep, expected).prev_sample
         x = path.jump(x, pred, grid[k].expand(2), grid[k + 1].expand(2))
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- toy networks
+
+
+def mixture_teacher(path, mean_MD, std):
+    """The exact teacher of a Gaussian mixture, E[prediction | x_t]; its "caption" is cond["prior_BM"], M probabilities.
+
+    With tau^2 = alpha^2 std^2 + sigma^2 and gamma_m ~ prior_m N(x; alpha mean_m, tau^2), summed over m:
+    E[x0] = gamma_m (mean_m + alpha std^2/tau^2 (x - alpha mean_m)),   E[eps] = gamma_m sigma/tau^2 (x - alpha mean_m).
+    """
+
+    def model(x, t, s, cond):
+        alpha_B1, sigma_B1 = (v.to(x.dtype)[:, None] for v in path.alpha_sigma(t))
+        tau2_B1 = alpha_B1**2 * std**2 + sigma_B1**2
+        away_BMD = x[:, None] - alpha_B1[..., None] * mean_MD
+        gamma_BM = (cond["prior_BM"].log() - away_BMD.square().sum(2) / (2 * tau2_B1)).softmax(1)
+        away_BD = (gamma_BM[..., None] * away_BMD).sum(1) / tau2_B1
+        return path.prediction_of(gamma_BM @ mean_MD + alpha_B1 * std**2 * away_BD, sigma_B1 * away_BD, t)
+
+    return model
+
+
+class ToyCM(torch.nn.Module):
+    """A consistency model of a 2-D mixture: an MLP that is told t, s and the prior."""
+
+    def __init__(self, start, M=4, width=64):
+        super().__init__()
+        self.start, sizes = start, (2 + M + 10, width, width, width)
+        layers = [m for i, o in itertools.pairwise(sizes) for m in (torch.nn.Linear(i, o), torch.nn.SiLU())]
+        self.net = torch.nn.Sequential(*layers, torch.nn.Linear(width, 2))
+
+    def forward(self, x, t, s, cond):
+        ts = torch.stack([t, s], 1).float() / self.start
+        waves = [f(k * ts) for k in (1.5, 3.0) for f in (torch.sin, torch.cos)]
+        return self.net(torch.cat([x, cond["prior_BM"], ts, *waves], 1))
+
+
+def toy_low_bit(cm):
+    """4-bit stand-in: hidden weights rounded per row and frozen; the first and last layer and the biases can train."""
+    cm = copy.deepcopy(cm)
+    for layer in (cm.net[2], cm.net[4]):
+        scale_O1 = layer.weight.detach().abs().amax(1, keepdim=True) / 7
+        layer.weight.requires_grad_(False).copy_((layer.weight / scale_O1).round() * scale_O1)
+    return cm
+
+
+def toy(path, n, seed):
+    """Guided teacher of 4 Gaussians, n noises, n captions ("one of these two neighbours") -> teacher, x_T, cond."""
+    generator = torch.Generator().manual_seed(seed)
+    mean_MD = torch.tensor([[1.5, 0.0], [0.0, 1.5], [-1.5, 0.0], [0.0, -1.5]])
+    first_BM = torch.eye(4)[torch.randint(4, (n,), generator=generator)]
+    prior_BM = 0.5 * (first_BM + first_BM.roll(1, 1)) * (1 - 4e-6) + 1e-6
+    teacher = tdpt.guided(mixture_teacher(path, mean_MD, 0.3), 1.5, {"prior_BM": torch.full((1, 4), 0.25)})
+    return teacher, torch.randn(n, 2, generator=generator), {"prior_BM": prior_BM}
 
 
 # --------------------------------------------------------------------------------------------------------------- phases
@@ -459,7 +515,7 @@ def test_a_phase_is_not_trained_for_the_errors_of_the_next():
 def test_a_student_equal_to_its_reference_has_no_loss(name):
     """Catches: states one phase late, a rollout that differs from the sampler it trains for."""
     path, edges = PATHS[name], PATHS[name].grid(4)
-    model = tdpt.ToyCM(path.start)
+    model = ToyCM(path.start)
     x_T, cond = normal(5, 2, dtype=torch.float32), {"prior_BM": torch.full((5, 4), 0.25)}
     states = tdpt.rollout_states(model, path, x_T, cond, edges)
     assert torch.equal(states[0], x_T) and torch.equal(states[-1], tdpt.sample(model, path, x_T, cond, 4))
@@ -509,7 +565,7 @@ def test_the_solver_converges_to_the_closed_form_at_first_order(name):
     """Catches: wrong predictions of the exact teacher, a solver of order 0, a grid that does not end at clean data."""
     path, x_T, mean = PATHS[name], normal(64, 2), torch.tensor([[0.7, -0.4]], dtype=torch.float64)
     cond, exact = {"prior_BM": torch.ones(64, 1, dtype=torch.float64)}, gaussian_end(path, x_T, mean, 0.5)
-    teacher = tdpt.mixture_teacher(path, mean, 0.5)
+    teacher = mixture_teacher(path, mean, 0.5)
     coarse, fine = ((tdpt.sample(teacher, path, x_T, cond, n) - exact).abs().mean() for n in (50, 200))
     assert fine < 0.02 and fine < 0.35 * coarse
 
@@ -529,9 +585,9 @@ def test_distilled_gaussian_mixture_lands_on_the_end_points_of_the_integrated_od
     torch.manual_seed(0)
     path = PATHS[name]
     times_, grid = path.grid(8), path.grid(48)
-    teacher, x_T, cond = tdpt.toy(path, 2048, seed=0)
+    teacher, x_T, cond = toy(path, 2048, seed=0)
     cached = tdpt.states_at(tdpt.rollout_states(teacher, path, x_T, cond, grid), grid, times_)
-    _, test_T, test_cond = tdpt.toy(path, 512, seed=1)
+    _, test_T, test_cond = toy(path, 512, seed=1)
     end = tdpt.sample(teacher, path, test_T, test_cond, 200)
 
     def distance(model):
@@ -554,12 +610,12 @@ def test_distilled_gaussian_mixture_lands_on_the_end_points_of_the_integrated_od
 
         return loss
 
-    fp = tdpt.ToyCM(path.start)
+    fp = ToyCM(path.start)
     fit(fp, rollout(fp), 500, 1e-2)
     solver, full = distance(teacher), distance(fp)
     assert bool((full < 0.15).all()) and bool((full < 0.5 * solver).all()), (solver, full)
 
-    anchor = tdpt.toy_low_bit(fp)
+    anchor = toy_low_bit(fp)
     low = distance(anchor)
     for make, K in ((lambda m: phased(m, "fp", "fp"), 0), (lambda m: phased(m, "anchor", "fp"), 2), (rollout, 0)):
         student = copy.deepcopy(anchor)
