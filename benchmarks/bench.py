@@ -376,10 +376,8 @@ def networks(args: argparse.Namespace, part: str = "") -> tuple[nn.Module, nn.Mo
     return (dense, packed) if part else (Denoiser(family, dense), Denoiser(family, packed))
 
 
-PARTS = {  # of the large networks, for CPUs
-    "sdxl": ("down_blocks.1", "mid_block"),
-    "flux": ("transformer_blocks.0", "single_transformer_blocks.0"),
-}
+# of the large networks, for CPUs
+PARTS = {"sdxl": ("down_blocks.1", "mid_block"), "flux": ("transformer_blocks.0", "single_transformer_blocks.0")}
 
 
 def part_inputs(model: str, part: str) -> dict:
@@ -627,36 +625,34 @@ JOBS = {  # part of `bench gpu` -> its command, the shortest first; a training h
 def bench_gpu(args: argparse.Namespace) -> list[str]:
     """What waits for a GPU, each part in a process of its own: one that fails or hangs leaves the others a clean device, what it
     printed is in NAME.txt. Last a line for each part."""
-    out, lines, chosen = Path(args.out).resolve(), [], set(filter(None, args.parts.split(","))) or JOBS.keys()
+    out, chosen = Path(args.out).resolve(), set(filter(None, args.parts.split(","))) or JOBS.keys()
     if unknown := chosen - JOBS.keys():
         raise UserError(f"--parts knows {', '.join(JOBS)}, not {', '.join(sorted(unknown))}")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as runs:  # gigabytes, of which nothing is kept
         prompts = "\n".join(f"{n} red houses by a river" for n in range(16))  # our own list takes minutes
         (Path(runs) / "prompts.txt").write_text(prompts)
-        for name in filter(chosen.__contains__, JOBS):
-            end, text, rows = run_part(name, out, runs, args.minutes)
-            lines.append(f"{name:12} {end}: {summary(rows) if rows else text[-1] if text else ''}")
+        lines = [run_part(name, out, runs, args.minutes) for name in JOBS if name in chosen]
     print("\n## in short\n\n" + "\n".join(lines))
     return lines
 
 
-def run_part(name: str, out: Path, runs: str, minutes: float) -> tuple[str, list[str], list[dict]]:
-    """How it ended, the lines that it printed, its rows."""
+def run_part(name: str, out: Path, runs: str, minutes: float) -> str:
+    """The line of a part: how it ended, and what it measured or printed last."""
     argv, rows = [word.format(runs=runs) for word in JOBS[name].split()], out / f"{name}.json"
     if JOBS[name].startswith(BENCH):
         argv += ["--device", "cuda", "--json", str(rows)]
     print(f"\n## python {shlex.join(argv)}\n", flush=True)
     rows.unlink(missing_ok=True)  # of an earlier run
-    with open(out / f"{name}.txt", "w+") as file:
-        about = dict(stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+    with open(out / f"{name}.txt", "w") as file:
+        options = dict(stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=60 * minutes)
         try:
-            end = f"exit code {subprocess.run([sys.executable, *argv], **about, timeout=60 * minutes).returncode}"
+            end = f"exit code {subprocess.run([sys.executable, *argv], **options).returncode}"
         except subprocess.TimeoutExpired:
             end = f"stopped after {minutes} minutes"
     text = (out / f"{name}.txt").read_text().splitlines()
     print("\n".join(text[-40:]))
-    return end, text, json.loads(rows.read_text()) if rows.exists() else []
+    return f"{name:12} {end}: {summary(json.loads(rows.read_text())) if rows.exists() else ''.join(text[-1:])}"
 
 
 def summary(rows: list[dict]) -> str:
@@ -721,7 +717,7 @@ def main(argv: list[str]) -> list:
         rows += some
         if args.json:  # so far: a part that is stopped leaves what it measured
             Path(args.json).write_text(json.dumps(rows, indent=1))
-    print("\n".join([*tabulate(rows), "", about(args)]))
+    print("\n".join([*(tabulate(rows) if rows else []), "", about(args)]))
     if args.plot:
         draw(rows, args.plot)
     return rows

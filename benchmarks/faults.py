@@ -158,7 +158,7 @@ def full(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: fl
 
 def poison(kind: str, step: int, at: int) -> None:
     """In the child: from here on, update `step` meets a number that is none."""
-    average, calls = train.average_over_processes, Counter()
+    average, load, calls = train.average_over_processes, checkpoint.load_start, Counter()
 
     def poisoned(grads, loss, *flags):
         if calls["updates"] == step and kind == "loss":
@@ -175,28 +175,18 @@ def poison(kind: str, step: int, at: int) -> None:
             output[tuple(at % n for n in output.shape)] = float("nan")
         return output
 
-    def attach(student):
-        packed = [layer for _, layer in packed_layers(student.net)]
-        packed[at % len(packed)].register_forward_hook(hook)
-
-    load = checkpoint.load_start
-
     def load_start(*args):
         student, table = load(*args)
-        attach(student)
+        packed = [layer for _, layer in packed_layers(student.net)]
+        packed[at % len(packed)].register_forward_hook(hook)
         return student, table
 
-    def latents(pictures):
-        return to_latents(pictures) * (float("nan") if calls["updates"] == step else 1)
+    def spoilt(function):
+        return lambda *args: function(*args) * (float("nan") if calls["updates"] == step else 1)
 
-    def states(*args):
-        drawn = rollout_states(*args)
-        return drawn * (float("nan") if calls["updates"] == step else 1)
-
-    to_latents, rollout_states = tiny.to_latents, train.tdpt.rollout_states
     train.average_over_processes, checkpoint.load_start = poisoned, load_start
     if kind == "data":
-        tiny.to_latents, train.tdpt.rollout_states = latents, states
+        tiny.to_latents, train.tdpt.rollout_states = spoilt(tiny.to_latents), spoilt(train.tdpt.rollout_states)
 
 
 def nan(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float):
@@ -263,14 +253,8 @@ def undisturbed(task) -> float:
     good = folder / name
 
     def die_at_four():
-        rate = train.learning_rate
-
-        def killed(peak, step, *more):
-            if step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rate(peak, step, *more)
-
-        train.learning_rate = killed
+        rate, die = train.learning_rate, lambda: os.kill(os.getpid(), signal.SIGKILL)
+        train.learning_rate = lambda peak, step, *more: die() if step == 4 else rate(peak, step, *more)
 
     code, printed, seconds = run(train, command(folder, flags, good))
     if code:
