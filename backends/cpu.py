@@ -61,27 +61,17 @@ def _library() -> Path:
     return library
 
 
-def _empty(x, codes, mult, scale, bias, A, B, inv_smooth, group, group_x, per_sample, kernel_size, stride, padding) -> Tensor:
-    size = [(x.shape[i + 1] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in (0, 1)]
-    return x.new_empty(x.shape[0], *size, codes.shape[0])
+def _empty(x_NHWC: Tensor, codes_OP: Tensor, *others) -> Tensor:
+    """Memory for what w4a4 returns; the last three of its arguments are kernel, stride and padding."""
+    size = [(n + 2 * pad - kernel) // stride + 1 for n, kernel, stride, pad in zip(x_NHWC.shape[1:3], *others[-3:], strict=True)]
+    return x_NHWC.new_empty(x_NHWC.shape[0], *size, codes_OP.shape[0])
 
 
 def w4a4(
-    x_NHWC: Tensor,
-    codes_OP: Tensor,
-    mult_P: Tensor,
-    scale_O: Tensor,
-    bias: Tensor | None,
-    lora_A_rK: Tensor | None,
-    lora_B_Or: Tensor | None,
-    inv_smooth_I: Tensor | None,
-    group: int,
-    group_x: int,
-    per_sample: bool,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
+    x_NHWC: Tensor, codes_OP: Tensor, mult_P: Tensor, scale_O: Tensor, bias: Tensor | None, lora_A_rK: Tensor | None,
+    lora_B_Or: Tensor | None, inv_smooth_I: Tensor | None, group: int, group_x: int, per_sample: bool,
+    kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+) -> Tensor:  # fmt: skip
     """(N, H, W, I) -> (N, H', W', O) in x's dtype, as kernels.w4a4_conv2d (one scale per sample of x) and, where per_sample is
     False, as kernels.w4a4_linear of N rows that are pictures of one pixel. codes, mult, scale, group: a kernels.PackedWeight."""
     bias, inv_smooth_I = (None if t is None else t.detach().float().contiguous() for t in (bias, inv_smooth_I))

@@ -29,11 +29,8 @@ except ImportError:  # CPU builds of torch do without it
     triton = None
 
 I8 = 8  # columns that a thread keeps side by side: the smallest group
+jit = triton.jit(do_not_specialize=["O"]) if triton else lambda fn: fn
 BO, WARPS = 8, 1  # rows per program: 4 lanes of a warp share a row
-
-
-def _jit(f):
-    return triton.jit(f, do_not_specialize=["O"]) if triton else f
 
 
 def is_available() -> bool:
@@ -41,7 +38,7 @@ def is_available() -> bool:
     return triton is not None and (torch.cuda.is_available() or triton.knobs.runtime.interpret)
 
 
-@_jit
+@jit
 def gptq_block(
     w_ptr, m_ptr, err_ptr, u_ptr, inv_ptr, weight_ptr, scale_ptr, O,
     n: tl.constexpr, g: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, MMAX: tl.constexpr,

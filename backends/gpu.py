@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -406,75 +405,49 @@ def _gpu(device: torch.device) -> tuple[bool, int]:
     return about.major == 9, about.multi_processor_count
 
 
-class Sizes(NamedTuple):
-    N: int  # pictures; a linear layer's rows are N pictures of one pixel
-    H: int
-    W: int
-    Ho: int
-    Wo: int
-    I: int
-    O: int
-    T: int  # rows of x
-    M: int  # rows of y
-    kernel: list[int]
-    stride: list[int]
-    padding: list[int]
-    taps: int
-    Cp: int  # channels of a tap of the packed weight
-    C: int  # channels of a tap of X and W8
-    rank: int
-    RP: int
-    low_block: int  # of K, for low
-    parts: int  # of low
+class Sizes:
+    """Of one call. A linear layer's rows are N pictures of one pixel."""
 
-    @property
-    def windows(self) -> tuple[int, ...]:  # WINDOWS
-        return (self.H, self.W, self.Ho, self.Wo, *self.stride, *self.padding)
+    def __init__(self, x_NHWC, y_NHWO, codes_OP, A_rK, group: int, group_x: int, per_sample: bool, kernel, stride, padding):
+        (self.N, self.H, self.W, self.I), (_, self.Ho, self.Wo, self.O) = x_NHWC.shape, y_NHWO.shape
+        self.T, self.M = self.N * self.H * self.W, self.N * self.Ho * self.Wo  # rows of x and of y
+        self.group, self.group_x, self.per_sample = group, group_x, per_sample
+        self.kernel, self.stride, self.padding, self.taps = kernel, stride, padding, kernel[0] * kernel[1]
+        self.windows = (self.H, self.W, self.Ho, self.Wo, *stride, *padding)  # WINDOWS
+        self.Cp = 2 * codes_OP.shape[1] // self.taps  # channels of a tap of the packed weight
+        self.C = _blocks(self.Cp, 64) * 64  # of X and W8
+        self.rank = 0 if A_rK is None else len(A_rK)
+        self.RP = max(32, _power(self.rank)) if self.rank else 0
+        self.low_block = 128 if self.RP <= 64 else 32  # of K, for low
+        few = _blocks(self.M, LOW_ROWS) <= FEW  # then low is the same sums by more programs
+        self.parts = _blocks(self.taps * _blocks(self.I, self.low_block), CHUNK) if few else 1
 
 
-def _sizes(x_NHWC: Tensor, y_NHWO: Tensor, codes_OP: Tensor, A_rK: Tensor | None, *geometry: list[int]) -> Sizes:
-    (N, H, W, I), (_, Ho, Wo, O) = x_NHWC.shape, y_NHWO.shape
-    T, M, taps, rank = N * H * W, N * Ho * Wo, geometry[0][0] * geometry[0][1], 0 if A_rK is None else len(A_rK)
-    Cp = 2 * codes_OP.shape[1] // taps
-    C, RP = -(-Cp // 64) * 64, max(32, _power(rank)) if rank else 0
-    low_block = 128 if RP <= 64 else 32
-    few = _blocks(M, LOW_ROWS) <= FEW
-    parts = _blocks(taps * _blocks(I, low_block), CHUNK) if few else 1  # the same sums, by more programs
-    return Sizes(N, H, W, Ho, Wo, I, O, T, M, *geometry, taps, Cp, C, rank, RP, low_block, parts)
-
-
-def _prepare(
-    x: Tensor, codes: Tensor, mult: Tensor, A: Tensor | None, inv_smooth: Tensor | None, group: int, group_x: int,
-    per_sample: bool, size: Sizes,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+def _prepare(x, codes, mult, A, inv_smooth, size: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Launches 1 and 2: X int8 (T, C), W8 int8 (O, taps C), s float32 (T,), low float32 (parts, M, RP)."""
     X, W8 = (x.new_empty(n * size.C, dtype=torch.int8) for n in (size.T, size.O * size.taps))
     s = x.new_empty(size.T, dtype=torch.float32)
     low = x.new_empty(size.parts * size.M * size.RP, dtype=torch.float32) if size.RP else None
-    partial = x.new_empty(size.N * PARTS, dtype=torch.int32) if per_sample else None
+    partial = x.new_empty(size.N * PARTS, dtype=torch.int32) if size.per_sample else None
 
-    block = _power(max(size.C, group_x))
-    rows, half = max(1, ROW_ELEMENTS // block), group // 2
-    halves = UNPACK_BYTES // half
-    row_groups = size.Cp * size.taps // group
+    block = _power(max(size.C, size.group_x))
+    rows, half = max(1, ROW_ELEMENTS // block), size.group // 2
+    halves, row_groups = UNPACK_BYTES // half, size.Cp * size.taps // size.group
     lows = _blocks(size.M, LOW_ROWS) * size.parts if size.RP else 0
-    unpacks, others = _blocks(size.O * row_groups, halves), size.N * PARTS if per_sample else _blocks(size.T, rows)
-    options = dict(GROUP=group_x, BLOCK=block, ROWS=rows, num_warps=8 if block > 4096 else 4, enable_fp_fusion=False)
+    unpacks, others = _blocks(size.O * row_groups, halves), size.N * PARTS if size.per_sample else _blocks(size.T, rows)
+    options = dict(GROUP=size.group_x, BLOCK=block, ROWS=rows, num_warps=8 if block > 4096 else 4, enable_fp_fusion=False)
     prepare[(lows + unpacks + others,)](
         x, inv_smooth, codes, mult, A, X, s, W8, low, partial, size.T, size.M, size.I, size.O, row_groups, size.Cp, size.C,
         size.rank, size.parts, *size.windows, lows, unpacks, KW=size.kernel[1], TAPS=size.taps, HALF=half, RP=size.RP,
-        LOW_ROWS=LOW_ROWS, LOW_BLOCK=size.low_block, CHUNK=CHUNK, PARTS=PARTS if per_sample else 0, HALVES=halves, **options,
+        LOW_ROWS=LOW_ROWS, LOW_BLOCK=size.low_block, CHUNK=CHUNK, PARTS=PARTS if size.per_sample else 0, HALVES=halves, **options,
     )  # fmt: skip
-    if per_sample:
+    if size.per_sample:
         HW = size.H * size.W
         pixels[(_blocks(HW, rows), size.N)](x, inv_smooth, X, s, partial, size.I, size.C, HW, PARTS=PARTS, **options)
     return X, W8, s, low
 
 
-def _multiply(
-    X: Tensor, W8: Tensor, s: Tensor, low: Tensor | None, scale: Tensor, bias: Tensor | None, B: Tensor | None, y: Tensor,
-    per_sample: bool, size: Sizes,
-) -> None:  # fmt: skip
+def _multiply(X, W8, s, low, scale, bias, B, y, size: Sizes) -> None:
     """Launch 3, into y."""
     operands = (s, scale, bias, low, B, y, size.M, size.O, size.C, size.rank, size.parts)
     hopper_gpu, processors = _gpu(y.device) if y.is_cuda else (False, 1)
@@ -483,7 +456,7 @@ def _multiply(
     bk = 128 if size.C % 128 == 0 else 64
     options = dict(KW=size.kernel[1], TAPS=size.taps, RP=size.RP, BM=bm, BN=bn, BK=bk, STAGES=stages, num_warps=warps)
     if hopper_gpu and tile is not FLOAT32 and max(size.stride) == 1 and size.RP <= 256:
-        n, h, w, ho, wo = (size.N, size.H, size.W, size.Ho, size.Wo) if per_sample else (1, 1, size.T, 1, size.T)
+        n, h, w, ho, wo = (size.N, size.H, size.W, size.Ho, size.Wo) if size.per_sample else (1, 1, size.T, 1, size.T)
         bw = _tile_width(bm, ho, wo)
         tiles_m = n * _blocks(ho, bm // bw) * _blocks(wo, bw)
         pixel, row = _layouts(bk)
@@ -498,6 +471,12 @@ def _multiply(
         product[(_blocks(size.M, bm) * _blocks(size.O, bn),)](X, W8, *operands, *size.windows, INSIDE=inside, **options)
 
 
+def _empty(x_NHWC: Tensor, codes_OP: Tensor, *others) -> Tensor:
+    """Memory for what w4a4 returns; the last three of its arguments are kernel, stride and padding."""
+    size = [(n + 2 * pad - kernel) // stride + 1 for n, kernel, stride, pad in zip(x_NHWC.shape[1:3], *others[-3:], strict=True)]
+    return x_NHWC.new_empty(x_NHWC.shape[0], *size, codes_OP.shape[0])
+
+
 def _run(
     x_NHWC: Tensor, codes_OP: Tensor, mult_P: Tensor, scale_O: Tensor, bias: Tensor | None, A_rK: Tensor | None,
     B_Or: Tensor | None, inv_smooth_I: Tensor | None, group: int, group_x: int, per_sample: bool, kernel: list[int],
@@ -505,48 +484,20 @@ def _run(
 ) -> Tensor:  # fmt: skip
     """(N, H', W', O); operands contiguous."""
     y = _empty(x_NHWC, codes_OP, kernel, stride, padding)
-    if y.numel() == 0:
-        return y
-    size = _sizes(x_NHWC, y, codes_OP, A_rK, kernel, stride, padding)
-    with torch.cuda.device_of(x_NHWC):
-        X, W8, s, low = _prepare(x_NHWC, codes_OP, mult_P, A_rK, inv_smooth_I, group, group_x, per_sample, size)
-        _multiply(X, W8, s, low, scale_O, bias, B_Or, y, per_sample, size)
+    if y.numel() > 0:
+        size = Sizes(x_NHWC, y, codes_OP, A_rK, group, group_x, per_sample, kernel, stride, padding)
+        with torch.cuda.device_of(x_NHWC):
+            X, W8, s, low = _prepare(x_NHWC, codes_OP, mult_P, A_rK, inv_smooth_I, size)
+            _multiply(X, W8, s, low, scale_O, bias, B_Or, y, size)
     return y
 
 
-def _empty(x_NHWC: Tensor, codes_OP: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    size = [(x_NHWC.shape[i + 1] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
-    return x_NHWC.new_empty(x_NHWC.shape[0], *size, codes_OP.shape[0])
-
-
 traced_run = torch.library.custom_op("cmquant::w4a4_triton", _run, mutates_args=())
+traced_run.register_fake(_empty)
 
 
-@traced_run.register_fake
-def _(x, codes, mult, scale, bias, A, B, inv_smooth, group, group_x, per_sample, kernel, stride, padding):
-    return _empty(x, codes, kernel, stride, padding)
-
-
-def w4a4(
-    x_NHWC: Tensor,
-    codes_OP: Tensor,
-    mult_P: Tensor,
-    scale_O: Tensor,
-    bias: Tensor | None,
-    lora_A_rK: Tensor | None,
-    lora_B_Or: Tensor | None,
-    inv_smooth_I: Tensor | None,
-    group: int,
-    group_x: int,
-    per_sample: bool,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
-    """(N, H, W, I) -> (N, H', W', O) in x's dtype, as backends/cpu.py's function of the same name. It is an operator where a graph
-    is being traced; elsewhere it does without the dispatcher, which takes longer than a launch."""
-    floats = (bias, lora_A_rK, lora_B_Or, inv_smooth_I)
-    operands = (codes_OP, mult_P, scale_O, *(None if t is None else t.detach().contiguous() for t in floats))
-    run = traced_run if torch.compiler.is_compiling() else _run
-    geometry = (list(kernel_size), list(stride), list(padding))
-    return run(x_NHWC.contiguous(), *operands, group, group_x, per_sample, *geometry)
+def w4a4(x_NHWC: Tensor, *operands) -> Tensor:
+    """(N, H, W, I) -> (N, H', W', O) in x's dtype; arguments as backends/cpu.py's function of the same name. It is an operator
+    where a graph is being traced; elsewhere it does without the dispatcher, which takes longer than a launch."""
+    operands = [v.detach().contiguous() if isinstance(v, Tensor) else v for v in operands]
+    return (traced_run if torch.compiler.is_compiling() else _run)(x_NHWC.contiguous(), *operands)

@@ -21,8 +21,8 @@ triple the time. Random weights, 6 updates, one thread, few pictures at the end;
 trajectories, in shards of 8.
 """
 
-import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -42,6 +42,8 @@ import evaluate
 import sample
 import train
 from backends import cpu
+from benchmarks.jobs import parser
+from benchmarks.tables import markdown
 from data.cache import Trajectories
 from layers import packed_layers
 from models import checkpoint, tiny
@@ -49,21 +51,18 @@ from models.denoiser import add_lora, random_denoiser
 from run import files
 from run.common import run_script
 
-ROOT = Path(__file__).parent.parent
 QUICK = (
     "--model tiny --steps 6 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4 --warmup 1"
     " --save-every 2 --grid 8 --sampling-steps 1,2 --eval-n 8 --rollout 0.5"
 )
 RUNS = {"fp": QUICK, "cache": f"{QUICK} --trajectory teacher --cached 20"}
 KINDS = {"kill": 20, "bit flip": 20, "truncation": 10, "disk full": 5, "NaN": 5}
-NOTHING = (None, None)
 
 
-def run(script, argv: list[str], at=NOTHING, before=None) -> tuple[int, str, float]:
+def run(script, argv: list[str], moment=0.0, action=None, before=None) -> tuple[int, str, float]:
     """(exit code, what it printed, seconds) of script.main(argv) in a forked child.
 
-    at: (seconds, action(pid)) to be done to the child; before: called in the child."""
-    moment, action = at
+    moment: seconds after which action(pid) is done to the child; before: called in the child."""
     reader, writer = os.pipe()
     began, pid = time.monotonic(), os.fork()
     if pid == 0:
@@ -131,32 +130,35 @@ def judge(code: int, printed: str, out: Path, good: dict[str, object], name: str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faults: (rng, command, its folder, the undisturbed run's folder, its seconds) -> (verdict, why, what was done)
+# Faults: (rng, command, its folder, the undisturbed run's folder, its seconds) -> (what was done, (verdict, why)), or None for what
+# the same command comes to when it is given again
 
 
 def kill(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float):
     moment, code = rng.uniform(0, seconds), 0
     while code == 0:  # the run was faster than the undisturbed one and had ended
         shutil.rmtree(out, ignore_errors=True)
-        code, _, took = run(train, argv, (moment, lambda pid: os.kill(pid, signal.SIGKILL)))
+        code, _, took = run(train, argv, moment, lambda pid: os.kill(pid, signal.SIGKILL))
         moment = moment if code else rng.uniform(0, took)
     there = [file.name for file in out.rglob("*.safetensors")] if out.exists() else []
-    what = f"after {moment:.1f} s of {seconds:.1f} s, exit code {code}, {len(there)} files of tensors there"
-    return *judge(*run(train, argv)[:2], out, contents(good)), what
+    return f"after {moment:.1f} s of {seconds:.1f} s, exit code {code}, {len(there)} files of tensors there", None
+
+
+def stopped(what: str, code: int, printed: str):
+    """A run that met a fault has to go on to its end or to refuse in one sentence."""
+    bad = code and not (code == 2 and sentence(printed))
+    return f"{what}: {sentence(printed) or f'exit code {code}'}", ("BROKEN", printed[-400:]) if bad else None
 
 
 def full(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float):
     moment, limit = rng.uniform(0, 0.9 * seconds), rng.choice([1, 100, 1 << 16, 1 << 22])
-    code, printed, _ = run(train, argv, (moment, lambda pid: resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))))
-    what = f"files end at {limit} bytes after {moment:.1f} s of {seconds:.1f} s: {sentence(printed) or f'exit code {code}'}"
-    if code and not (code == 2 and sentence(printed)):
-        return "BROKEN", printed[-400:], what
-    return *judge(*run(train, argv)[:2], out, contents(good)), what
+    code, printed, _ = run(train, argv, moment, lambda pid: resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit)))
+    return stopped(f"files end at {limit} bytes after {moment:.1f} s of {seconds:.1f} s", code, printed)
 
 
 def poison(kind: str, step: int, at: int) -> None:
     """In the child: from here on, update `step` meets a number that is none."""
-    average, calls = train.average_over_processes, Counter()
+    average, load, calls = train.average_over_processes, checkpoint.load_start, Counter()
 
     def poisoned(grads, loss, *flags):
         if calls["updates"] == step and kind == "loss":
@@ -173,43 +175,28 @@ def poison(kind: str, step: int, at: int) -> None:
             output[tuple(at % n for n in output.shape)] = float("nan")
         return output
 
-    def attach(student):
-        packed = [layer for _, layer in packed_layers(student.net)]
-        packed[at % len(packed)].register_forward_hook(hook)
-
-    load = checkpoint.load_start
-
     def load_start(*args):
         student, table = load(*args)
-        attach(student)
+        packed = [layer for _, layer in packed_layers(student.net)]
+        packed[at % len(packed)].register_forward_hook(hook)
         return student, table
 
-    def latents(pictures):
-        return to_latents(pictures) * (float("nan") if calls["updates"] == step else 1)
+    def spoilt(function):
+        return lambda *args: function(*args) * (float("nan") if calls["updates"] == step else 1)
 
-    def states(*args):
-        drawn = rollout_states(*args)
-        return drawn * (float("nan") if calls["updates"] == step else 1)
-
-    to_latents, rollout_states = tiny.to_latents, train.tdpt.rollout_states
     train.average_over_processes, checkpoint.load_start = poisoned, load_start
     if kind == "data":
-        tiny.to_latents, train.tdpt.rollout_states = latents, states
+        tiny.to_latents, train.tdpt.rollout_states = spoilt(tiny.to_latents), spoilt(train.tdpt.rollout_states)
 
 
 def nan(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float):
     kind, step = rng.choice(["loss", "gradient nan", "gradient inf", "data", "activation"]), rng.randrange(6)
     at = rng.randrange(1 << 20)
     code, printed, _ = run(train, argv, before=lambda: poison(kind, step, at))
-    what = f"{kind}, update {step}: {sentence(printed) or f'exit code {code}'}"
-    if code == 0:
-        return *judge(code, printed, out, contents(good)), what
-    if not (code == 2 and sentence(printed)):
-        return "BROKEN", printed[-400:], what
-    return *judge(*run(train, argv)[:2], out, contents(good)), what
+    return stopped(f"{kind}, update {step}", code, printed)
 
 
-def damage(rng: random.Random, argv: list[str], out: Path, good: Path, cut: bool):
+def damage(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float, cut: bool):
     finished = rng.random() < 0.5
     shutil.copytree(good if finished else good.with_name(f"{good.name}-killed"), out)
     unread = ("state-previous.safetensors", "report.json", "4-steps.png", "compare.png")
@@ -229,25 +216,18 @@ def damage(rng: random.Random, argv: list[str], out: Path, good: Path, cut: bool
         drawn = Path(f"{out}.png")
         if not (code == 2 and file.name in sentence(printed)):
             if code:
-                return "BROKEN", f"sample.py, exit code {code}: {printed[-400:]}", what
+                return what, ("BROKEN", f"sample.py, exit code {code}: {printed[-400:]}")
             if drawn.read_bytes() != Path(f"{good}.png").read_bytes():
-                return "SILENT", "sample.py drew another picture", what
+                return what, ("SILENT", "sample.py drew another picture")
             drawn.unlink()
     code, printed, _ = run(train, argv)
     lines = [line[line.index(str(out)) :] for line in printed.replace("\r", "\n").splitlines() if str(out) in line]
     said = [line for line in lines if file.name in line and ("damaged" in line or "swapped" in line)]
-    return *judge(code, printed, out, contents(good), file.name), f"{what}: {said[0] if said else 'made again anyway'}"
+    return f"{what}: {said[0] if said else 'made again anyway'}", judge(code, printed, out, contents(good), file.name)
 
 
-def flip(rng, argv, out, good, seconds):
-    return damage(rng, argv, out, good, cut=False)
-
-
-def truncate(rng, argv, out, good, seconds):
-    return damage(rng, argv, out, good, cut=True)
-
-
-FAULTS = {"kill": kill, "bit flip": flip, "truncation": truncate, "disk full": full, "NaN": nan}
+FLIP, TRUNCATE = functools.partial(damage, cut=False), functools.partial(damage, cut=True)
+FAULTS = {"kill": kill, "bit flip": FLIP, "truncation": TRUNCATE, "disk full": full, "NaN": nan}
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -273,14 +253,8 @@ def undisturbed(task) -> float:
     good = folder / name
 
     def die_at_four():
-        rate = train.learning_rate
-
-        def killed(peak, step, *more):
-            if step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rate(peak, step, *more)
-
-        train.learning_rate = killed
+        rate, die = train.learning_rate, lambda: os.kill(os.getpid(), signal.SIGKILL)
+        train.learning_rate = lambda peak, step, *more: die() if step == 4 else rate(peak, step, *more)
 
     code, printed, seconds = run(train, command(folder, flags, good))
     if code:
@@ -299,21 +273,17 @@ def fault(task) -> tuple[int, str, str, str, str, str]:
     out = folder / f"{number:02d}"
     shutil.rmtree(out, ignore_errors=True)
     rng, argv = random.Random(f"{seed} {number}"), command(folder, RUNS[name], out)
-    verdict, why, what = FAULTS[kind](rng, argv, out, folder / name, seconds)
+    what, judged = FAULTS[kind](rng, argv, out, folder / name, seconds)
+    verdict, why = judged or judge(*run(train, argv)[:2], out, contents(folder / name))
     if verdict in ("continued", "refused"):
         shutil.rmtree(out, ignore_errors=True)
     return number, kind, name, verdict, why, what
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    cli.add_argument("--n", type=int, default=60, help="how many of the 60")
+    cli = parser(__doc__, "runs/faults", 60, "how many of the 60")
     cli.add_argument("--begin", type=int, default=0, help="the first of them")
     cli.add_argument("--seed", type=int, default=0)
-    cli.add_argument("--jobs", type=int, default=2, help="faults at a time")
-    cli.add_argument(
-        "--out", default="runs/faults", type=lambda path: Path(path).resolve(), help="folder of the runs, emptied first"
-    )
     args = cli.parse_args()
     began, folder = time.monotonic(), args.out
     shutil.rmtree(folder, ignore_errors=True)
@@ -322,9 +292,7 @@ def main() -> None:
     # inherited by every run
     real_pictures, draw, sample.PROMPTS, Trajectories.SHARD = evaluate.real_pictures, sample.draw, sample.PROMPTS[:2], 8
     evaluate.real_pictures = lambda classifier, n: real_pictures(classifier, min(n, 64))
-    sample.draw = evaluate.draw = lambda model, denoiser, captions, steps, *more: draw(
-        model, denoiser, captions, min(steps, 4), *more
-    )
+    sample.draw = evaluate.draw = lambda model, denoiser, texts, steps, *more: draw(model, denoiser, texts, min(steps, 4), *more)
     plan = [(kind, list(RUNS)[k % 2]) for kind, count in KINDS.items() for k in range(count)]
     random.Random(args.seed).shuffle(plan)
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
@@ -338,9 +306,8 @@ def main() -> None:
             done[verdict] += 1
             print(f"{number:2d} {kind:10} {name:5} {verdict:9} {what}{'. ' if why else ''}{why}", flush=True)
     columns = ("continued", "refused", "BROKEN", "SILENT")
-    print(f"\n{time.monotonic() - began:.0f} s\n\n| fault | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
-    for kind in KINDS:
-        print(f"| {kind} | {' | '.join(str(verdicts[kind, v]) for v in columns)} |")
+    print(f"\n{time.monotonic() - began:.0f} s\n")
+    print("\n".join(markdown(["fault", *columns], *([kind, *(verdicts[kind, v] for v in columns)] for kind in KINDS))))
     print(f"faults: {done['continued'] + done['refused']} of {done.total()} correct, {done['SILENT']} silent")
     sys.exit(0 if done["continued"] + done["refused"] == done.total() else 1)
 

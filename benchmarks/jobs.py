@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.tables import ROOT
+
 MACHINE = f"{platform.machine()} CPU, torch {torch.__version__}"
 
 
-def parser(doc: str, out: str, n: int) -> argparse.ArgumentParser:
-    """The flags that all tables have."""
+def parser(doc: str, out: str, n: int, what: str = "pictures of a score") -> argparse.ArgumentParser:
+    """The flags that all tables have; `what` --n counts."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default=out, type=lambda path: Path(path).resolve(), help="folder of the runs")
     parser.add_argument("--n", type=int, default=n, help="pictures of a score")

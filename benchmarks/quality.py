@@ -64,37 +64,24 @@ def main() -> None:
     args = cli.parse_args()
     runs = [(label, seed) for label in RECIPES for seed in range(args.seeds)]
 
-    def folder(run) -> Path:
-        return args.out / f"{name_of(RECIPES[run[0]])}-{run[1]}"
+    def work(run, call) -> tuple[str, int]:
+        """Trains and scores; the first run also scores what all have in common."""
+        (label, seed), first = run, run == runs[0]
+        folder = args.out / f"{name_of(RECIPES[label])}-{seed}"
+        if not (folder / "report.json").exists():
+            call("train.py", "--seed", str(seed), "--out", str(folder), "--eval-n", "64", *RECIPES[label].split())
+        scores = [(steps, "same" if first else "none", folder / f"n{args.n}-{steps}.json") for steps in (4, 2, 1)]
+        scores += [(4, "both", args.out / f"teacher-{args.n}.json")] if first else []
+        for steps, teacher, file in scores:
+            if not file.exists():
+                flags = ("--checkpoint", str(folder), "--steps", str(steps), "--n", str(args.n), "--json", str(file))
+                fp = str(args.out / f"fp-{args.n}-{steps}.safetensors")
+                call("evaluate.py", *flags, "--fp-pictures", fp, "--teacher", teacher)
+        return run
 
-    def train(run, call) -> None:
-        if not (folder(run) / "report.json").exists():
-            flags = ("--seed", str(run[1]), "--out", str(folder(run)), "--eval-n", "64")
-            call("train.py", *flags, *RECIPES[run[0]].split())
-
-    def evaluate(run, steps: int, teacher: str, file: Path, call) -> None:
-        if not file.exists():
-            flags = ("--checkpoint", str(folder(run)), "--steps", str(steps), "--n", str(args.n), "--json", str(file))
-            call("evaluate.py", *flags, "--fp-pictures", str(args.out / f"fp-{args.n}-{steps}.safetensors"), "--teacher", teacher)
-
-    def score(run, call) -> None:
-        for steps in (4, 2, 1):
-            evaluate(run, steps, "same" if run == runs[0] else "none", folder(run) / f"n{args.n}-{steps}.json", call)
-
-    def teacher(run, call) -> None:
-        evaluate(run, 4, "both", args.out / f"teacher-{args.n}.json", call)
-
-    def work(task, call) -> str:
-        task[0](task[1], call)
-        return f"{task[0].__name__} {task[1]}"
-
-    # a checkpoint is scored after the next --jobs trainings have started: its own has ended by then
-    order = [(train, run) for run in runs]
-    for k, run in reversed(list(enumerate(runs))):
-        order.insert(min(len(runs), k + 1 + args.jobs), (score, run))
-    for done in each(work, [*order, (teacher, runs[0])], args.jobs):
-        print(done, flush=True)
-        dtype = rows_of(folder(runs[0]) / "config.json")["config"]["dtype"]
+    for done in each(work, runs, args.jobs):
+        print(*done, flush=True)
+        dtype = rows_of(args.out / f"{name_of(RECIPES[runs[0][0]])}-0" / "config.json")["config"]["dtype"]
         note = f"\n{args.n} pictures, evaluation seed 1234; networks in {dtype}; {MACHINE}"
         write_table("quality", [*table(args.out, args.n, args.seeds), note])
 

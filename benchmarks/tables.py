@@ -18,6 +18,12 @@ TABLES = ROOT / "docs" / "tables"
 MARKED = re.compile(r"(<!-- table ([\w-]+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def markdown(*rows: list) -> list[str]:
+    """The lines of a table; the first row is its head."""
+    head, *others = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return [head, "|---" * len(rows[0]) + "|", *others]
+
+
 def pages() -> list[Path]:
     """README.md and the pages of docs/."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

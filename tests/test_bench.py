@@ -18,10 +18,10 @@ def broken(layer):
     raise RuntimeError("needs another machine")
 
 
-@pytest.mark.parametrize("kind,shape", [("linear", (64, 128, 48)), ("conv", (36, 9 * 64, 32))])
+@pytest.mark.parametrize("kind,shape", [("linear", (64, 128, 48)), ("conv", (64, 9 * 64, 32))])
 def test_every_implementation_is_measured_on_the_same_operands(kind, shape, capsys):
     """Catches a peer's failure that ends the table, a convolution with other operands than its linear twin, lost columns."""
-    layer = bench.Layer(kind, *shape, "cpu", torch.bfloat16)
+    layer = bench.Layer(kind, *shape, "cpu")
     names = ("bf16", "float32", "ours_eager", "int8_ceiling")
     rows = bench.measure(layer, {k: bench.CPU[k] for k in names} | {"peer": broken}, rounds=3, cuda=False)
     by_name = {row["impl"]: row for row in rows}
@@ -39,11 +39,12 @@ def test_every_implementation_is_measured_on_the_same_operands(kind, shape, caps
 def test_rounds_run_everything_once_in_an_order_that_changes_and_can_be_had_again():
     """Catches a fixed order, in which one implementation always finds what the same other left in the caches."""
     seen = []
-    calls = {name: lambda name=name: seen.append(name) for name in "abcd"}
+    calls = {name: lambda name=name: lambda: seen.append(name) for name in "abcd"}
     for _ in range(2):
-        bench.interleave(calls, rounds=8, cuda=False)
-    rounds = [seen[i : i + 4] for i in range(0, len(seen), 4)]
-    assert len(rounds) == 16 and all(sorted(order) == list("abcd") for order in rounds)
+        bench.race(calls, rounds=8, cuda=False)
+    assert seen[:8] == seen[40:48] == list("aabbccdd")  # a warm-up, which pays for compilation
+    rounds = [seen[i : i + 4] for k in (8, 48) for i in range(k, k + 32, 4)]
+    assert len(seen) == 80 and all(sorted(order) == list("abcd") for order in rounds)
     assert rounds[:8] == rounds[8:] and len({tuple(order) for order in rounds}) > 3
 
 
@@ -52,23 +53,18 @@ OPTIONS = argparse.Namespace(model="tiny", rank=4, device="cpu", rounds=1, compi
 
 def test_the_networks_that_are_compared_have_the_same_architecture_and_the_packed_one_fewer_bytes():
     """Catches layers left in bf16, a packed twin that does not run, NaN from the random fill."""
-    dense, packed = bench.networks(OPTIONS, "")
+    dense, packed = bench.networks(OPTIONS)
     assert {name for name, _ in packed_layers(packed.net)} == {
         name for name in float_layers(dense.net) if dense.family.precision(name) != "16bit"
     }
     inputs = bench.step_inputs(dense, 2, "cpu")
     with torch.inference_mode():
-        a, b = dense(*inputs), packed(*inputs)
-    assert a.shape == b.shape == inputs[0].shape and a.isfinite().all() and b.isfinite().all()
-    assert bench.nbytes(packed) < 0.4 * bench.nbytes(dense)  # tiny has large text and time embeddings
-    rows = bench.timed(
-        "one step",
-        {"bf16": lambda: lambda: dense(*inputs), "ours": lambda: lambda: packed(*inputs)},
-        {"bf16": dense, "ours": packed},
-        OPTIONS,
-    )
+        a, b = dense(**inputs), packed(**inputs)
+    assert a.shape == b.shape == inputs["x"].shape and a.isfinite().all() and b.isfinite().all()
+    builders = {"bf16": lambda: lambda: dense(**inputs), "ours": lambda: lambda: packed(**inputs)}
+    rows = bench.timed("one step", builders, {"bf16": dense, "ours": packed}, OPTIONS)
     assert [row["impl"] for row in rows] == ["bf16", "ours"] and len(bench.model_table(rows)) == 4
-    assert rows[1]["weights_mb"] == bench.nbytes(packed) / 1e6
+    assert rows[1]["weights_mb"] < 0.4 * rows[0]["weights_mb"]  # tiny has large text and time embeddings
 
 
 @pytest.mark.parametrize("name,parameters,linears,convs", [("sdxl", 2.567e9, 743, 51), ("flux", 11.90e9, 504, 0)])
@@ -91,40 +87,46 @@ def test_peak_growth_sees_a_buffer_that_is_gone_after_the_call():
 
 def test_the_deployed_form_is_what_lora_bits_8_measures():
     """Catches a benchmark of layers whose factors nothing has to compute."""
-    _, packed = bench.networks(argparse.Namespace(**vars(OPTIONS) | {"lora_bits": 8}), "")
+    _, packed = bench.networks(argparse.Namespace(**vars(OPTIONS) | {"lora_bits": 8}))
     layers = [layer for _, layer in packed_layers(packed)]
     assert {layer.lora_A.dtype for layer in layers} == {torch.int8} and {layer.scale_O.dtype for layer in layers} == {torch.uint8}
     with torch.inference_mode():
-        assert packed(*bench.step_inputs(packed, 1, "cpu")).isfinite().all()
+        assert packed(**bench.step_inputs(packed, 1, "cpu")).isfinite().all()
+
+
+def sweep(name, sizes, ms):
+    """Rows of `bench costs`."""
+    return [
+        {"sweep": name, "what": str(size), "size": size, "impl": impl, "median_ms": ms(size)}
+        for size in sizes
+        for impl in ("bf16", "ours")
+    ]
 
 
 def test_a_point_that_one_side_lacks_is_left_out():
     """Catches a sweep of half an hour that is lost because memory did not suffice for one of its points."""
-    points = bench.SWEEPS["rank"]
-    rows = [{"sweep": "rank", "shape": list(p[:3]), "rank": p[3], "impl": name, "median_ms": 1.0 + i + 10 * p[3]}
-            for p in points for i, name in enumerate(("bf16", "ours")) if (name, p) != ("ours", points[2])]  # fmt: skip
-    found, of = bench.measured(rows, "rank")
-    assert found == [*points[:2], *points[3:]] and of["ours"] == [2.0 + 10 * p[3] for p in found]
-    assert abs(bench.slope(bench.sizes("rank", found), of["bf16"], log=False) - 10) < 1e-9
+    rows = sweep("rank", (0, 8, 16, 32), lambda r: 1 + 10 * r)
+    del rows[5]
+    assert bench.curve(rows, "rank", "bf16") == ([0, 8, 32], [1, 81, 321]) and bench.curve(rows, "rank", "ours")[0] == [0, 8, 32]
+    assert bench.ratio(bench.pivot(rows)["16"], "bf16", "ours") == "-"
 
 
 def test_slopes_are_those_of_powers_and_lines():
     """Catches a slope over the wrong axis."""
-    x = [1, 2, 4, 8]
-    assert abs(bench.slope(x, [3 * v**1.5 for v in x], log=True) - 1.5) < 1e-9
-    assert abs(bench.slope(x, [3 * v + 1 for v in x], log=False) - 3) < 1e-9
+    rows = sweep("width", (1, 2, 4, 8), lambda v: 3 * v**1.5) + sweep("rank", (1, 2, 4, 8), lambda v: 3 * v + 1)
+    assert abs(bench.slope(rows, "width", "ours") - 1.5) < 1e-9 and abs(bench.slope(rows, "rank", "bf16") - 3) < 1e-9
 
 
 @pytest.mark.parametrize("backend", ["eager", "compile", "native"])
 def test_a_packed_unet_is_one_graph(backend):
     """Catches a graph break in a layer: the choice of a backend, the build of backends/cpu.cpp, autocast, the branch."""
-    _, packed = bench.networks(OPTIONS, "")
+    _, packed = bench.networks(OPTIONS)
     set_backend(packed, backend)
     inputs = bench.step_inputs(packed, 1, "cpu")
     with torch.inference_mode():
-        traced = torch.compile(packed, fullgraph=True, backend="eager")(*inputs)
+        traced = torch.compile(packed, fullgraph=True, backend="eager")(**inputs)
         set_backend(packed, "native" if backend == "native" else "eager")
-        assert torch.equal(traced, packed(*inputs))
+        assert torch.equal(traced, packed(**inputs))
 
 
 def test_without_a_gpu_its_programme_is_one_sentence(capsys):
@@ -143,8 +145,8 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
     def run(args, stdout, timeout, **options):
         script, flags = (args[2], args[3:]) if args[1] == "-m" else (args[1], args[2:])
         if script == "benchmarks.bench":
-            for name in ("kernels", "model", "train", "costs"):
-                monkeypatch.setattr(bench, f"bench_{name}", lambda parsed: [{"what": "x", "impl": "ours", "median_ms": 1.0}])
+            row = {"what": "x", "impl": "ours", "median_ms": 1.0}
+            monkeypatch.setitem(bench.COMMANDS, flags[0], (lambda parsed: [[row]], lambda rows: [], None))
             bench.main(flags)
         elif script == "train.py":
             train.validate(train.parse([*flags, "--device", "cpu"]))
@@ -155,6 +157,7 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
         return subprocess.CompletedProcess(args, 0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(subprocess, "run", run)
     lines = bench.main(["gpu", "--out", str(tmp_path), "--minutes", "7"])
     assert len(lines) == len(seen) == 10 and seen[:2] == ["benchmarks.gpu_layers", "pytest"] and seen.count("train.py") == 2
@@ -168,11 +171,11 @@ def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkey
 
 def test_the_gpu_runs_last_lines_compare_with_the_right_bf16():
     """Catches a compiled network of ours held against the eager bf16 one."""
-    rows = [{"shape": [1, 2, 3], "impl": name, "median_ms": ms} for name, ms in
+    rows = [{"what": "1 x 2 x 3", "impl": name, "median_ms": ms} for name, ms in
             {"bf16": 8.0, "bf16_compiled": 6.0, "ours": 4.0, "ours_compile": 2.0, "peer": 1.0}.items()]  # fmt: skip
     rows += [
         {"what": "a picture", "impl": f"{name}_compiled, 4 steps", "median_ms": ms} for name, ms in (("bf16", 9.0), ("ours", 6.0))
     ]
     expected = "ours / bf16 2.00x (1), ours_compile / bf16_compiled 3.00x (1)"
     assert bench.summary(rows) == f"{expected}, ours_compiled, 4 steps / bf16_compiled, 4 steps 1.50x (1)"
-    assert bench.summary([{"what": "learner", "median_ms": 1.0}]) == "1 rows"
+    assert bench.summary([{"what": "learner", "impl": "W4A4", "median_ms": 1.0}]) == "1 rows"
