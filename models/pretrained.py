@@ -110,7 +110,7 @@ def load_network(
         net, scheduler = load_file(family, base, components, dtype) if is_file(base) else load_folder(family, base, weights, dtype)
     side = latent_side(family, net, resolution)
     try:
-        denoiser = Denoiser(family, net, scheduler, (family.latent_channels(net.config), side, side), base)
+        denoiser = Denoiser(family, net, scheduler, (family.latent[0], side, side), base)
     except ValueError as error:
         raise UserError(f"the noise schedule of {base} cannot be used: {error}") from None
     return denoiser.eval().requires_grad_(False)
