@@ -107,10 +107,8 @@ class Family:
 
 def family_of(config: dict) -> Family | None:
     """The family of a network's configuration (with its _class_name), or None."""
-    for family in FAMILIES.values():
-        if config.get("_class_name") == family.network.__name__ and family.is_one(config):
-            return family
-    return None
+    relatives = (family for family in FAMILIES.values() if family.network.__name__ == config.get("_class_name"))
+    return next((family for family in relatives if family.is_one(config)), None)
 
 
 def family_of_network(net: nn.Module) -> Family | None:
