@@ -209,7 +209,7 @@ def flux_inputs(config, x: Tensor, timestep: Tensor, cond: dict[str, Tensor], sc
 def flux_output(y: Tensor, x: Tensor) -> Tensor:
     """Patches (B, H W / 4, 4 C) -> (B, C, H, W)."""
     B, C, H, W = x.shape
-    return F.pixel_shuffle(y.mT.reshape(B, 4 * C, H // 2, W // 2), 2)
+    return y.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
 def flux_precision(name: str) -> str:
