@@ -74,7 +74,7 @@ def draw_with_pipeline(pipe, prompts: list[str], steps: int, seed: int = 0, guid
     family = family_of_network(net)
     if guidance is None:
         guidance = family.few_step_guidance(pipeline.quantization_config(net).guidance)
-    shape = (family.latent_channels(net.config), side, side)
+    shape = (family.latent[0], side, side)
     size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor}
     pipe.set_progress_bar_config(disable=True)
     pictures = []

@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,30 +43,21 @@ from data import sources
 from data.cache import Trajectories
 from layers import as_anchor, set_backend
 from models import checkpoint, encoders, pipeline, plan, pretrained, teacher
-from models.denoiser import FAST, Denoiser, as_cm, as_teacher, fuse
+from models.denoiser import FAST, Denoiser, as_cm, as_teacher, fuse, random_denoiser
 from models.family import FAMILIES
-from run import files
-from run.common import (
-    UserError,
-    average_over_processes,
-    join_processes,
-    local_rows,
-    peak_memory,
-    process_count,
-    process_index,
-    run_script,
-    step_generator,
-)
+from run import common, files
+from run.common import UserError, average_over_processes, local_rows, process_count, process_index, run_script, step_generator
 from run.state import MicroBatches, TrainingState, stop, stoppable
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
 
-def option(default, help: str, choices=None, type=None, may_change: bool = False):
-    """A field of Config and its flag. type: reads the flag, where the field's own type does not. may_change: a run that has begun
-    may go on with another value, since it only says how much is held at a time, written, or drawn at the end."""
-    return field(default=default, metadata={"help": help, "choices": choices, "type": type, "may_change": may_change})
+def option(default, help: str, choices=None, **about):
+    """A field of Config and its flag. `about` may say type: reads the flag, where the field's own type does not; least: smallest
+    value; share: from 0 to 1; public: only for models with public weights; may_change: a run that has begun may go on with another
+    value, since it only says how much is held at a time, written, or drawn at the end."""
+    return field(default=default, metadata={"help": help, "choices": choices, **about})
 
 
 def fractions(text: str) -> str:
@@ -85,24 +75,24 @@ class Config:
     recipe: str = option("cmquant", "cmquant: TDPT mixed with rollouts; paper: TDPT alone, (anchor, fp) targets")
     out: str = option("", "run folder; default runs/MODEL, runs/MODEL-cm or runs/MODEL-teacher")
     data: str = option("", "captioned pictures, see data/sources.py; default scenes, or our own list of prompts for public models")
-    cache: str = option("", "folder of the latents and text embeddings of public models; default OUT/cache")
+    cache: str = option("", "folder of the latents and text embeddings; default OUT/cache", public=True)
     teacher: str = option("", "weights, or where --stage teacher starts; default assets/MODEL.safetensors, the official base")
-    components: str = option("", "if the teacher is one file: hub id or folder of its configs and tokenizers")
-    weights: str = option("", "random: the full-size network with random weights, to rehearse", ("", "random"))
+    components: str = option("", "if the teacher is one file: hub id or folder of its configs and tokenizers", public=True)
+    weights: str = option("", "random: the full-size network with random weights, to rehearse", ("", "random"), public=True)
     cm: str = option("", "consistency LoRA; default assets/MODEL-cm.safetensors; public models: diffusers' format, or self")
-    cm_scale: float = option(1.0, "strength of --cm (public models), as fuse_lora(lora_scale=..) in the LoRA's own example")
-    resolution: int = option(0, "pixels of public models; 0: the base's own")
-    seed: int = option(0, "seed of everything random")
-    steps: int = option(40, "updates; 0 packs and measures the initialisation")
-    batch: int = option(32, "pictures in an update, over all processes")
-    micro: int = option(0, "pictures at a time in a process; 0: all of its share", may_change=True)
+    cm_scale: float = option(1.0, "strength of --cm, as fuse_lora(lora_scale=..) in the LoRA's own example", public=True)
+    resolution: int = option(0, "pixels; 0: the base's own", public=True)
+    seed: int = option(0, "seed of everything random", least=0)
+    steps: int = option(40, "updates; 0 packs and measures the initialisation", least=0)
+    batch: int = option(32, "pictures in an update, over all processes", least=1)
+    micro: int = option(0, "pictures at a time in a process; 0: all of its share", least=0, may_change=True)
     checkpointing: bool = option(False, "compute activations again in the backward pass, to keep fewer", may_change=True)
-    memory_limit: str = option("", "such as 24GB: choose --micro, --checkpointing, --offload for such a GPU", may_change=True)
+    memory_limit: str = option("", "24GB: choose --micro, --checkpointing, --offload for such a GPU", public=True, may_change=True)
     offload: bool = option(False, "the teacher waits in main memory, its blocks come to the GPU when needed", may_change=True)
     shard_teacher: bool = option(False, "torchrun: every process keeps a part of the teacher (FSDP2)", may_change=True)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda; default cuda where there is a GPU")
     optimizer: str = option("adamw", "adamw; muon: for the matrices inside blocks, AdamW for the rest", ("adamw", "muon"))
-    lr: float = option(2e-5, "peak learning rate of A and B (LCM-LoRA: 1e-4), cosine to zero")
+    lr: float = option(2e-5, "peak learning rate of A and B (LCM-LoRA: 1e-4), cosine to zero", least=0)
     warmup: int = option(10, "updates until the learning rate is reached")
     clip: float = option(1.0, "largest norm of the gradient")
     dtype: str = option(str(FAST).removeprefix("torch."), "of networks; default what the CPU is fast in", ("bfloat16", "float32"))
@@ -114,33 +104,33 @@ class Config:
     # initialisation
     init: str = option("hgs", "how W ~ Q + B A is found, see hgs_lora.py", hgs_lora.METHODS)
     hessian: str = option("kron", "kron: of inputs, gradients and rounding noise; input: of inputs (QERA, CLoQ)", ("kron", "input"))
-    iters: int = option(8, "alternations of hgs and loftq")
+    iters: int = option(8, "alternations of hgs and loftq", least=0)
     ranks: str = option("qra", "how ranks are given to layers, see qra.py", qra.METHODS)
-    rank: int = option(16, "average LoRA rank at equal parameters")
-    rank_granule: int = option(0, "ranks are multiples of this; 0: a quarter of --rank, at least 1")
+    rank: int = option(16, "average LoRA rank at equal parameters", least=1)
+    rank_granule: int = option(0, "ranks are multiples of this; 0: a quarter of --rank, at least 1", least=0)
     rank_least: int = option(-1, "least rank of a layer, 0: a layer may have no branch; -1: a quarter of --rank")
-    rank_most: int = option(0, "largest rank of a layer; 0: four times --rank, at least 64")
-    calibration: int = option(64, "captions for Hessians and variation")
-    gradient_captions: int = option(0, "of these, for gradients, whose passes take four times as long; 0: all")
+    rank_most: int = option(0, "largest rank of a layer; 0: four times --rank, at least 64", least=0)
+    calibration: int = option(64, "captions for Hessians and variation", least=1)
+    gradient_captions: int = option(0, "of these, for gradients, whose passes take four times as long; 0: all", least=0)
     hessian_mb: int = option(4096, "bound of statistics and factors; 0 (public models): what memory there is", may_change=True)
     # objective
-    rollout: float = option(0.75, "share of updates that are on-policy rollouts, the others are TDPT")
+    rollout: float = option(0.75, "share of updates that are on-policy rollouts, the others are TDPT", share=True)
     trajectory: str = option("fp", "rollouts follow the fp consistency model or the cached guided teacher", ("fp", "teacher"))
     on_policy: bool = option(True, "rollouts start each phase from the student's own state, not from the reference's")
-    cached: int = option(2048, "teacher trajectories in the cache (--trajectory teacher)")
+    cached: int = option(2048, "teacher trajectories in the cache (--trajectory teacher)", least=1)
     sampling_steps: str = option("1,2,4", "numbers of steps to learn; one that stands twice counts twice, in calibration too")
-    jitter: float = option(0.0, "share of rollouts whose inner edges are random grid points")
-    tdpt_phases: int = option(4, "K, phases of TDPT")
-    grid: int = option(48, "N, solver points (LCM: 50)")
+    jitter: float = option(0.0, "share of rollouts whose inner edges are random grid points", share=True)
+    tdpt_phases: int = option(4, "K, phases of TDPT", least=1)
+    grid: int = option(48, "N, solver points (LCM: 50)", least=1)
     targets: str = option("anchor,fp", "a network for each stage of TDPT, early to late: anchor, fp, self, teacher")
-    split: str = option("0.5", "T' between stages, as shares of the grid from clean data to noise", type=fractions)
+    split: str = option("0.5", "T' between stages, as shares of the grid from clean data to noise", share=True, type=fractions)
     guidance: float = option(1.5, "w of the teacher: u + w (c - u)")
     huber: float = option(1e-3, "c of the pseudo-Huber loss")
     # deployment
     deploy: str = option("branch", "branch: LoRA beside the packed weight; merged: Q(Q + BA), strict W4A4", ("branch", "merged"))
     lora_bits: int = option(16, "of A and B in the checkpoint; 8: for public models, where LoRA is a small share", (8, 16))
-    eval_n: int = option(256, "pictures of the closing quality line", may_change=True)
-    save_every: int = option(20, "updates between two resumable states", may_change=True)
+    eval_n: int = option(256, "pictures of the closing quality line", least=1, may_change=True)
+    save_every: int = option(20, "updates between two resumable states", least=1, may_change=True)
     backend: str = option("native", "native: backends/, or eager; compile: torch.compile; eager", kernels.BACKENDS)
     export: str = option("", "lora: also write the LoRA alone, in diffusers' format", ("", "lora"), may_change=True)
     dry_run: bool = option(False, "print the configuration (public models: and table of layers, memory) and stop")
@@ -154,13 +144,9 @@ class Config:
         """Whether the model is one of ours, whose weights lie in assets/."""
         return FAMILIES[self.model].embedded
 
-    @property
-    def most_steps(self) -> int:
-        return files.most_steps(vars(self))
-
 
 PUBLIC = {name for name, family in FAMILIES.items() if not family.embedded}  # families with public weights
-MAY_CHANGE = {f.name for f in dataclasses.fields(Config) if f.metadata["may_change"]}
+MAY_CHANGE = {f.name for f in dataclasses.fields(Config) if "may_change" in f.metadata}
 
 PRESETS = (  # (where it applies, what it sets); a later row wins, the command line wins over all. Change this to try yours.
     ({"stage": {"teacher"}}, {"steps": 5000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024}),
@@ -182,11 +168,12 @@ def parse(argv: list[str]) -> Config:
     layout = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__, formatter_class=layout)
     for f in dataclasses.fields(Config):
-        about = {"help": f"{f.metadata['help']} [{f.default}]", "default": argparse.SUPPRESS}
+        public = "public models: " if "public" in f.metadata else ""
+        about = {"help": f"{public}{f.metadata['help']} [{f.default}]", "default": argparse.SUPPRESS}
         if f.type is bool:
             about["action"] = argparse.BooleanOptionalAction
         else:
-            about |= {"type": f.metadata["type"] or f.type, "choices": f.metadata["choices"]}
+            about |= {"type": f.metadata.get("type", f.type), "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **about)
     given = vars(parser.parse_args(argv))
     chosen = {f.name: f.default for f in dataclasses.fields(Config)} | given
@@ -205,59 +192,27 @@ def require(right: bool, message: str) -> None:
 
 def validate(cfg: Config) -> None:
     """UserError for a configuration that cannot run, before anything costly."""
-    for name in ("batch", "rank", "calibration", "tdpt_phases", "grid", "eval_n", "save_every", "cached"):
-        require(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
-    for name in ("lr", "seed", "steps", "iters", "micro", "gradient_captions", "rank_granule", "rank_most"):
-        require(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, got {getattr(cfg, name)}")
+    for f in dataclasses.fields(Config):
+        flag, value = f"--{f.name.replace('_', '-')}", getattr(cfg, f.name)
+        if "least" in f.metadata:
+            require(value >= f.metadata["least"], f"{flag} must be at least {f.metadata['least']}, got {value}")
+        if "share" in f.metadata:
+            require(all(0 <= float(part) <= 1 for part in str(value).split(",")), f"{flag} must be from 0 to 1, got {value}")
+        if "public" in f.metadata and cfg.embedded:
+            require(value == f.default, f"{flag} is for models with public weights: leave it out")
     require(-1 <= cfg.rank_least <= cfg.rank, f"--rank-least {cfg.rank_least} must be from 0 to --rank {cfg.rank}")
     require(not 0 < cfg.rank_most < cfg.rank, f"--rank-most {cfg.rank_most} must be at least --rank {cfg.rank}")
     n = process_count()
     require(cfg.batch % n == 0, f"--batch {cfg.batch} does not divide among {n} processes")
     require(cfg.calibration >= n, f"--calibration {cfg.calibration} leaves some of {n} processes without a caption: give more")
     validate_objective(cfg)
-    validate_model(cfg)
-
-
-def validate_objective(cfg: Config) -> None:
-    recipes = [name for where, _ in PRESETS for name in where.get("recipe", ())]
-    require(cfg.recipe in recipes, f"--recipe {cfg.recipe} is not in PRESETS: choose from {', '.join(recipes)}")
-    for name in ("rollout", "jitter", "split"):
-        shares = map(float, str(getattr(cfg, name)).split(","))
-        require(all(0 <= share <= 1 for share in shares), f"--{name} must be from 0 to 1, got {getattr(cfg, name)}")
-    most = FAMILIES[cfg.model].most_grid_points
-    require(cfg.grid <= most, f"--grid {cfg.grid} is more than a noise schedule's {most}: choose fewer")
-    points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
-    require(
-        all(K.isdigit() and 1 <= int(K) <= points for K in cfg.sampling_steps.split(",")),
-        f"--sampling-steps {cfg.sampling_steps} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)",
-    )
-    K = cfg.tdpt_phases
-    require(K <= cfg.grid, f"--tdpt-phases {K} is more than the {cfg.grid} points of --grid: choose fewer")
-    targets, split = cfg.targets.split(","), cfg.split.split(",")
-    without_anchor = cfg.bits == 16 and cfg.rollout < 1
-    require(
-        all(name in TARGETS and not (name == "anchor" and without_anchor) for name in targets),
-        f"--targets {cfg.targets} must name a network for each stage: {', '.join(TARGETS)} (anchor: 4 bits only)",
-    )
-    require(
-        len(set(split)) == len(split) == len(targets) - 1,
-        f"--targets {cfg.targets} makes {len(targets)} stages: --split must have {len(targets) - 1} points, each once",
-    )
-
-
-def validate_model(cfg: Config) -> None:
-    devices = f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"
-    require(cfg.device in ("cpu", "cuda"), devices)
-    there = cfg.device == "cpu" or torch.cuda.is_available()
-    require(there or cfg.dry_run, "torch finds no CUDA device: give --device cpu")
-    if cfg.embedded:
-        require(cfg.eval_n >= 2, "--eval-n must be at least 2: a Frechet distance needs a covariance")
-        require(not cfg.export, "--export lora needs a model with public weights: leave it out")
-        for name in ("weights", "resolution", "components", "cache", "memory_limit", "cm_scale"):
-            default = getattr(cfg, name) == getattr(Config, name)
-            require(default, f"--{name.replace('_', '-')} is for models with public weights: leave it out")
-    else:
-        require(cfg.stage == "student", f"--stage teacher trains the models of assets/: {cfg.model} has a public teacher")
+    gpus = f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"
+    require(cfg.device in ("cpu", "cuda"), gpus)
+    require(cfg.device == "cpu" or cfg.dry_run or torch.cuda.is_available(), "torch finds no CUDA device: give --device cpu")
+    require(not cfg.embedded or cfg.eval_n >= 2, "--eval-n must be at least 2: a Frechet distance needs a covariance")
+    require(not cfg.embedded or not cfg.export, "--export lora needs a model with public weights: leave it out")
+    public = f"--stage teacher trains the models of assets/: {cfg.model} has a public teacher"
+    require(cfg.embedded or cfg.stage == "student", public)
     require(not cfg.export or cfg.deploy == "branch", "--export lora needs --deploy branch")
     own = "--cm self trains for --steps updates too: train it with --bits 16, then give its .safetensors by --cm"
     require(cfg.cm != "self" or cfg.steps > 0, own)
@@ -268,6 +223,24 @@ def validate_model(cfg: Config) -> None:
         require(cfg.trajectory == "fp", offload)
         torchrun = "--shard-teacher shares the teacher among processes: start them with `torchrun --nproc-per-node 8 train.py ..`"
         require(cfg.dry_run or dist.is_initialized() or "RANK" in os.environ, torchrun)
+
+
+def validate_objective(cfg: Config) -> None:
+    recipes = [name for where, _ in PRESETS for name in where.get("recipe", ())]
+    require(cfg.recipe in recipes, f"--recipe {cfg.recipe} is not in PRESETS: choose from {', '.join(recipes)}")
+    most = FAMILIES[cfg.model].most_grid_points
+    require(cfg.grid <= most, f"--grid {cfg.grid} is more than a noise schedule's {most}: choose fewer")
+    points = cfg.grid // 2 if cfg.trajectory == "teacher" else cfg.grid  # cached trajectories keep every second point
+    numbers = f"--sampling-steps {cfg.sampling_steps} must be numbers from 1 to {points}, such as 1,2,4 (or raise --grid)"
+    require(all(K.isdigit() and 1 <= int(K) <= points for K in cfg.sampling_steps.split(",")), numbers)
+    phases = f"--tdpt-phases {cfg.tdpt_phases} is more than the {cfg.grid} points of --grid: choose fewer"
+    require(cfg.tdpt_phases <= cfg.grid, phases)
+    targets, split = cfg.targets.split(","), cfg.split.split(",")
+    known = TARGETS.keys() - ({"anchor"} if cfg.bits == 16 and cfg.rollout < 1 else set())
+    names = f"--targets {cfg.targets} must name a network for each stage: {', '.join(TARGETS)} (anchor: 4 bits only)"
+    require(known.issuperset(targets), names)
+    stages = f"--targets {cfg.targets} makes {len(targets)} stages: --split must have {len(targets) - 1} points, each once"
+    require(len(set(split)) == len(split) == len(targets) - 1, stages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,9 +274,8 @@ def fit(cfg: Config, out: Path, params: dict[str, Tensor], objective: Callable, 
     batch; gen is the update's generator, the same in all processes, micro_batches iterates over those rows, a few at a time.
     averages: exponential averages of some of the parameters, by their names, to be kept up in place.
     UserError for a loss or gradient that is no number; the state that was saved last stays."""
-    averages = {} if averages is None else averages
     optimizers = optimizers_of(cfg, params)
-    state = TrainingState(out, params, optimizers, averages, cfg.steps)
+    state = TrainingState(out, params, optimizers, averages or {}, cfg.steps)
     begin = state.load()
     parts = torch.arange(cfg.batch // process_count()).split(cfg.micro or cfg.batch)
     bar = tqdm(range(begin, cfg.steps), cfg.stage, initial=begin, total=cfg.steps, disable=process_index() > 0)
@@ -360,7 +332,7 @@ class Roles:
     params: dict[str, Tensor]  # what is trained of it
     network: Denoiser  # teacher and full-precision consistency model at 16 bits, by switch
     guided: Callable  # the teacher under guidance
-    examples: object  # captions, and latents of pictures: data.sources.LiveExamples or data.cache.Cache
+    examples: sources.Examples  # captions, and latents of pictures
     trajectories: Trajectories | None = None  # of the guided teacher, if rollouts follow them
     averages: dict[str, Tensor] = field(default_factory=dict)  # exponential averages of params, which a target may start
 
@@ -399,16 +371,15 @@ def rollout_losses(cfg: Config, roles: Roles, gen: torch.Generator, micro_batche
     if cached:
         pick = torch.randint(len(cached.states[0]), (cfg.batch,), generator=gen)[local_rows()]
         cond, states = to(cached.cond, "cpu", pick), tdpt.states_at(cached.states[:, pick].float(), times, edges)
-    else:
+    else:  # the first state alone is known yet
         cond = roles.examples.conditions(cfg.batch, gen, local_rows())
-        x_T = torch.randn(cfg.batch, *roles.network.latent, generator=gen)[local_rows()]
+        states = torch.randn(cfg.batch, *roles.network.latent, generator=gen)[None, local_rows()]
     edges = edges.to(cfg.device)
     for rows in micro_batches:
         cond_r, share = to(cond, cfg.device, rows), len(rows) * process_count() / cfg.batch
-        if cached:
-            states_r = states[:, rows].to(cfg.device)
-        else:
-            states_r = tdpt.rollout_states(as_cm(roles.network), path, x_T[rows].to(cfg.device), cond_r, edges)
+        states_r = states[:, rows].to(cfg.device)
+        if not cached:
+            states_r = tdpt.rollout_states(as_cm(roles.network), path, states_r[0], cond_r, edges)
         for loss_k in tdpt.rollout_phases(roles.student, path, states_r, cond_r, edges, cfg.on_policy, cfg.huber):
             yield loss_k * share / K
 
@@ -417,12 +388,18 @@ def to(cond: dict[str, Tensor], device: str, rows=slice(None)) -> dict[str, Tens
     return {k: v[rows].to(device) for k, v in cond.items()}
 
 
-def distil(cfg: Config, out: Path, learner: Callable, params: dict[str, Tensor], network: Denoiser, examples) -> None:
-    """4. TDPT mixed with on-policy rollouts, on `params` of the learner; the other arguments are those of Roles."""
+def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> sources.Examples:
+    """4. TDPT mixed with on-policy rollouts, on A and B of the learner: a packed student, or `network` itself as the consistency
+    model. Returns the examples that it learned from."""
+    examples = encoders.examples_of(cfg, out, network)
+    pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
+    params = {k: p.requires_grad_() for k, p in learner.named_parameters() if "lora_" in k}
+    if cfg.checkpointing:
+        learner.net.train().enable_gradient_checkpointing()
     null = examples.null() if network.family.classifier_free else {}  # else guidance is an input of the network, or there is none
     null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
     guided = tdpt.guided(as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
-    roles = Roles(learner, params, network, guided, examples)
+    roles = Roles(as_cm(network) if learner is network else learner, params, network, guided, examples)
     if cfg.rollout and cfg.trajectory == "teacher":
         times, folder = network.path.grid(cfg.grid // 2), out / "trajectories"
         roles.trajectories = Trajectories(folder, guided, network, examples, cfg.cached, times, cfg.seed, cfg.micro, cfg.device)
@@ -437,6 +414,7 @@ def distil(cfg: Config, out: Path, learner: Callable, params: dict[str, Tensor],
         return tdpt_losses(cfg, networks, schedule, examples, gen, micro_batches)
 
     fit(cfg, out, params, objective, roles.averages)
+    return examples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,15 +445,10 @@ def train_student(cfg: Config, out: Path) -> None:
     packed, table = checkpoint.load_start(out)
     packed.to(cfg.device, cfg.torch_dtype)
     set_backend(packed, cfg.backend)
-    params = {k: p.requires_grad_() for k, p in packed.named_parameters() if "lora_" in k}
-    if cfg.checkpointing:
-        packed.net.train().enable_gradient_checkpointing()
 
     # 4. distillation
     network = pretrained.open_cm(cfg, cfg.torch_dtype).to(cfg.torch_dtype)  # its LoRA too
-    examples = encoders.examples_of(cfg, out, network)
-    pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
-    distil(cfg, out, packed, params, network, examples)
+    examples = distil(cfg, out, packed, network)
 
     # 5. pack, reload, draw, measure
     leader, config = process_index() == 0, dataclasses.asdict(cfg)
@@ -493,14 +466,10 @@ def train_student(cfg: Config, out: Path) -> None:
 def train_cm(cfg: Config, out: Path) -> None:
     """The same objective at 16 bits: the LoRA of the full-precision consistency model, MODEL-cm.safetensors."""
     network = pretrained.open_trainable_cm(cfg, cfg.torch_dtype)
-    examples = encoders.examples_of(cfg, out, network)
-    params = {k: p.requires_grad_() for k, p in network.to(cfg.device).named_parameters() if "lora_" in k}
-    if cfg.checkpointing:
-        network.net.train().enable_gradient_checkpointing()
-    distil(cfg, out, as_cm(network), params, network, examples)
+    distil(cfg, out, network, network)
     path = out / f"{cfg.model}-cm.safetensors"
     if process_index() == 0 and cfg.embedded:
-        save_weights(cfg, path, {k.removeprefix("net."): p for k, p in params.items()}, network, cm=True)
+        save_weights(cfg, path, {k: p for k, p in network.net.named_parameters() if "lora_" in k}, network, cm=True)
     elif process_index() == 0:
         pretrained.save_cm(path, network)
 
@@ -508,10 +477,11 @@ def train_cm(cfg: Config, out: Path) -> None:
 def train_teacher(cfg: Config, out: Path) -> None:
     """An embedded teacher, MODEL.safetensors: the exponential average of its weights."""
     pictures = sources.source(cfg.data)
-    network = teacher.network_to_train(cfg)
-    params = dict(network.named_parameters())
+    torch.manual_seed(cfg.seed)
+    network = pretrained.load_teacher(cfg.model, cfg.teacher) if cfg.teacher else random_denoiser(cfg.model)
+    params = dict(network.requires_grad_().to(cfg.device).named_parameters())
     averages = {k: p.detach().clone() for k, p in params.items()}
-    fit(cfg, out, params, partial(teacher.diffusion_losses, cfg, network, pictures), averages)
+    fit(cfg, out, params, lambda gen, parts: teacher.diffusion_losses(cfg, network, pictures, gen, parts), averages)
     network.load_state_dict({k: average.half() for k, average in averages.items()})
     if process_index() == 0:
         save_weights(cfg, out / f"{cfg.model}.safetensors", network.state_dict(), network, cm=False)
@@ -526,12 +496,10 @@ def save_weights(cfg: Config, path: Path, tensors: dict[str, Tensor], network: D
     print(f"weights: {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def stored(cfg: Config, *weights: str) -> dict:
+def stored(cfg: Config) -> dict:
     """What config.json keeps of a configuration, with a fingerprint of the files that the run starts from. A folder may move."""
-    return dataclasses.asdict(cfg) | {"out": "", "files of teacher and cm": files.fingerprint(*weights)}
+    weights = files.fingerprint(cfg.teacher, cfg.cm, cfg.components)
+    return dataclasses.asdict(cfg) | {"out": "", "files of teacher and cm": weights}
 
 
 def train_own_cm(argv: list[str], cfg: Config) -> Config:
@@ -544,7 +512,7 @@ def train_own_cm(argv: list[str], cfg: Config) -> Config:
         flags += ["--cache", f"{Path(cfg.cache)}-cm"]
     argv = [*argv, *flags, "--cm", "", "--export", "", "--out", str(out)]
     if path.exists():
-        files.refuse_another(out, stored(parse(argv), cfg.teacher, cfg.components), MAY_CHANGE)
+        files.refuse_another(out, stored(parse(argv)), MAY_CHANGE)
     else:
         main(argv)
     return dataclasses.replace(cfg, cm=str(path), cm_scale=1.0)
@@ -557,19 +525,18 @@ def main(argv: list[str]) -> None:
     print("\n".join(f"{k:14} {v}" for k, v in dataclasses.asdict(cfg).items()))
     if cfg.dry_run:
         return None if cfg.embedded else plan.dry_run(cfg)
-    join_processes(cfg.device)
+    common.join_processes(cfg.device)
     began, out = time.time(), Path(cfg.out)
     if cfg.cm == "self":
         cfg = train_own_cm(argv, cfg)
-    config = stored(cfg, cfg.teacher, cfg.cm, cfg.components)
-    files.open_run(out, config, leader=process_index() == 0, may_change=MAY_CHANGE)
+    files.open_run(out, stored(cfg), leader=process_index() == 0, may_change=MAY_CHANGE)
     if not cfg.embedded:
         cfg = plan.planned(cfg)
     train = train_teacher if cfg.stage == "teacher" else train_cm if cfg.bits == 16 else train_student
     train(cfg, out)
     if process_count() > 1:
         dist.barrier()  # a process that leaves early would break the others' last exchange
-    print(f"{time.time() - began:.0f} seconds, peak memory {peak_memory(cfg.device) / 1e9:.2f} GB")
+    print(f"{time.time() - began:.0f} seconds, peak memory {common.peak_memory(cfg.device) / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

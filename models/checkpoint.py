@@ -49,7 +49,7 @@ def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, t
 
 def network_of(student: Denoiser) -> str | dict:
     """What _packed_model builds the architecture from."""
-    return student.name if student.family.embedded else blueprint(student)
+    return student.family.name if student.family.embedded else blueprint(student)
 
 
 def save_start(out: Path, student: Denoiser, table: dict) -> None:

@@ -46,14 +46,6 @@ class Denoiser(nn.Module):
         self.knows_destination = False
 
     @property
-    def name(self) -> str:
-        return self.family.name
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.net.parameters()).device
-
-    @property
     def dtype(self) -> torch.dtype:
         """What the network computes in; LoRA factors keep float32 in any network."""
         return next(p.dtype for name, p in self.net.named_parameters() if "lora_" not in name)
@@ -80,7 +72,7 @@ def blueprint(denoiser: Denoiser) -> dict:
     """What a checkpoint must say of a public model so that from_blueprint can build it without the base's files. JSON."""
     net = denoiser.net
     config = {k: v for k, v in net.config.items() if not k.startswith("_")}
-    about = {"model": denoiser.name, "base": denoiser.base, "class": type(net).__name__, "config": config}
+    about = {"model": denoiser.family.name, "base": denoiser.base, "class": type(net).__name__, "config": config}
     about |= {"scheduler": denoiser.scheduler, "latent": denoiser.latent, "guidance": denoiser.guidance}
     return json.loads(json.dumps(about))
 
@@ -136,13 +128,6 @@ class LoRA(nn.Module):
             return y + F.linear(F.linear(x, A), B)
         return y + F.conv2d(F.conv2d(x, A, None, self.layer.stride, self.layer.padding), B[:, :, None, None])
 
-    @torch.no_grad()
-    def fused(self) -> nn.Module:
-        """The plain layer with weight W + B A (the sum in float32)."""
-        delta = (self.lora_B.float() @ self.lora_A.float().flatten(1)).view(self.layer.weight.shape)
-        self.layer.weight.copy_(self.layer.weight.float() + delta)
-        return self.layer
-
 
 def is_plain_lora(layer: nn.Module, name: str) -> bool:
     """Whether the adapter `name` of a layer that PEFT wrapped is scale * B A alone, without DoRA's magnitudes or a bias."""
@@ -161,35 +146,32 @@ def lora_layers(denoiser: Denoiser) -> dict[str, LoRA]:
 
 
 def as_teacher(denoiser: Denoiser):
-    """The teacher's function: LoRA off, destination not told. Four roles share one network, so the switch is set per call."""
-
-    def call(x, t, s, cond):
-        _switch(denoiser, False)
-        return denoiser(x, t, s, cond)
-
-    return call
+    """The teacher's function: LoRA off, destination not told."""
+    return _switched(denoiser, cm=False)
 
 
 def as_cm(denoiser: Denoiser):
     """The full-precision consistency model's function: LoRA on, destination told."""
+    return _switched(denoiser, cm=True)
 
+
+def _switched(denoiser: Denoiser, cm: bool):
     def call(x, t, s, cond):
-        _switch(denoiser, True)
+        denoiser.knows_destination = cm  # four roles share one network, so the switch is set per call
+        for layer in lora_layers(denoiser).values():
+            layer.on = cm
         return denoiser(x, t, s, cond)
 
     return call
 
 
-def _switch(denoiser: Denoiser, cm: bool) -> None:
-    denoiser.knows_destination = cm
-    for layer in lora_layers(denoiser).values():
-        layer.on = cm
-
-
+@torch.no_grad()
 def fuse(denoiser: Denoiser) -> Denoiser:
-    """W + B A everywhere, in place: the consistency model as a plain network, and the base that is quantized."""
-    for name, layer in lora_layers(denoiser).items():
-        denoiser.net.set_submodule(name, layer.fused())
+    """W + B A everywhere, in place, added in float32: the consistency model as a plain network, and the base that is quantized."""
+    for name, lora in lora_layers(denoiser).items():
+        weight, delta = lora.layer.weight, lora.lora_B.float() @ lora.lora_A.float().flatten(1)
+        weight.copy_(weight.float() + delta.view(weight.shape))
+        denoiser.net.set_submodule(name, lora.layer)
     denoiser.knows_destination = True
     return denoiser
 

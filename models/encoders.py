@@ -1,7 +1,7 @@
 """Text encoders and VAE of public models, by the pipelines' own methods, and the examples that training reads.
 
 text = Text("sdxl", base);  cond = text(captions);  del text
-vae = VAE("sdxl", base);    x0 = vae.encode(pictures);  pictures = vae.decode(x0)
+vae = VAE("sdxl", base);    x0 = vae.encode(pictures)
 """
 
 import zlib
@@ -11,9 +11,9 @@ import torch
 
 import tdpt
 from data import sources
-from data.cache import Cache, CacheBuilder
+from data.cache import CacheBuilder
 from models.denoiser import Denoiser, as_cm
-from models.family import FACTOR, FAMILIES
+from models.family import FACTOR, FAMILIES, Family
 from models.pretrained import load_text_pipeline, load_vae
 from run import files
 from run.common import UserError
@@ -22,6 +22,10 @@ from run.common import UserError
 def square(side: int, n: int) -> torch.Tensor:
     """time_ids (n, 6) of whole square pictures."""
     return torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32).repeat(n, 1)
+
+
+def with_sizes(family: Family, cond: dict[str, torch.Tensor], side: int) -> dict[str, torch.Tensor]:
+    return cond | {"time_ids": square(side, len(cond["tokens"]))} if family.told_sizes else cond
 
 
 class Text:
@@ -36,52 +40,34 @@ class Text:
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
         cond = {k: v.cpu() for k, v in self.family.encode(self.pipeline, captions, self.device).items()}
-        return cond | ({"time_ids": square(self.resolution, len(captions))} if self.family.told_sizes else {})
+        return with_sizes(self.family, cond, self.resolution)
 
 
 class VAE:
     """encode: pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), the posterior's mean, scaled as the denoiser expects
-    them; decode: the inverse, clamped. One picture at a time: at 1024 pixels its first layers hold 2.7 GB for each."""
+    them. One picture at a time: at 1024 pixels its first layers hold 2.7 GB for each."""
 
     def __init__(self, name: str, base: str, components: str = "", device="cpu"):
         self.vae, self.device = load_vae(FAMILIES[name], base, components).to(device), device
         self.vae.enable_slicing()
-        self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        return ((self.vae.encode(pictures.to(self.device)).latent_dist.mode() - self.shift) * self.scale).cpu()
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latents.float().to(self.device) / self.scale + self.shift).sample.clamp(-1, 1).cpu()
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        return ((self.vae.encode(pictures.to(self.device)).latent_dist.mode() - shift) * scale).cpu()
 
 
-class RandomText:
+def random_text(denoiser: Denoiser, resolution: int, captions: list[str]) -> dict[str, torch.Tensor]:
     """Stands for text encoders where there are only random weights: cond is a function of the caption, of the right shape."""
-
-    def __init__(self, denoiser: Denoiser, resolution: int):
-        self.family, self.side = denoiser.family, resolution
-        self.shapes = self.family.cond_shapes(denoiser.net.config, self.family.tokens)
-
-    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        rows = []
-        for caption in captions:
-            gen = torch.Generator().manual_seed(zlib.crc32(caption.encode()))
-            rows.append({k: torch.randn(shape, generator=gen) for k, shape in self.shapes.items()})
-        cond = {k: torch.stack([row[k] for row in rows]) for k in self.shapes}
-        return cond | ({"time_ids": square(self.side, len(captions))} if self.family.told_sizes else {})
+    family = denoiser.family
+    generators = [torch.Generator().manual_seed(zlib.crc32(caption.encode())) for caption in captions]
+    shapes = family.cond_shapes(denoiser.net.config, family.tokens)
+    cond = {k: torch.stack([torch.randn(shape, generator=gen) for gen in generators]) for k, shape in shapes.items()}
+    return with_sizes(family, cond, resolution)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The examples that training reads. cfg: train.Config
-
-
-def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cache:
-    """What is trained on."""
-    if network.family.embedded:
-        return sources.LiveExamples(sources.source(cfg.data), network)
-    return cached_examples(cfg, Path(cfg.cache) if cfg.cache else out / "cache", network)
 
 
 class Encoders:
@@ -94,10 +80,12 @@ class Encoders:
         self.resolution = FACTOR * network.latent[1]
 
     def text(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        cfg = self.cfg
+        if self.random:
+            return random_text(self.network, self.resolution, captions)
         if self._text is None:
-            cfg, dtype = self.cfg, self.network.dtype if self.cfg.device == "cuda" else torch.float32
-            where = (cfg.model, cfg.teacher, cfg.components, self.resolution, cfg.device, dtype)
-            self._text = RandomText(self.network, self.resolution) if self.random else Text(*where)
+            dtype = self.network.dtype if cfg.device == "cuda" else torch.float32
+            self._text = Text(cfg.model, cfg.teacher, cfg.components, self.resolution, cfg.device, dtype)
         return self._text(captions)
 
     def pictures(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -110,7 +98,7 @@ class Encoders:
     def draw(self, cond: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
         """Latents (B, C, h, w) in the most of --sampling-steps, a micro-batch at a time. Only now the network, which is given
         on the CPU, goes to the device."""
-        network, device, steps = self.network.to(self.cfg.device), self.cfg.device, self.cfg.most_steps
+        network, device, steps = self.network.to(self.cfg.device), self.cfg.device, files.most_steps(vars(self.cfg))
         x_T, drawn = torch.randn(len(cond["tokens"]), *network.latent, generator=gen), []
         for rows in torch.arange(len(x_T)).split(self.cfg.micro or len(x_T)):
             cond_r = {k: v[rows].to(device) for k, v in cond.items()}
@@ -118,10 +106,13 @@ class Encoders:
         return torch.cat(drawn)
 
 
-def cached_examples(cfg, folder: Path, network: Denoiser) -> Cache:
-    """The cache of --data. Encoders are loaded if something is missing in it, and leave memory with this call. Captions without
-    pictures get latents if TDPT asks for any."""
-    source, encoders = sources.captioned(cfg.data), Encoders(cfg, network)
+def examples_of(cfg, out: Path, network: Denoiser) -> sources.Examples:
+    """What is trained on: for an embedded model pictures that are drawn when they are asked for, else the cache of --data. Encoders
+    are loaded if something is missing in it, and leave memory with this call. Captions without pictures get latents if TDPT asks
+    for any."""
+    if network.family.embedded:
+        return sources.LiveExamples(sources.source(cfg.data), network)
+    source, encoders, folder = sources.captioned(cfg.data), Encoders(cfg, network), Path(cfg.cache or out / "cache")
     if (first := next(iter(source.rows()), None)) is None:
         raise UserError(f"--data {cfg.data} has no captions: look at what it names")
     draws = first[2] is None and cfg.rollout < 1
@@ -135,6 +126,6 @@ def cache_key(cfg, draws: bool) -> dict:
     key = {"model": cfg.model, "base": base or cfg.weights or FAMILIES[cfg.model].base, "components": components}
     key["files of the base"] = files.fingerprint(cfg.teacher, cfg.components)
     if draws:
-        key |= {"consistency model": cm, "its scale": cfg.cm_scale, "its steps": cfg.most_steps}
+        key |= {"consistency model": cm, "its scale": cfg.cm_scale, "its steps": files.most_steps(vars(cfg))}
         key |= {"files of the consistency model": files.fingerprint(cfg.cm)}
     return key

@@ -1,8 +1,9 @@
 """Model families: one record for each kind of model, and nowhere else a question which kind it is.
 
-A `Family` says what is particular about its members: the denoiser's class and official architecture, how its inputs are built from
-latents and captions, its noise path, which of its layers may go to 4 bits, how guidance enters, which diffusers pipeline it belongs
-to and how that pipeline encodes captions. A new family is a new record in FAMILIES, and its miniature in the tests.
+A `Family` says what is particular about its members: the denoiser's class, how its inputs are built from latents and captions, its
+noise path, which of its layers may go to 4 bits, how guidance enters, which diffusers pipeline it belongs to and how that pipeline
+encodes captions. A new family is a new record in FAMILIES, its official architecture in assets/architectures (as diffusers'
+config.json has it, without what is the default of the class), and its miniature in the tests.
 
     tiny, tiny-flux      trained here (assets/), on procedural scenes, with a text encoder of their own (tiny.py)
     sdxl, sd15, flux     public weights in diffusers' formats (models/pretrained.py); sd15 includes Stable Diffusion 2.x and
@@ -20,6 +21,7 @@ W4A4.
 Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -29,8 +31,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models import tiny
+from run import files
 from tdpt import FlowPath, VPPath
 
 FACTOR = 8  # pixels to a latent of every public family
@@ -42,23 +46,22 @@ class Family:
 
     name: str  # --model
     network: type[nn.Module]  # diffusers' class of the denoiser
-    build: Callable[[], nn.Module]  # the official architecture with random weights
     is_one: Callable[[dict], bool]  # whether a configuration of class `network` belongs to this family
     latent: tuple[int, int, int]  # (C, H, W) of a picture of the official size
-    latent_channels: Callable[[dict], int]
     tokens: int  # of a caption
     cond_shapes: Callable[[dict, int], dict[str, tuple[int, ...]]]  # (config, tokens) -> shapes of cond without the batch
     inputs: Callable[..., dict]  # (config, x, timestep, cond, scalar) -> keyword arguments of the network's forward
-    scalar: Callable[..., Tensor | None]  # (t, s, guidance) -> the network's scalar input beside time, if it has one
-    output: Callable[[Tensor, Tensor], Tensor]  # (network's answer, x) -> prediction (B, C, H, W)
     path: Callable[[dict, tuple[int, int, int]], VPPath | FlowPath]  # (scheduler's configuration, latent) -> noise path
     precision: Callable[[str], str]  # name of a layer -> 16bit, w4a16 or w4a4
     classifier_free: bool  # guidance u + w (c - u) by a second call; False: guidance is an input of the network
+    scalar: Callable[..., Tensor | None] = lambda t, s, guidance: None  # the network's scalar input beside time, if it has one
+    output: Callable[[Tensor, Tensor], Tensor] = lambda y, x: y  # (network's answer, x) -> prediction (B, C, H, W)
     most_grid_points: float = 1000  # of a solver grid on the path
     preset: dict = field(default_factory=dict)  # defaults of train.Config for this family
     # families that are trained here
     embedded: bool = False  # weights in assets/, scenes as data, whose closing report is judged by the classifier of scenes
     text: Callable[[], nn.Module] | None = None  # the text encoder inside of the denoiser
+    prepare: Callable[[nn.Module], None] = lambda net: None  # what a new network needs beside its configuration
     # public families
     base: str = ""  # hub id of the official base
     part: str = ""  # the denoiser's name in a pipeline and in its folder
@@ -73,6 +76,12 @@ class Family:
     few_step_scheduler: Callable | None = None  # (base's scheduler configuration, path) -> scheduler whose steps are path.jump
     cm_example: str = ""  # a consistency LoRA, with the flags that it needs
     licences: dict[str, tuple[dict, str]] = field(default_factory=dict)  # part of a base's name -> its entries in a card, sentence
+
+    def build(self) -> nn.Module:
+        """The official architecture with random weights."""
+        net = self.network.from_config(json.loads((files.ASSETS / "architectures" / f"{self.name}.json").read_text()))
+        self.prepare(net)
+        return net
 
     def few_step_guidance(self, guidance: float | None) -> float:
         """guidance_scale of a call: 1 where guidance is distilled into the network, else what the network was given."""
@@ -98,10 +107,8 @@ class Family:
 
 def family_of(config: dict) -> Family | None:
     """The family of a network's configuration (with its _class_name), or None."""
-    for family in FAMILIES.values():
-        if config.get("_class_name") == family.network.__name__ and family.is_one(config):
-            return family
-    return None
+    relatives = (family for family in FAMILIES.values() if family.network.__name__ == config.get("_class_name"))
+    return next((family for family in relatives if family.is_one(config)), None)
 
 
 def family_of_network(net: nn.Module) -> Family | None:
@@ -138,48 +145,31 @@ def unet_precision(name: str) -> str:
     return "w4a16" if last == "time_emb_proj" else "w4a4"
 
 
+OFFICIAL_SCHEDULE = {  # of SDXL and Stable Diffusion
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+
+
 def vp_path(scheduler: dict, latent: tuple[int, int, int]) -> VPPath:
     """Of a scheduler's configuration; {} stands for the official base's. ValueError for a schedule that has no path here: betas
     that are not scaled_linear, eps-prediction at zero signal-to-noise ratio."""
-    if (schedule := scheduler.get("beta_schedule", "scaled_linear")) != "scaled_linear":
+    asked = OFFICIAL_SCHEDULE | scheduler
+    if (schedule := asked["beta_schedule"]) != "scaled_linear":
         raise ValueError(f"beta_schedule {schedule} is not supported, scaled_linear is")
     if "sigma_data" in scheduler or scheduler.get("trained_betas") is not None:
         raise ValueError("EDM's sigmas and trained_betas are not supported, scaled_linear betas are")
-    betas = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
-    kind, steps = scheduler.get("prediction_type", "epsilon"), scheduler.get("num_train_timesteps", 1000)
-    return VPPath.from_betas(kind, bool(scheduler.get("rescale_betas_zero_snr", False)), betas, steps)
+    betas, zero_snr = (asked["beta_start"], asked["beta_end"]), bool(asked["rescale_betas_zero_snr"])
+    return VPPath.from_betas(asked["prediction_type"], zero_snr, betas, asked["num_train_timesteps"])
 
 
 def ddim_scheduler(scheduler: dict, path: VPPath) -> DDIMScheduler:
-    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": path.start}
-    schedule["rescale_betas_zero_snr"] = False
-    return DDIMScheduler(
-        **{k: scheduler.get(k, v) for k, v in schedule.items()},
-        prediction_type=path.prediction,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
-    )
-
-
-def sdxl_unet() -> UNet2DConditionModel:
-    """SDXL base 1.0, 2.567 B parameters (its unet/config.json)."""
-    return UNet2DConditionModel(
-        sample_size=128,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        layers_per_block=2,
-        attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10),
-        use_linear_projection=True,
-        cross_attention_dim=2048,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
+    schedule = {k: scheduler.get(k, official) for k, official in OFFICIAL_SCHEDULE.items()}
+    return DDIMScheduler(**schedule, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
 
 
 def encode_sdxl(pipe, captions: list[str], device) -> dict[str, Tensor]:
@@ -189,21 +179,6 @@ def encode_sdxl(pipe, captions: list[str], device) -> dict[str, Tensor]:
         empty = torch.tensor([not caption for caption in captions], device=tokens.device)
         tokens, pooled = tokens.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
     return {"tokens": tokens, "pooled": pooled}
-
-
-def sd15_unet() -> UNet2DConditionModel:
-    """Stable Diffusion 1.5, 0.860 B parameters (its unet/config.json)."""
-    return UNet2DConditionModel(
-        sample_size=64,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
-        attention_head_dim=8,
-        cross_attention_dim=768,
-    )
 
 
 def encode_sd15(pipe, captions: list[str], device) -> dict[str, Tensor]:
@@ -218,12 +193,10 @@ def encode_sd15(pipe, captions: list[str], device) -> dict[str, Tensor]:
 
 def flux_inputs(config, x: Tensor, timestep: Tensor, cond: dict[str, Tensor], scalar: Tensor | None) -> dict:
     """Arguments of FluxTransformer2DModel.forward: latents as 2x2 patches, one token each, and positions. `scalar`: guidance."""
-    B, C, H, W = x.shape
-    tokens = x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
-    row, column = torch.meshgrid(*(torch.arange(n // 2, device=x.device) for n in (H, W)), indexing="ij")
-    ids = torch.stack([torch.zeros_like(row), row, column], -1).view(-1, 3).to(x)
+    patches = F.pixel_unshuffle(x, 2)  # (B, 4 C, H / 2, W / 2)
+    ids = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in (1, *patches.shape[2:]))).to(x)
     return {
-        "hidden_states": tokens,
+        "hidden_states": patches.flatten(2).mT.contiguous(),
         "encoder_hidden_states": cond["tokens"],
         "pooled_projections": cond["pooled"],
         "timestep": timestep,
@@ -237,10 +210,6 @@ def flux_output(y: Tensor, x: Tensor) -> Tensor:
     """Patches (B, H W / 4, 4 C) -> (B, C, H, W)."""
     B, C, H, W = x.shape
     return y.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
-
-
-def flux_cond_shapes(config, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {"tokens": (tokens, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
 
 def flux_precision(name: str) -> str:
@@ -260,31 +229,11 @@ def flux_path(scheduler: dict, latent: tuple[int, int, int]) -> FlowPath:
     return FlowPath(math.exp(mu + (top - mu) * (latent[1] * latent[2] / 4 - low) / (high - low)))
 
 
-def flux_transformer() -> FluxTransformer2DModel:
-    """FLUX.1 [dev], 11.90 B parameters (its transformer/config.json)."""
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=19,
-        num_single_layers=38,
-        attention_head_dim=128,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        pooled_projection_dim=768,
-        guidance_embeds=True,
-        axes_dims_rope=(16, 56, 56),
-    )
-
-
 def encode_flux(pipe, captions: list[str], device) -> dict[str, Tensor]:
     """tokens (B, L, 4096), pooled (B, 768)."""
     longest = min(512, pipe.tokenizer_2.model_max_length)
     tokens, pooled, _ = pipe.encode_prompt(captions, None, max_sequence_length=longest, device=device)
     return {"tokens": tokens, "pooled": pooled}
-
-
-def pack_flux(pipe, noise: Tensor) -> Tensor:
-    return pipe._pack_latents(noise, *noise.shape)
 
 
 def flux_file_lacks(keys: set[str]) -> str:
@@ -298,16 +247,13 @@ def flux_file_lacks(keys: set[str]) -> str:
 
 UNET = dict(
     network=UNet2DConditionModel,
-    latent_channels=lambda config: config.in_channels,
     cond_shapes=unet_cond_shapes,
     inputs=unet_inputs,
-    output=lambda y, x: y,
     precision=unet_precision,
     classifier_free=True,
 )
 STABLE_DIFFUSION = UNET | dict(
     tokens=77,
-    scalar=lambda t, s, guidance: None,
     path=vp_path,
     part="unet",
     few_step_scheduler=ddim_scheduler,
@@ -316,8 +262,7 @@ STABLE_DIFFUSION = UNET | dict(
 FLUX = dict(
     network=FluxTransformer2DModel,
     most_grid_points=math.inf,
-    latent_channels=lambda config: config.in_channels // 4,
-    cond_shapes=flux_cond_shapes,
+    cond_shapes=lambda config, tokens: {"tokens": (tokens, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)},
     inputs=flux_inputs,
     output=flux_output,
     precision=flux_precision,
@@ -327,18 +272,17 @@ SDXL_LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/
 SD_LICENCE = "https://huggingface.co/spaces/CompVis/stable-diffusion-license"
 DEV_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
 
-TINY = Family(
+TINY = Family(  # 6.9 M parameters
     name="tiny",
-    build=tiny.tiny_unet,
+    prepare=tiny.prepare_unet,
     is_one=lambda config: config.get("in_channels") == tiny.LATENT[0],
     scalar=lambda t, s, guidance: s,  # timestep_cond, made for the guidance scale, carries the time that a jump goes to
     path=lambda scheduler, latent: VPPath.from_betas("v_prediction", zero_terminal_snr=True),
     **UNET,
     **EMBEDDED,
 )
-TINY_FLUX = Family(
+TINY_FLUX = Family(  # 5.2 M parameters
     name="tiny-flux",
-    build=tiny.tiny_flux,
     is_one=lambda config: config.get("in_channels") == 4 * tiny.LATENT[0],
     scalar=lambda t, s, guidance: torch.zeros_like(t) if s is None else s,  # the input for guidance carries it here
     path=lambda scheduler, latent: FlowPath(),
@@ -346,9 +290,8 @@ TINY_FLUX = Family(
     **FLUX,
     **EMBEDDED,
 )
-SDXL = Family(
+SDXL = Family(  # SDXL base 1.0, 2.567 B parameters
     name="sdxl",
-    build=sdxl_unet,
     is_one=lambda config: config.get("addition_embed_type") == "text_time" and config.get("in_channels") == 4,
     latent=(4, 128, 128),
     base="stabilityai/stable-diffusion-xl-base-1.0",
@@ -357,14 +300,11 @@ SDXL = Family(
     told_sizes=True,
     compare_guidance=5.0,
     cm_example="latent-consistency/lcm-lora-sdxl",
-    licences={
-        "stable-diffusion-xl": ({"license": "openrail++"}, f"CreativeML Open RAIL++-M License ({SDXL_LICENCE})"),
-    },
+    licences={"stable-diffusion-xl": ({"license": "openrail++"}, f"CreativeML Open RAIL++-M License ({SDXL_LICENCE})")},
     **STABLE_DIFFUSION,
 )
-SD15 = Family(
+SD15 = Family(  # Stable Diffusion 1.5, 0.860 B parameters
     name="sd15",
-    build=sd15_unet,
     is_one=lambda config: config.get("addition_embed_type") is None and config.get("in_channels") == 4,
     latent=(4, 64, 64),
     base="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -373,14 +313,11 @@ SD15 = Family(
     text_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     compare_guidance=7.5,
     cm_example="latent-consistency/lcm-lora-sdv1-5",
-    licences={
-        "stable-diffusion-v1": ({"license": "creativeml-openrail-m"}, f"CreativeML Open RAIL-M License ({SD_LICENCE})"),
-    },
+    licences={"stable-diffusion-v1": ({"license": "creativeml-openrail-m"}, f"CreativeML Open RAIL-M License ({SD_LICENCE})")},
     **STABLE_DIFFUSION,
 )
-FLUX_DEV = Family(
+FLUX_DEV = Family(  # FLUX.1 [dev], 11.90 B parameters
     name="flux",
-    build=flux_transformer,
     is_one=lambda config: config.get("in_channels", 64) == 64,
     latent=(16, 128, 128),
     tokens=512,
@@ -394,7 +331,7 @@ FLUX_DEV = Family(
     encode=encode_flux,
     guidance_input=lambda config: 3.5 if config.guidance_embeds else None,  # schnell has no such input
     compare_guidance=3.5,
-    pack=pack_flux,
+    pack=lambda pipe, noise: pipe._pack_latents(noise, *noise.shape),
     check_keys=flux_file_lacks,
     few_step_scheduler=lambda scheduler, path: FlowMatchEulerDiscreteScheduler(shift=path.shift),
     cm_example="ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --sampling-steps 8",

@@ -110,7 +110,7 @@ def load_network(
         net, scheduler = load_file(family, base, components, dtype) if is_file(base) else load_folder(family, base, weights, dtype)
     side = latent_side(family, net, resolution)
     try:
-        denoiser = Denoiser(family, net, scheduler, (family.latent_channels(net.config), side, side), base)
+        denoiser = Denoiser(family, net, scheduler, (family.latent[0], side, side), base)
     except ValueError as error:
         raise UserError(f"the noise schedule of {base} cannot be used: {error}") from None
     return denoiser.eval().requires_grad_(False)
@@ -268,7 +268,7 @@ def add_cm(denoiser: Denoiser, cm: str, strength: float = 1.0) -> None:
         load(state, alphas, denoiser.net, adapter_name="cm", metadata=about)
     found = {k: v for k, v in denoiser.net.named_modules() if isinstance(v, LoraLayer)}
     if not found:
-        raise UserError(f"{cm} fits no layer of {denoiser.base or denoiser.name}: choose another --cm or --teacher")
+        raise UserError(f"{cm} fits no layer of {denoiser.base or denoiser.family.name}: choose another --cm or --teacher")
     if other := next((k for k, v in found.items() if not is_plain_lora(v, "cm")), None):
         raise UserError(f"{cm} is more than B A at {other} (DoRA, or a bias): choose a plain LoRA as --cm")
     for name, layer in found.items():

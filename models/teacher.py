@@ -8,23 +8,14 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from data import scenes
-from models.denoiser import Denoiser, random_denoiser
-from models.pretrained import load_teacher
+from models.denoiser import Denoiser
 from run.common import local_rows, process_count
 
 
-def network_to_train(cfg) -> Denoiser:
-    """A random network, or the one that --teacher names, in float32 on --device."""
-    torch.manual_seed(cfg.seed)
-    network = load_teacher(cfg.model, cfg.teacher) if cfg.teacher else random_denoiser(cfg.model)
-    return network.requires_grad_().to(cfg.device)
-
-
-def diffusion_losses(
-    cfg, network: Denoiser, pictures, gen: torch.Generator, micro_batches: Iterable[torch.Tensor]
-) -> Iterator[torch.Tensor]:
+def diffusion_losses(cfg, network: Denoiser, pictures, gen: torch.Generator, micro_batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Losses of one update, which add up to the mean squared error of this process' rows of the batch.
 
     pictures: batch(n, gen) -> pictures (n, 3, H, W), captions. gen: generator of the update. micro_batches: rows, int64."""

@@ -1,5 +1,5 @@
-"""The embedded models, tiny (SDXL's UNet class) and tiny-flux (FLUX's transformer class): networks of diffusers' own classes, their
-text encoder, and how 32x32 pictures become latents.
+"""The embedded models, tiny (SDXL's UNet class) and tiny-flux (FLUX's transformer class): their text encoder, and how 32x32
+pictures become latents.
 
 Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 """
@@ -9,7 +9,7 @@ import zlib
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
@@ -53,28 +53,10 @@ class TinyText(nn.Module):
         return h_BLD, h_BLD.mean(1)
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    """SDXL's architecture, 6.9 M parameters: conv level first, cross-attention below, text_time conditioning."""
-    net = UNet2DConditionModel(
-        sample_size=16, in_channels=12, out_channels=12,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 128, 128), layers_per_block=1, attention_head_dim=(1, 2, 2),  # heads, as in SDXL's config
-        transformer_layers_per_block=1, use_linear_projection=True, cross_attention_dim=WIDTH,
-        addition_embed_type="text_time", addition_time_embed_dim=16, projection_class_embeddings_input_dim=6 * 16 + WIDTH,
-        time_cond_proj_dim=64,
-    )  # fmt: skip
+def prepare_unet(net: UNet2DConditionModel) -> None:
+    """What a new network of tiny needs beside its configuration."""
     net.set_attn_processor(AttnProcessor())  # at 64 tokens the plain product beats the CPU's flash attention
     nn.init.zeros_(net.time_embedding.cond_proj.weight)  # so that a consistency model starts from the teacher's function
-    return net
-
-
-def tiny_flux() -> FluxTransformer2DModel:
-    """FLUX's architecture, 5.2 M parameters: 2 double and 4 single blocks, 3 heads of 64, RoPE, guidance embedding."""
-    return FluxTransformer2DModel(
-        patch_size=1, in_channels=4 * LATENT[0], num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=3,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(16, 24, 24),
-    )  # fmt: skip
 
 
 def to_latents(pictures: torch.Tensor) -> torch.Tensor:
