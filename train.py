@@ -40,7 +40,7 @@ import sample
 import student
 import tdpt
 from data import sources
-from data.cache import Trajectories
+from data.cache import Cache, Trajectories
 from layers import as_anchor, set_backend
 from models import checkpoint, encoders, pipeline, plan, pretrained, teacher
 from models.denoiser import FAST, Denoiser, as_cm, as_teacher, fuse, random_denoiser
@@ -332,7 +332,7 @@ class Roles:
     params: dict[str, Tensor]  # what is trained of it
     network: Denoiser  # teacher and full-precision consistency model at 16 bits, by switch
     guided: Callable  # the teacher under guidance
-    examples: sources.Examples  # captions, and latents of pictures
+    examples: sources.LiveExamples | Cache  # captions, and latents of pictures
     trajectories: Trajectories | None = None  # of the guided teacher, if rollouts follow them
     averages: dict[str, Tensor] = field(default_factory=dict)  # exponential averages of params, which a target may start
 
@@ -388,7 +388,7 @@ def to(cond: dict[str, Tensor], device: str, rows=slice(None)) -> dict[str, Tens
     return {k: v[rows].to(device) for k, v in cond.items()}
 
 
-def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> sources.Examples:
+def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> sources.LiveExamples | Cache:
     """4. TDPT mixed with on-policy rollouts, on A and B of the learner: a packed student, or `network` itself as the consistency
     model. Returns the examples that it learned from."""
     examples = encoders.examples_of(cfg, out, network)
@@ -440,8 +440,7 @@ def train_student(cfg: Config, out: Path) -> None:
     """The W4A4 student of a consistency model."""
     if not checkpoint.has_start(out):
         initialise_student(cfg, out)
-    if process_count() > 1:
-        dist.barrier()
+    common.wait_for_all()
     packed, table = checkpoint.load_start(out)
     packed.to(cfg.device, cfg.torch_dtype)
     set_backend(packed, cfg.backend)
@@ -534,8 +533,7 @@ def main(argv: list[str]) -> None:
         cfg = plan.planned(cfg)
     train = train_teacher if cfg.stage == "teacher" else train_cm if cfg.bits == 16 else train_student
     train(cfg, out)
-    if process_count() > 1:
-        dist.barrier()  # a process that leaves early would break the others' last exchange
+    common.wait_for_all()  # a process that leaves early would break the others' last exchange
     print(f"{time.time() - began:.0f} seconds, peak memory {common.peak_memory(cfg.device) / 1e9:.2f} GB")
 
 

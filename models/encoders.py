@@ -11,7 +11,7 @@ import torch
 
 import tdpt
 from data import sources
-from data.cache import CacheBuilder
+from data.cache import Cache, CacheBuilder
 from models.denoiser import Denoiser, as_cm
 from models.family import FACTOR, FAMILIES, Family
 from models.pretrained import load_text_pipeline, load_vae
@@ -98,15 +98,13 @@ class Encoders:
     def draw(self, cond: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
         """Latents (B, C, h, w) in the most of --sampling-steps, a micro-batch at a time. Only now the network, which is given
         on the CPU, goes to the device."""
-        network, device, steps = self.network.to(self.cfg.device), self.cfg.device, files.most_steps(vars(self.cfg))
-        x_T, drawn = torch.randn(len(cond["tokens"]), *network.latent, generator=gen), []
-        for rows in torch.arange(len(x_T)).split(self.cfg.micro or len(x_T)):
-            cond_r = {k: v[rows].to(device) for k, v in cond.items()}
-            drawn.append(tdpt.sample(as_cm(network), network.path, x_T[rows].to(device), cond_r, steps))
-        return torch.cat(drawn)
+        network, steps = self.network.to(self.cfg.device), files.most_steps(vars(self.cfg))
+        x_T = torch.randn(len(cond["tokens"]), *network.latent, generator=gen)
+        parts = sources.in_parts(x_T, cond, self.cfg.micro, self.cfg.device)
+        return torch.cat([tdpt.sample(as_cm(network), network.path, *part, steps) for part in parts])
 
 
-def examples_of(cfg, out: Path, network: Denoiser) -> sources.Examples:
+def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cache:
     """What is trained on: for an embedded model pictures that are drawn when they are asked for, else the cache of --data. Encoders
     are loaded if something is missing in it, and leave memory with this call. Captions without pictures get latents if TDPT asks
     for any."""
