@@ -7,8 +7,7 @@
                                                    tiny also 4 steps against the teacher's 20 guided ones, and throughput
     python -m benchmarks.bench train               an update of training, W4A4 against a LoRA of the 16-bit network
     python -m benchmarks.bench costs               how time grows with tokens, width and rank
-    python -m benchmarks.bench gpu                 all of these on CUDA, and training at full size; what fails is named, the others
-                                                   go on; --parts kernels,tiny chooses, --minutes 5 bounds each
+    benchmarks/gpu.sh                              all of these on CUDA, and training at full size
 
 One process, the same tensors for all: rounds in which every implementation runs once, in random order, after a warm-up that also
 pays for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
@@ -30,11 +29,8 @@ import math
 import platform
 import random
 import re
-import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -50,7 +46,7 @@ import layers
 import quant
 import tdpt
 from backends import cpu, gpu
-from benchmarks.tables import ROOT, markdown
+from benchmarks.tables import markdown
 from models import encoders, memory
 from models.denoiser import Denoiser, LoRA, float_layers
 from models.family import FACTOR, FAMILIES
@@ -606,67 +602,6 @@ def about(args: argparse.Namespace) -> str:
     return "; ".join(filter(None, [", ".join(flags), device, end]))
 
 
-BENCH, LARGE = "-m benchmarks.bench", "--rounds 5 --lora-bits 8"
-TRAIN = "train.py --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --data {runs}/prompts.txt"
-JOBS = {  # part of `bench gpu` -> its command, the shortest first; a training has all steps, with random weights
-    "layers": "-m benchmarks.gpu_layers",
-    "tests": "-m pytest -q -m gpu",
-    "kernels": f"{BENCH} kernels",
-    "tiny": f"{BENCH} model --model tiny",
-    "costs": f"{BENCH} costs",
-    "train": f"{BENCH} train",
-    "sdxl": f"{BENCH} model --model sdxl {LARGE}",
-    "flux": f"{BENCH} model --model flux {LARGE}",
-    "train-sdxl": f"{TRAIN} --model sdxl --out {{runs}}/sdxl",
-    "train-flux": f"{TRAIN} --model flux --out {{runs}}/flux",
-}
-
-
-def bench_gpu(args: argparse.Namespace) -> list[str]:
-    """What waits for a GPU, each part in a process of its own: one that fails or hangs leaves the others a clean device, what it
-    printed is in NAME.txt. Last a line for each part."""
-    out, chosen = Path(args.out).resolve(), set(filter(None, args.parts.split(","))) or JOBS.keys()
-    if unknown := chosen - JOBS.keys():
-        raise UserError(f"--parts knows {', '.join(JOBS)}, not {', '.join(sorted(unknown))}")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as runs:  # gigabytes, of which nothing is kept
-        prompts = "\n".join(f"{n} red houses by a river" for n in range(16))  # our own list takes minutes
-        (Path(runs) / "prompts.txt").write_text(prompts)
-        lines = [run_part(name, out, runs, args.minutes) for name in JOBS if name in chosen]
-    print("\n## in short\n\n" + "\n".join(lines))
-    return lines
-
-
-def run_part(name: str, out: Path, runs: str, minutes: float) -> str:
-    """The line of a part: how it ended, and what it measured or printed last."""
-    argv, rows = [word.format(runs=runs) for word in JOBS[name].split()], out / f"{name}.json"
-    if JOBS[name].startswith(BENCH):
-        argv += ["--device", "cuda", "--json", str(rows)]
-    print(f"\n## python {shlex.join(argv)}\n", flush=True)
-    rows.unlink(missing_ok=True)  # of an earlier run
-    with open(out / f"{name}.txt", "w") as file:
-        options = dict(stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=60 * minutes)
-        try:
-            end = f"exit code {subprocess.run([sys.executable, *argv], **options).returncode}"
-        except subprocess.TimeoutExpired:
-            end = f"stopped after {minutes} minutes"
-    text = (out / f"{name}.txt").read_text().splitlines()
-    print("\n".join(text[-40:]))
-    return f"{name:12} {end}: {summary(json.loads(rows.read_text())) if rows.exists() else ''.join(text[-1:])}"
-
-
-def summary(rows: list[dict]) -> str:
-    """The median of how many times as fast as its bf16 counterpart each implementation of ours was."""
-    ratios = {}
-    for at in pivot(rows).values():
-        for name in at:
-            dense = re.sub("ours(_compiled?)?", lambda found: "bf16_compiled" if found[1] else "bf16", name)
-            if name.startswith("ours") and dense in at:
-                ratios.setdefault(f"{name} / {dense}", []).append(at[dense]["median_ms"] / at[name]["median_ms"])
-    parts = [f"{name} {statistics.median(values):.2f}x ({len(values)})" for name, values in ratios.items()]
-    return ", ".join(parts) or f"{len(rows)} rows"
-
-
 COMMANDS = {  # -> what yields rows, their table, their picture
     "kernels": (bench_kernels, table, plot),
     "model": (bench_model, model_table, None),
@@ -678,7 +613,7 @@ COMMANDS = {  # -> what yields rows, their table, their picture
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    clis = {name: commands.add_parser(name, allow_abbrev=False) for name in (*COMMANDS, "gpu")}
+    clis = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS}
     for name, (_, _, draw) in COMMANDS.items():
         cli = clis[name]
         cli.set_defaults(plot="", lora_bits=16)
@@ -698,11 +633,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     cli.add_argument("--lora-bits", type=int, choices=(8, 16), help="8: the form of SDXL's and FLUX's checkpoints")
     cli.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, as CUDA graphs")
     clis["train"].add_argument("--batch", type=int, default=32)
-    cli = clis["gpu"]
-    cli.set_defaults(device="cuda")
-    cli.add_argument("--out", default="benchmarks/gpu", help="folder for rows as JSON and what each part printed")
-    cli.add_argument("--parts", default="", help=f"some of {', '.join(JOBS)}; default all")
-    cli.add_argument("--minutes", type=float, default=60, help="a part may take")
     return parser.parse_args(argv)
 
 
@@ -710,8 +640,6 @@ def main(argv: list[str]) -> list:
     args, rows = arguments(argv), []
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device: run kernels, model or costs with --device cpu")
-    if args.command == "gpu":
-        return bench_gpu(args)
     measured, tabulate, draw = COMMANDS[args.command]
     for some in measured(args):
         rows += some

@@ -1,6 +1,7 @@
 """bench.py's measuring: what it reports is what ran. Speeds are not judged here."""
 
 import argparse
+import os
 import subprocess
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 
 import train
 from benchmarks import bench
+from benchmarks.tables import ROOT
 from layers import packed_layers, set_backend
 from models.denoiser import float_layers
 from models.family import FAMILIES
-from run.common import UserError
 
 
 def broken(layer):
@@ -129,53 +130,43 @@ def test_a_packed_unet_is_one_graph(backend):
         assert torch.equal(traced, packed(**inputs))
 
 
-def test_without_a_gpu_its_programme_is_one_sentence(capsys):
-    """Catches five tracebacks, or success, where nothing ran."""
-    if torch.cuda.is_available():
-        pytest.skip("has a CUDA device")
-    with pytest.raises(UserError, match="no CUDA device"):
-        bench.main(["gpu"])
-    assert not capsys.readouterr().out
+def gpu_script(*parts, **options):
+    command = ["bash", ROOT / "benchmarks/gpu.sh", *parts]
+    done = subprocess.run(command, env=os.environ | options, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_the_gpu_programme_gives_each_part_a_process_and_a_line(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_or_with_an_unknown_part_its_script_is_one_sentence():
+    """Catches ten tracebacks, or success, where nothing ran."""
+    assert gpu_script("cost")[::2] == (2, "gpu.sh: there is no part cost, there are " + " ".join(PARTS) + "\n")
+    if not torch.cuda.is_available():
+        assert gpu_script()[::2] == (2, "gpu.sh: torch finds no CUDA device\n")
+
+
+PARTS = "layers tests kernels tiny costs train sdxl flux train-sdxl train-flux".split()
+PYTHON = """#!/bin/sh
+echo "$@" >> "$SEEN"
+echo some words; echo last words
+case "$*" in *flux*) exit 3; esac
+"""
+
+
+def test_the_gpu_script_gives_each_part_a_process_and_a_line(tmp_path):
     """Catches a part whose flags are not understood, one that ends the others, and rows that are not where they are looked for."""
-    seen = []
-
-    def run(args, stdout, timeout, **options):
-        script, flags = (args[2], args[3:]) if args[1] == "-m" else (args[1], args[2:])
-        if script == "benchmarks.bench":
-            row = {"what": "x", "impl": "ours", "median_ms": 1.0}
-            monkeypatch.setitem(bench.COMMANDS, flags[0], (lambda parsed: [[row]], lambda rows: [], None))
-            bench.main(flags)
-        elif script == "train.py":
-            train.validate(train.parse([*flags, "--device", "cpu"]))
-        seen.append(script)
-        stdout.write("last words\n")
-        if "flux" in args:
-            raise subprocess.TimeoutExpired(args, timeout)
-        return subprocess.CompletedProcess(args, 0)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(subprocess, "run", run)
-    lines = bench.main(["gpu", "--out", str(tmp_path), "--minutes", "7"])
-    assert len(lines) == len(seen) == 10 and seen[:2] == ["benchmarks.gpu_layers", "pytest"] and seen.count("train.py") == 2
-    assert lines[2] == "kernels      exit code 0: 1 rows" and lines[-1] == "train-flux   stopped after 7.0 minutes: last words"
-    assert bench.main(["gpu", "--out", str(tmp_path), "--parts", "costs"]) == ["costs        exit code 0: 1 rows"]
-    (tmp_path / "tests.json").write_text('[{"what": "x", "impl": "ours", "median_ms": 1.0}]')
-    assert bench.main(["gpu", "--out", str(tmp_path), "--parts", "tests"]) == ["tests        exit code 0: last words"]  # not those
-    with pytest.raises(UserError, match=r"--parts knows layers, tests, kernels, .*, not cost"):
-        bench.main(["gpu", "--out", str(tmp_path), "--parts", "cost"])
-
-
-def test_the_gpu_runs_last_lines_compare_with_the_right_bf16():
-    """Catches a compiled network of ours held against the eager bf16 one."""
-    rows = [{"what": "1 x 2 x 3", "impl": name, "median_ms": ms} for name, ms in
-            {"bf16": 8.0, "bf16_compiled": 6.0, "ours": 4.0, "ours_compile": 2.0, "peer": 1.0}.items()]  # fmt: skip
-    rows += [
-        {"what": "a picture", "impl": f"{name}_compiled, 4 steps", "median_ms": ms} for name, ms in (("bf16", 9.0), ("ours", 6.0))
-    ]
-    expected = "ours / bf16 2.00x (1), ours_compile / bf16_compiled 3.00x (1)"
-    assert bench.summary(rows) == f"{expected}, ours_compiled, 4 steps / bf16_compiled, 4 steps 1.50x (1)"
-    assert bench.summary([{"what": "learner", "impl": "W4A4", "median_ms": 1.0}]) == "1 rows"
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    options = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen"), "OUT": str(tmp_path / "out")}
+    code, said, _ = gpu_script(**options)
+    assert code == 0
+    _, *commands = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]  # the first asks for a GPU
+    lines = said.split("## in short\n\n")[1].splitlines()
+    assert [line.partition(":")[0] for line in lines] == PARTS and len(commands) == len(PARTS)
+    assert lines[0] == "layers: exit code 0 (124: out of time), last words" and "exit code 3" in lines[-1]
+    for part, command in zip(PARTS, commands, strict=True):
+        if command[1] == "benchmarks.bench":
+            parsed = bench.arguments(command[2:])
+            assert parsed.device == "cuda" and parsed.json == f"{tmp_path}/out/{part}.json"
+        elif command[0] == "train.py":
+            train.validate(train.parse([*command[1:], "--device", "cpu"]))
+    (tmp_path / "seen").unlink()
+    assert gpu_script("costs", **options)[0] == 0 and len((tmp_path / "seen").read_text().splitlines()) == 2
