@@ -14,8 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+from safetensors.torch import load_file
 
-from models.family import FAMILIES, family_of
+from models.family import FAMILIES, Family, family_of
 from run import files
 from run.common import UserError
 
@@ -42,7 +43,7 @@ With CMQuant's files on the Python path:
 {imports}
 
 pipe = {load}
-image = pipe("a large red house", {arguments}).images[0]
+image = pipe("a large red house", num_inference_steps={steps}, {size}guidance_scale={guidance}).images[0]
 image.save("picture.png")
 ```
 
@@ -52,20 +53,10 @@ The first call on a CPU compiles the kernels (20 seconds).
 
 def write_for_run(folder: Path, about: dict, steps: int) -> Path:
     """README.md of a run folder whose config.json is `about`; steps: the most that it was trained for."""
-    network, report = about["network"], folder / "report.json"
-    family = FAMILIES[network["model"]]
-    return _write(
-        folder,
-        base=network["base"],
-        network=network["class"],
-        layers=about["layers"],
-        weights=[folder / "model.safetensors"],
-        steps=steps,
-        imports="from models import pipeline",
-        load=f'pipeline.load_pipeline("{folder.name}")',
-        arguments=f"num_inference_steps={steps}, guidance_scale={family.few_step_guidance(network.get('guidance'))}",
-        metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",
-    )
+    network = about["network"]
+    packed = network | {"layers": about["layers"], "steps": steps}
+    use = {"imports": "from models import pipeline", "load": f'pipeline.load_pipeline("{folder.name}")', "size": ""}
+    return _write(folder, [folder / "model.safetensors"], FAMILIES[network["model"]], network["class"], packed, use)
 
 
 def write_for_pipeline(folder: Path) -> Path:
@@ -76,29 +67,24 @@ def write_for_pipeline(folder: Path) -> Path:
             f"{folder} holds no packed network: quantize it with `python train.py --model MODEL --teacher {folder} --cm LORA`"
         )
     about = json.loads(config.read_text())
-    family, packed = family_of(about), about["quantization_config"]
-    steps, (height, width) = packed.get("steps", 4), (8 * side for side in packed["latent"][1:])  # not the base's own size
-    size, guidance = f"height={height}, width={width}", family.few_step_guidance(packed.get("guidance"))
-    return _write(
-        folder,
-        base=packed["base"],
-        network=about["_class_name"],
-        layers=packed["layers"],
-        weights=sorted(config.parent.glob("*.safetensors")),
-        steps=steps,
-        imports="import torch\nfrom diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant",
-        load=f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
-        arguments=f"num_inference_steps={steps}, {size}, guidance_scale={guidance}",
-        metrics="",
-    )
+    packed = about["quantization_config"]
+    height, width = (8 * side for side in packed["latent"][1:])  # not the base's own size
+    use = {
+        "imports": "import torch\nfrom diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant",
+        "load": f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
+        "size": f"height={height}, width={width}, ",
+    }
+    return _write(folder, sorted(config.parent.glob("*.safetensors")), family_of(about), about["_class_name"], packed, use)
 
 
-def _write(folder: Path, base: str, network: str, layers: dict[str, dict], weights: list[Path], **texts) -> Path:
-    """Fills in CARD. base: hub id or path of what was quantized; network: its class; layers: the table of layers of the checkpoint;
-    weights: the network's files; texts: entries of CARD that are written as they are."""
-    known = (entry for family in FAMILIES.values() for entry in family.licences.items())
+def _write(folder: Path, weights: list[Path], family: Family, network: str, packed: dict, use: dict[str, str]) -> Path:
+    """Fills in CARD. weights: the files of `network`, a class of `family`; packed: base (hub id or path of what was quantized),
+    table of layers, steps, guidance; use: what loads it."""
+    base, layers, report = packed["base"], packed["layers"], folder / "report.json"
+    known = (entry for each in FAMILIES.values() for entry in each.licences.items())
     licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
-    origin = {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    origin = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
     tags = ["cmquant", "consistency-model", "w4a4", "quantized"]
     front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin)
     size, twin = _sizes(weights, layers)
@@ -115,31 +101,24 @@ def _write(folder: Path, base: str, network: str, layers: dict[str, dict], weigh
         mb=size / 1e6,
         twin_mb=twin / 1e6,
         ratio=size / twin,
-        **texts,
+        steps=packed.get("steps", 4),
+        guidance=family.few_step_guidance(packed.get("guidance")),
+        metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",
+        **use,
     )
     with files.atomic(folder / "README.md") as file:
         file.write_text(text)
     return folder / "README.md"
 
 
-def is_hub_id(base: str) -> bool:
-    """Whether `base` is OWNER/NAME and not a local path."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
-
-
 def _sizes(weights: list[Path], layers: dict[str, dict]) -> tuple[int, int]:
-    """(bytes of the tensors in `weights`, bytes in bfloat16 of the network that was quantized), from the files' headers."""
+    """(bytes of the tensors in `weights`, bytes in bfloat16 of the network that was quantized)."""
     size, twin = 0, sum(2 * math.prod(row["shape"]) for row in layers.values())
     for path in weights:
-        with open(path, "rb") as file:  # safetensors: eight bytes for the header's length, the header in JSON, the tensors
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        for key, tensor in header.items():
-            start, end = tensor["data_offsets"]
-            size += end - start
+        for key, tensor in load_file(path).items():  # mapped into memory, not read
             layer, _, name = key.removeprefix("net.").rpartition(".")
-            if layer not in layers or name == "bias":
-                twin += 2 * math.prod(tensor["shape"])
+            size += tensor.nbytes
+            twin += 2 * tensor.numel() if layer not in layers or name == "bias" else 0
     return size, twin
 
 
