@@ -118,18 +118,20 @@ def format_table(rows: list[Row], lora_bits: int = 8) -> str:
 # What is alive while a network runs
 
 
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
 class AliveStorages(TorchDispatchMode):
     """Inside: bytes of the storages that operations made and that are still alive, after each operation (`curve`).
 
-    existing: modules whose tensors and gradients are no news. Works on real tensors as on fake ones."""
+    existing: its tensors and gradients are no news. Works on real tensors as on fake ones."""
 
-    def __init__(self, *existing: nn.Module):
+    def __init__(self, existing: nn.Module):
         super().__init__()
-        self.now, self.curve, self.known = 0, [0], {}
-        for module in existing:
-            gradients = (p.grad for p in module.parameters() if p.grad is not None)
-            for t in (*module.parameters(), *module.buffers(), *gradients):
-                self.known[id(t.untyped_storage())] = t.untyped_storage()
+        self.now, self.curve, tensors = 0, [0], tensors_of(existing)
+        tensors += [t.grad for t in tensors if t.grad is not None]
+        self.known = {id(t.untyped_storage()): t.untyped_storage() for t in tensors}
 
     def _freed(self, key: int, size: int, _) -> None:
         self.now -= size
@@ -139,13 +141,11 @@ class AliveStorages(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:  # half of what a fake tensor asks
             return out
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                if id(storage) not in self.known:
-                    key, size = id(storage), storage.nbytes()
-                    self.known[key] = weakref.ref(storage, functools.partial(self._freed, key, size))
-                    self.now += size
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if id(storage) not in self.known:
+                key, size = id(storage), storage.nbytes()
+                self.known[key] = weakref.ref(storage, functools.partial(self._freed, key, size))
+                self.now += size
         self.curve.append(self.now)
         return out
 
@@ -187,10 +187,6 @@ def packed_twin(family: Family, net: nn.Module, rank: int, group_w: int = 64, un
     for name, p in net.named_parameters():
         p.requires_grad_("lora_" in name)
     return net
-
-
-def tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 class Footprint:

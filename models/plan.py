@@ -135,8 +135,7 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str =
 
 def skeleton_of(cfg) -> torch.nn.Module:
     """The run's float network on the meta device."""
-    base = cfg.components if pretrained.is_file(cfg.teacher) else cfg.teacher
-    return pretrained.skeleton(cfg.model, "" if FAMILIES[cfg.model].embedded else base)
+    return pretrained.skeleton(cfg.model, cfg.components if pretrained.is_file(cfg.teacher) else cfg.teacher)
 
 
 def footprint_of(cfg) -> Footprint:
@@ -172,9 +171,10 @@ def choices(cfg, fp: Footprint, goes_on: bool = False) -> tuple:
         cfg = dataclasses.replace(cfg, **found)
     statistics = 0
     if cfg.bits == 4 and not goes_on:
-        rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values())
-        room = limit - rest if cfg.memory_limit else room_on_device(cfg, rest)
-        statistics = max(given or fp.budget(room), fp.least)
+        if not given:
+            rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values())
+            given = fp.budget(limit - rest if cfg.memory_limit else room_on_device(cfg, rest))
+        statistics = max(given, fp.least)
     cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
     return cfg, plan(fp, cfg.batch, cfg.micro, cfg.checkpointing, teacher_of(cfg), process_count(), statistics)
 
