@@ -1,9 +1,6 @@
 """The model card: README.md of a run folder, or of a pipeline folder that save_pretrained wrote.
 
-    card.write_for_run(folder, about, steps)        about: its config.json
-    card.write_for_pipeline(folder)
-
-The front matter, which the Hugging Face hub reads, is huggingface_hub's ModelCardData. The numbers come from the headers of the
+The front matter, which the Hugging Face hub reads, is huggingface_hub's ModelCardData. The numbers come from the
 files of weights and from report.json, so that a card says nothing that is not in its folder.
 """
 
@@ -16,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
-from models.family import FAMILIES, Family, family_of
+from models.family import FAMILIES, family_of
 from run import files
 from run.common import UserError
 
@@ -51,16 +48,28 @@ The first call on a CPU compiles the kernels (20 seconds).
 """
 
 
-def write_for_run(folder: Path, about: dict, steps: int) -> Path:
-    """README.md of a run folder whose config.json is `about`; steps: the most that it was trained for."""
+def read_run(folder: Path) -> dict:
+    """config.json of a finished run on a model with public weights. UserError for any other."""
+    about = files.read_config(folder)
+    if "layers" not in about:
+        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
+    if not isinstance(about.get("network"), dict):
+        raise UserError(f"{folder} holds a tiny model, no pipeline's: draw with `python sample.py --checkpoint {folder}`")
+    return about
+
+
+def of_run(folder: Path) -> tuple:
+    """(files of weights, family, class of the network, its base, layers, steps and guidance, what loads it) of a run folder.
+    UserError if it is none of a pipeline."""
+    about = read_run(folder)
     network = about["network"]
-    packed = network | {"layers": about["layers"], "steps": steps}
+    packed = network | {"layers": about["layers"], "steps": files.most_steps(about["config"])}
     use = {"imports": "from models import pipeline", "load": f'pipeline.load_pipeline("{folder.name}")', "size": ""}
-    return _write(folder, [folder / "model.safetensors"], FAMILIES[network["model"]], network["class"], packed, use)
+    return [folder / "model.safetensors"], FAMILIES[network["model"]], network["class"], packed, use
 
 
-def write_for_pipeline(folder: Path) -> Path:
-    """README.md of a folder that save_pretrained wrote. UserError if none of its networks is packed."""
+def of_pipeline(folder: Path) -> tuple:
+    """The same of a folder that save_pretrained wrote. UserError if none of its networks is packed."""
     config = next((path for path in folder.glob("*/config.json") if '"quant_method": "cmquant"' in path.read_text()), None)
     if config is None:
         raise UserError(
@@ -74,12 +83,13 @@ def write_for_pipeline(folder: Path) -> Path:
         "load": f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
         "size": f"height={height}, width={width}, ",
     }
-    return _write(folder, sorted(config.parent.glob("*.safetensors")), family_of(about), about["_class_name"], packed, use)
+    return sorted(config.parent.glob("*.safetensors")), family_of(about), about["_class_name"], packed, use
 
 
-def _write(folder: Path, weights: list[Path], family: Family, network: str, packed: dict, use: dict[str, str]) -> Path:
-    """Fills in CARD. weights: the files of `network`, a class of `family`; packed: base (hub id or path of what was quantized),
-    table of layers, steps, guidance; use: what loads it."""
+def write_card(folder: str | Path) -> Path:
+    """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
+    folder = Path(folder)
+    weights, family, network, packed, use = (of_pipeline if (folder / "model_index.json").is_file() else of_run)(folder)
     base, layers, report = packed["base"], packed["layers"], folder / "report.json"
     known = (entry for each in FAMILIES.values() for entry in each.licences.items())
     licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
@@ -129,7 +139,8 @@ def _metrics(report: dict) -> str:
     if rows := {name: row for name, row in report.items() if isinstance(row, dict)}:
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         lines = [["", *columns], ["---"] * (len(columns) + 1)]
-        for name, row in rows.items():
-            lines.append([name, *(f"{row[c]:.3f}" if isinstance(row.get(c), float) else "" for c in columns)])
+        lines += [
+            [name, *(f"{row[c]:.3f}" if isinstance(row.get(c), float) else "" for c in columns)] for name, row in rows.items()
+        ]
         text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return text

@@ -51,7 +51,8 @@ from torch.nn import functional as F
 import kernels
 import quant
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
-from models import card, checkpoint, pretrained
+from models import checkpoint, pretrained
+from models.card import read_run, write_card
 from models.denoiser import FAST, Denoiser
 from models.family import FAMILIES, family_of_network
 from run import files
@@ -126,16 +127,6 @@ def denoiser_of(pipe) -> nn.Module:
     """The denoiser of a pipeline of any family, or None."""
     parts = (getattr(pipe, family.part, None) for family in FAMILIES.values() if family.part)
     return next((net for net in parts if net is not None), None)
-
-
-def read_run(folder: Path) -> dict:
-    """config.json of a finished run on a model with public weights. UserError for any other."""
-    about = files.read_config(folder)
-    if "layers" not in about:
-        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
-    if not isinstance(about.get("network"), dict):
-        raise UserError(f"{folder} holds a tiny model, no pipeline's: draw with `python sample.py --checkpoint {folder}`")
-    return about
 
 
 def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
@@ -284,9 +275,9 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
             parts = {key.partition(".")[0] for key in state}
             if family.part in parts:
                 factors = pretrained.lora_factors(net, state, about, shown)
-            texts = {part: getattr(pipe, part, None) for part in ("text_encoder", "text_encoder_2") if part in parts}
-            texts = {part: text for part, text in texts.items() if text is not None}
-            for prefix, text in texts.items():
+            texts = [p for p in ("text_encoder", "text_encoder_2") if p in parts and getattr(pipe, p, None) is not None]
+            for prefix in texts:
+                text = getattr(pipe, prefix)
                 undo.callback(delete_adapter_layers, text, name)
                 options = dict(text_encoder=text, prefix=prefix, adapter_name=name, low_cpu_mem_usage=True)
                 family.pipeline().load_lora_into_text_encoder(state, **options, **about)
@@ -330,15 +321,6 @@ def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
         return y + F.linear(F.linear(x, A.to(x)), B.to(x))
 
     return style
-
-
-def write_card(folder: str | Path) -> Path:
-    """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
-    folder = Path(folder)
-    if (folder / "model_index.json").is_file():
-        return card.write_for_pipeline(folder)
-    about = read_run(folder)
-    return card.write_for_run(folder, about, files.most_steps(about["config"]))
 
 
 def save_pipeline(pipe, out: str | Path) -> None:

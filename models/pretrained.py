@@ -378,7 +378,7 @@ def _open_network(cfg, dtype: torch.dtype) -> Denoiser:
     return denoiser
 
 
-def place(network: Denoiser, device: str, offload: bool, shard: bool) -> Denoiser:
+def place(network: Denoiser, device: str, offload: bool, shard: bool) -> None:
     """Where a frozen network's weights are: on the device; in main memory, coming layer by layer (`offload`); or a part on
     every process of the torchrun (`shard`, FSDP2), blocks gathered when they are used."""
     if shard:
@@ -389,4 +389,3 @@ def place(network: Denoiser, device: str, offload: bool, shard: bool) -> Denoise
         apply_group_offloading(network.to("cpu").net, torch.device(device), offload_type="leaf_level", use_stream=True)
     else:
         network.to(device)
-    return network
