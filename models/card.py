@@ -1,9 +1,6 @@
 """The model card: README.md of a run folder, or of a pipeline folder that save_pretrained wrote.
 
-    card.write_for_run(folder, about, steps)        about: its config.json
-    card.write_for_pipeline(folder)
-
-The front matter, which the Hugging Face hub reads, is huggingface_hub's ModelCardData. The numbers come from the headers of the
+The front matter, which the Hugging Face hub reads, is huggingface_hub's ModelCardData. The numbers come from the
 files of weights and from report.json, so that a card says nothing that is not in its folder.
 """
 
@@ -14,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+from safetensors.torch import load_file
 
 from models.family import FAMILIES, family_of
 from run import files
@@ -42,7 +40,7 @@ With CMQuant's files on the Python path:
 {imports}
 
 pipe = {load}
-image = pipe("a large red house", {arguments}).images[0]
+image = pipe("a large red house", num_inference_steps={steps}, {size}guidance_scale={guidance}).images[0]
 image.save("picture.png")
 ```
 
@@ -50,55 +48,53 @@ The first call on a CPU compiles the kernels (20 seconds).
 """
 
 
-def write_for_run(folder: Path, about: dict, steps: int) -> Path:
-    """README.md of a run folder whose config.json is `about`; steps: the most that it was trained for."""
-    network, report = about["network"], folder / "report.json"
-    family = FAMILIES[network["model"]]
-    return _write(
-        folder,
-        base=network["base"],
-        network=network["class"],
-        layers=about["layers"],
-        weights=[folder / "model.safetensors"],
-        steps=steps,
-        imports="from models import pipeline",
-        load=f'pipeline.load_pipeline("{folder.name}")',
-        arguments=f"num_inference_steps={steps}, guidance_scale={family.few_step_guidance(network.get('guidance'))}",
-        metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",
-    )
+def read_run(folder: Path) -> dict:
+    """config.json of a finished run on a model with public weights. UserError for any other."""
+    about = files.read_config(folder)
+    if "layers" not in about:
+        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
+    if not isinstance(about.get("network"), dict):
+        raise UserError(f"{folder} holds a tiny model, no pipeline's: draw with `python sample.py --checkpoint {folder}`")
+    return about
 
 
-def write_for_pipeline(folder: Path) -> Path:
-    """README.md of a folder that save_pretrained wrote. UserError if none of its networks is packed."""
+def of_run(folder: Path) -> tuple:
+    """(files of weights, family, class of the network, its base, layers, steps and guidance, what loads it) of a run folder.
+    UserError if it is none of a pipeline."""
+    about = read_run(folder)
+    network = about["network"]
+    packed = network | {"layers": about["layers"], "steps": files.most_steps(about["config"])}
+    use = {"imports": "from models import pipeline", "load": f'pipeline.load_pipeline("{folder.name}")', "size": ""}
+    return [folder / "model.safetensors"], FAMILIES[network["model"]], network["class"], packed, use
+
+
+def of_pipeline(folder: Path) -> tuple:
+    """The same of a folder that save_pretrained wrote. UserError if none of its networks is packed."""
     config = next((path for path in folder.glob("*/config.json") if '"quant_method": "cmquant"' in path.read_text()), None)
     if config is None:
         raise UserError(
             f"{folder} holds no packed network: quantize it with `python train.py --model MODEL --teacher {folder} --cm LORA`"
         )
     about = json.loads(config.read_text())
-    family, packed = family_of(about), about["quantization_config"]
-    steps, (height, width) = packed.get("steps", 4), (8 * side for side in packed["latent"][1:])  # not the base's own size
-    size, guidance = f"height={height}, width={width}", family.few_step_guidance(packed.get("guidance"))
-    return _write(
-        folder,
-        base=packed["base"],
-        network=about["_class_name"],
-        layers=packed["layers"],
-        weights=sorted(config.parent.glob("*.safetensors")),
-        steps=steps,
-        imports="import torch\nfrom diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant",
-        load=f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
-        arguments=f"num_inference_steps={steps}, {size}, guidance_scale={guidance}",
-        metrics="",
-    )
+    packed = about["quantization_config"]
+    height, width = (8 * side for side in packed["latent"][1:])  # not the base's own size
+    use = {
+        "imports": "import torch\nfrom diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant",
+        "load": f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
+        "size": f"height={height}, width={width}, ",
+    }
+    return sorted(config.parent.glob("*.safetensors")), family_of(about), about["_class_name"], packed, use
 
 
-def _write(folder: Path, base: str, network: str, layers: dict[str, dict], weights: list[Path], **texts) -> Path:
-    """Fills in CARD. base: hub id or path of what was quantized; network: its class; layers: the table of layers of the checkpoint;
-    weights: the network's files; texts: entries of CARD that are written as they are."""
-    known = (entry for family in FAMILIES.values() for entry in family.licences.items())
+def write_card(folder: str | Path) -> Path:
+    """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
+    folder = Path(folder)
+    weights, family, network, packed, use = (of_pipeline if (folder / "model_index.json").is_file() else of_run)(folder)
+    base, layers, report = packed["base"], packed["layers"], folder / "report.json"
+    known = (entry for each in FAMILIES.values() for entry in each.licences.items())
     licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
-    origin = {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    origin = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
     tags = ["cmquant", "consistency-model", "w4a4", "quantized"]
     front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin)
     size, twin = _sizes(weights, layers)
@@ -115,31 +111,24 @@ def _write(folder: Path, base: str, network: str, layers: dict[str, dict], weigh
         mb=size / 1e6,
         twin_mb=twin / 1e6,
         ratio=size / twin,
-        **texts,
+        steps=packed.get("steps", 4),
+        guidance=family.few_step_guidance(packed.get("guidance")),
+        metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",
+        **use,
     )
     with files.atomic(folder / "README.md") as file:
         file.write_text(text)
     return folder / "README.md"
 
 
-def is_hub_id(base: str) -> bool:
-    """Whether `base` is OWNER/NAME and not a local path."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
-
-
 def _sizes(weights: list[Path], layers: dict[str, dict]) -> tuple[int, int]:
-    """(bytes of the tensors in `weights`, bytes in bfloat16 of the network that was quantized), from the files' headers."""
+    """(bytes of the tensors in `weights`, bytes in bfloat16 of the network that was quantized)."""
     size, twin = 0, sum(2 * math.prod(row["shape"]) for row in layers.values())
     for path in weights:
-        with open(path, "rb") as file:  # safetensors: eight bytes for the header's length, the header in JSON, the tensors
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        for key, tensor in header.items():
-            start, end = tensor["data_offsets"]
-            size += end - start
+        for key, tensor in load_file(path).items():  # mapped into memory, not read
             layer, _, name = key.removeprefix("net.").rpartition(".")
-            if layer not in layers or name == "bias":
-                twin += 2 * math.prod(tensor["shape"])
+            size += tensor.nbytes
+            twin += 2 * tensor.numel() if layer not in layers or name == "bias" else 0
     return size, twin
 
 
@@ -150,7 +139,8 @@ def _metrics(report: dict) -> str:
     if rows := {name: row for name, row in report.items() if isinstance(row, dict)}:
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         lines = [["", *columns], ["---"] * (len(columns) + 1)]
-        for name, row in rows.items():
-            lines.append([name, *(f"{row[c]:.3f}" if isinstance(row.get(c), float) else "" for c in columns)])
+        lines += [
+            [name, *(f"{row[c]:.3f}" if isinstance(row.get(c), float) else "" for c in columns)] for name, row in rows.items()
+        ]
         text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return text

@@ -5,6 +5,7 @@ model.safetensors    packed codes uint8, multipliers two to a byte, scales one b
                      rank), the 16-bit layers and the text encoder bfloat16; config.json has the table of layers
 """
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -73,6 +74,14 @@ def load_start(out: Path) -> tuple[Denoiser, dict]:
     return student, info["layers"]
 
 
+def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a state_dict as model.safetensors has it."""
+    if key.endswith(".scale_O") and tensor.dtype == torch.float32:
+        return kernels.pack_scales(tensor)
+    narrow = tensor.dtype == torch.float32 and not key.endswith((".inv_smooth", ".lora_scale"))
+    return tensor.bfloat16() if narrow else tensor
+
+
 def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lora_bits: int = 16) -> None:
     """model.safetensors and the table of layers in config.json. merged: Q(Q + BA) in place of the branch, rounded to nearest.
     lora_bits 8: `student` takes its deployed form, LoRA in 8 bits and scales of a byte."""
@@ -84,18 +93,8 @@ def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lor
     if lora_bits == 8:
         store_8bit(student.net)
 
-    def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        if key.endswith(".scale_O") and tensor.dtype == torch.float32:
-            return kernels.pack_scales(tensor)
-        narrow = tensor.dtype == torch.float32 and not key.endswith((".inv_smooth", ".lora_scale"))
-        return tensor.bfloat16() if narrow else tensor
-
-    files.write_tensors(
-        out / "model.safetensors",
-        {k: stored(k, v) for k, v in student.state_dict().items()},
-        {"format": files.FORMAT},
-        files.run_digest(out),
-    )
+    tensors = {k: stored(k, v) for k, v in student.state_dict().items()}
+    files.write_tensors(out / "model.safetensors", tensors, {"format": files.FORMAT}, files.run_digest(out))
     files.write_config(out, files.read_config(out) | {"layers": table, "network": network_of(student)})
 
 
@@ -120,15 +119,11 @@ def load_checkpoint(folder: str | Path) -> tuple[Denoiser, dict]:
 
 def packed_size(student: Denoiser) -> dict[str, float]:
     """Bits per weight of the quantized layers without LoRA, megabytes of the packed network and of its bf16 twin."""
-    packed = [layer for _, layer in packed_layers(student.net)]
-    values = sum(layer.out * layer.taps * layer.channels for layer in packed)
-    code_bytes = sum(layer.codes_OP.nbytes + layer.mult_P.nbytes + layer.scale_O.numel() for layer in packed)
-    factors = [t for layer in packed for t in (layer.lora_A, layer.lora_B) if t is not None]
-    lora = sum(t.numel() * (1 if t.dtype == torch.int8 else 2) for t in factors)
-    lora += sum(layer.lora_scale.nbytes for layer in packed if layer.lora_scale is not None)
-    inside = {id(t) for layer in packed for t in layer.state_dict(keep_vars=True).values()}
-    rest = sum(t.numel() for t in student.net.state_dict(keep_vars=True).values() if id(t) not in inside)
-    rest += sum(layer.bias.numel() for layer in packed if layer.bias is not None)
-    smooth = sum(layer.inv_smooth.nbytes for layer in packed if layer.inv_smooth is not None)
-    mb = (code_bytes + smooth + lora + 2 * rest) / 1e6
-    return {"bits_per_weight": 8 * code_bytes / values, "mb": mb, "mb_bf16": 2 * (values + rest) / 1e6, "mb_lora": lora / 1e6}
+    packed, sizes = dict(packed_layers(student.net)), Counter()
+    for key, tensor in student.net.state_dict().items():
+        layer, _, name = key.rpartition(".")
+        sizes[name if layer in packed and name != "bias" else "rest"] += stored(key, tensor).nbytes
+    values = sum(layer.out * layer.taps * layer.channels for layer in packed.values())
+    codes, lora = sizes["codes_OP"] + sizes["mult_P"] + sizes["scale_O"], sizes["lora_A"] + sizes["lora_B"] + sizes["lora_scale"]
+    mb, mb_bf16 = sizes.total() / 1e6, (2 * values + sizes["rest"]) / 1e6
+    return {"bits_per_weight": 8 * codes / values, "mb": mb, "mb_bf16": mb_bf16, "mb_lora": lora / 1e6}

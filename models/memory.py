@@ -23,6 +23,7 @@ operation. Activations are checked against resident memory on a CPU, the statist
 import functools
 import math
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 import hessian
 import hgs_lora
-from layers import packed_class, packed_layers, replace_layer
+from layers import PackedLayer, packed_class, packed_layers, replace_layer
 from models.denoiser import add_lora, float_layers, lora_layers, transformer_blocks
 from models.family import Family, family_of_network
 
@@ -50,40 +51,37 @@ class Row(NamedTuple):
     name: str
     kind: str  # w4a4, w4a16, 16bit
     shape: tuple[int, ...]
-    rank: int
-    codes: int
-    scales: int
-    lora: int
-    other: int  # 16-bit weight, bias
     bf16: int  # of the layer that it replaces
+    other: int  # 16-bit weight, bias
+    rank: int = 0
+    codes: int = 0
+    scales: int = 0
+    lora: int = 0
 
     @property
     def bytes(self) -> int:
         return self.codes + self.scales + self.lora + self.other
 
 
-def layer_table(
-    family: Family, net: nn.Module, rank: int | dict[str, int] = 16, lora_bits: int = 8, group_w: int = 64, merged: bool = False
-) -> list[Row]:
+def layer_table(family: Family, net: nn.Module, rank: int = 16, lora_bits: int = 8, group_w: int = 64) -> list[Row]:
     """One Row for every Linear and Conv2d of a diffusers network (best on the meta device), one for the rest.
 
-    rank: of every quantized layer, at most its smaller side, or a rank for each name. lora_bits=16: 16-bit factors in the file."""
+    rank: of every quantized layer, at most its smaller side; 0: merged. lora_bits=16: 16-bit factors in the file."""
     rows = []
     for name, layer in float_layers(net).items():
-        kind, shape = family.precision(name), tuple(layer.weight.shape)
-        bias, weight = 0 if layer.bias is None else 2 * layer.bias.numel(), layer.weight.numel()
-        if kind == "16bit":
-            rows.append(Row(name, kind, shape, 0, 0, 0, 0, 2 * weight + bias, 2 * weight + bias))
-            continue
-        r = 0 if merged else rank[name] if isinstance(rank, dict) else min(rank, shape[0], weight // shape[0])
-        packed = packed_class(kind, layer)(layer.to("meta"), r, group_w, lora_bits=8)
-        factors = [t for t in (packed.lora_A, packed.lora_B) if t is not None]
-        lora = sum(t.numel() for t in factors) * lora_bits // 8 + (packed.lora_scale.nbytes if r and lora_bits == 8 else 0)
-        scales = packed.mult_P.nbytes + packed.scale_O.nbytes
-        rows.append(Row(name, kind, shape, r, packed.codes_OP.nbytes, scales, lora, bias, 2 * weight + bias))
-    everything = 2 * sum(t.numel() for t in net.state_dict().values())
-    rest = everything - sum(row.bf16 for row in rows)
-    return [*rows, Row("norms and other parameters", "16bit", (), 0, 0, 0, 0, rest, rest)]
+        kind, bias = family.precision(name), 0 if layer.bias is None else 2 * layer.bias.numel()
+        bf16 = 2 * layer.weight.numel() + bias
+        row = Row(name, kind, tuple(layer.weight.shape), bf16, other=bf16)
+        if kind != "16bit":
+            packed = packed_twin_of(kind, layer.to("meta"), rank, group_w, lora_bits=8)
+            size = Counter({key: tensor.nbytes for key, tensor in packed.state_dict().items()})
+            lora = (size["lora_A"] + size["lora_B"]) * lora_bits // 8 + (size["lora_scale"] if lora_bits == 8 else 0)
+            row = row._replace(
+                other=bias, rank=packed.rank, codes=size["codes_OP"], scales=size["mult_P"] + size["scale_O"], lora=lora
+            )
+        rows.append(row)
+    rest = 2 * sum(t.numel() for t in net.state_dict().values()) - sum(row.bf16 for row in rows)
+    return [*rows, Row("norms and other parameters", "16bit", (), rest, rest)]
 
 
 def ratio(rows: list[Row]) -> float:
@@ -102,37 +100,38 @@ def format_table(rows: list[Row], lora_bits: int = 8) -> str:
         names = ", ".join(list(tails)[:3]) + (", .." if len(tails) > 3 else "")
         size = sum(row.bytes for row in layers) / 1e6
         lines.append(f"{len(layers):5d} {kind:6s}{' x '.join(map(str, shape)):>20s}{rank or '-':>6}{size:10.2f}  {names}")
-    counts = ", ".join(f"{sum(row.kind == kind and row.shape != () for row in rows)} {kind}" for kind in ("w4a4", "w4a16", "16bit"))
+    counts = Counter(row.kind for row in rows if row.shape)
     bf16 = sum(row.bf16 for row in rows)
+    lines.append(f"\n{', '.join(f'{counts[kind]} {kind}' for kind in ('w4a4', 'w4a16', '16bit'))}; ")
+    lines[-1] += f"{bf16 / 2e9:.3f} B parameters, {bf16 / 1e6:,.1f} MB in bfloat16"
     totals = {
-        "quantized weights": "codes",
-        "their scales": "scales",
-        f"LoRA, {lora_bits} bits": "lora",
-        "16-bit layers, biases, norms": "other",
+        "quantized weights": sum(row.codes for row in rows),
+        "their scales": sum(row.scales for row in rows),
+        f"LoRA, {lora_bits} bits": sum(row.lora for row in rows),
+        "16-bit layers, biases, norms": sum(row.other for row in rows),
+        "packed network": sum(row.bytes for row in rows),
     }
-    sums = {what: sum(getattr(row, field) for row in rows) for what, field in totals.items()}
-    lines.append(f"\n{counts}; {bf16 / 2e9:.3f} B parameters, {bf16 / 1e6:,.1f} MB in bfloat16")
-    for what, size in (sums | {"packed network": sum(sums.values())}).items():
-        lines.append(f"{what:30s}{size / 1e6:12,.1f} MB {size / bf16:8.2%}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{what:30s}{size / 1e6:12,.1f} MB {size / bf16:8.2%}" for what, size in totals.items())])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is alive while a network runs
 
 
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
 class AliveStorages(TorchDispatchMode):
     """Inside: bytes of the storages that operations made and that are still alive, after each operation (`curve`).
 
-    existing: modules whose tensors and gradients are no news. Works on real tensors as on fake ones."""
+    existing: its tensors and gradients are no news. Works on real tensors as on fake ones."""
 
-    def __init__(self, *existing: nn.Module):
+    def __init__(self, existing: nn.Module):
         super().__init__()
-        self.now, self.curve, self.known = 0, [0], {}
-        for module in existing:
-            gradients = (p.grad for p in module.parameters() if p.grad is not None)
-            for t in (*module.parameters(), *module.buffers(), *gradients):
-                self.known[id(t.untyped_storage())] = t.untyped_storage()
+        self.now, self.curve, tensors = 0, [0], tensors_of(existing)
+        tensors += [t.grad for t in tensors if t.grad is not None]
+        self.known = {id(t.untyped_storage()): t.untyped_storage() for t in tensors}
 
     def _freed(self, key: int, size: int, _) -> None:
         self.now -= size
@@ -142,13 +141,11 @@ class AliveStorages(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:  # half of what a fake tensor asks
             return out
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                if id(storage) not in self.known:
-                    key, size = id(storage), storage.nbytes()
-                    self.known[key] = weakref.ref(storage, functools.partial(self._freed, key, size))
-                    self.now += size
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if id(storage) not in self.known:
+                key, size = id(storage), storage.nbytes()
+                self.known[key] = weakref.ref(storage, functools.partial(self._freed, key, size))
+                self.now += size
         self.curve.append(self.now)
         return out
 
@@ -176,9 +173,9 @@ def step(net: nn.Module, given: dict, gradients: bool) -> list[int]:
     return live.curve
 
 
-def tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, once each."""
-    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+def packed_twin_of(kind: str, layer: nn.Module, rank: int, group_w: int, lora_bits: int = 16) -> PackedLayer:
+    """Of a float layer, its rank at most its smaller side."""
+    return packed_class(kind, layer)(layer, min(rank, len(layer.weight), layer.weight[0].numel()), group_w, lora_bits=lora_bits)
 
 
 def packed_twin(family: Family, net: nn.Module, rank: int, group_w: int = 64, under: str = "") -> nn.Module:
@@ -186,8 +183,7 @@ def packed_twin(family: Family, net: nn.Module, rank: int, group_w: int = 64, un
     gradients, nothing else."""
     for name, layer in float_layers(net).items():
         if (kind := family.precision(name)) != "16bit" and name.startswith(under):
-            r = min(rank, len(layer.weight), layer.weight[0].numel())
-            replace_layer(net, name, packed_class(kind, layer)(layer, r, group_w))
+            replace_layer(net, name, packed_twin_of(kind, layer, rank, group_w))
     for name, p in net.named_parameters():
         p.requires_grad_("lora_" in name)
     return net
@@ -204,7 +200,7 @@ class Footprint:
         trains: str = "student", gradients: bool = True,
     ):  # fmt: skip
         self.shapes, self.trains = (tuple(latent), tokens), trains
-        self.dtype, self.rank, self.curves = dtype, rank, {}
+        self.dtype, self.curves = dtype, {}
         teacher = nn.Module.to(build(), dtype)
         self.family = family_of_network(teacher)
         student = packed_twin(self.family, nn.Module.to(build(), dtype), rank, group_w)
@@ -224,7 +220,6 @@ class Footprint:
         self.sums = 8 * sum(K * K for _, K in self.layers), 8 * sum(O * O for O, _ in self.layers) * gradients  # of all H, all G
         # a budget for all layers at once, in whole MiB, as --hessian-mb gives it
         self.most = max(self.least, -(-2 * max(self.sums) >> 20) << 20)
-        self.guided = self.family.classifier_free
         trained = self.student if trains == "student" else self.teacher
         self.factors = sum(p.nbytes for p in trained.parameters() if p.requires_grad)
         self.packed = sum(t.nbytes for t in tensors_of(self.student) if not t.requires_grad)
@@ -256,9 +251,7 @@ class Footprint:
             with self.mode:
                 if what != "teacher":
                     (net.enable_gradient_checkpointing if what == "checkpointed" else net.disable_gradient_checkpointing)()
-                pair = []
-                for n in (2, 3):
-                    pair.append(step(net, example_inputs(net, *self.shapes, n, self.dtype), gradients=what != "teacher"))
+                pair = [step(net, example_inputs(net, *self.shapes, n, self.dtype), what != "teacher") for n in (2, 3)]
             two, three = map(torch.tensor, pair)  # int64, the same operations
             self.curves[what] = (3 * two - 2 * three, three - two)
         fixed, each = self.curves[what]

@@ -31,6 +31,7 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 """
 
 import argparse
+import contextlib
 import itertools
 import textwrap
 from collections.abc import Callable
@@ -50,8 +51,9 @@ from torch.nn import functional as F
 import kernels
 import quant
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
-from models import card, checkpoint, pretrained
-from models.denoiser import FAST, Denoiser, is_plain_lora
+from models import checkpoint, pretrained
+from models.card import read_run, write_card
+from models.denoiser import FAST, Denoiser
 from models.family import FAMILIES, family_of_network
 from run import files
 from run.common import UserError, run_script
@@ -67,14 +69,7 @@ class CMQuantConfig(QuantizationConfigMixin):
     the largest number that it was trained for."""
 
     def __init__(
-        self,
-        layers: dict,
-        base: str = "",
-        backend: str = "native",
-        latent=(0, 128, 128),
-        guidance=None,
-        steps=4,
-        quant_method=Method.CMQUANT,
+        self, layers: dict, base="", backend="native", latent=(0, 128, 128), guidance=None, steps=4, quant_method=Method.CMQUANT
     ):
         self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers, base, backend
         self.latent, self.guidance, self.steps = list(latent), guidance, steps
@@ -124,12 +119,6 @@ auto.AUTO_QUANTIZER_MAPPING[Method.CMQUANT.value] = CMQuantQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.CMQUANT.value] = CMQuantConfig
 
 
-def mark_quantized(net: nn.Module, config: CMQuantConfig) -> None:
-    """A packed network that from_pretrained did not make becomes one that save_pretrained can write."""
-    net.hf_quantizer, net.is_quantized, net.quantization_method = CMQuantQuantizer(config), True, config.quant_method
-    net.register_to_config(quantization_config=config)
-
-
 def quantization_config(net: nn.Module) -> CMQuantConfig:
     return net.hf_quantizer.quantization_config
 
@@ -140,16 +129,6 @@ def denoiser_of(pipe) -> nn.Module:
     return next((net for net in parts if net is not None), None)
 
 
-def read_run(folder: Path) -> dict:
-    """config.json of a finished run on a model with public weights. UserError for any other."""
-    about = files.read_config(folder)
-    if "layers" not in about:
-        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
-    if not isinstance(about.get("network"), dict):
-        raise UserError(f"{folder} holds a tiny model, no pipeline's: draw with `python sample.py --checkpoint {folder}`")
-    return about
-
-
 def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError if the run is none, or damaged."""
     about = read_run(folder)
@@ -157,7 +136,9 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     denoiser.to(dtype)
     backend, steps = about["config"].get("backend", "native"), files.most_steps(about["config"])
     config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
-    mark_quantized(denoiser.net, config)
+    net = denoiser.net  # did not come by from_pretrained, and becomes one that save_pretrained can write
+    net.hf_quantizer, net.is_quantized, net.quantization_method = CMQuantQuantizer(config), True, config.quant_method
+    net.register_to_config(quantization_config=config)
     return denoiser
 
 
@@ -285,47 +266,40 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
     pipeline's text encoders get theirs by PEFT. Remove styles before save_pretrained. UserError if the file fits no layer."""
     pipe = pipe_or_net if isinstance(pipe_or_net, diffusers.DiffusionPipeline) else None
     net = pipe_or_net if pipe is None else denoiser_of(pipe)
-    family, name = family_of_network(net), f"style_{next(_STYLES)}"
-    cls, part = family.pipeline(), family.part
-    shown, handles, texts = "the LoRA" if isinstance(file, dict) else str(file), [], []
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-        for text in texts:
-            delete_adapter_layers(text, name)
-        if net._compiled_call_impl is not None:
-            torch.compiler.reset()  # compiled code does not look for hooks
-
-    twin = weightless(net)  # diffusers and PEFT find names, ranks and scales on it
-    try:
-        options = dict(use_safetensors=True, return_alphas=True, return_lora_metadata=True, unet_config=net.config)
-        state, alphas, metadata = cls.lora_state_dict(dict(file) if isinstance(file, dict) else str(file), **options)
-        about = dict(network_alphas=alphas, metadata=metadata, adapter_name=name, low_cpu_mem_usage=True)
-        if any(key.startswith(f"{part}.") for key in state):
-            twin.load_lora_adapter(state, prefix=part, **about)
-        for prefix in ("text_encoder", "text_encoder_2"):
-            text = getattr(pipe, prefix, None)
-            if text is not None and any(key.startswith(f"{prefix}.") for key in state):
-                texts.append(text)
-                cls.load_lora_into_text_encoder(state, text_encoder=text, prefix=prefix, **about)
+    family, name, factors = family_of_network(net), f"style_{next(_STYLES)}", {}
+    file, shown = (dict(file), "the LoRA") if isinstance(file, dict) else (str(file), str(file))
+    with contextlib.ExitStack() as undo:
+        undo.callback(_forget_compiled, net)
+        try:
+            state, about = pretrained.read_lora(net, file)
+            parts = {key.partition(".")[0] for key in state}
+            if family.part in parts:
+                factors = pretrained.lora_factors(net, state, about, shown)
+            texts = [p for p in ("text_encoder", "text_encoder_2") if p in parts and getattr(pipe, p, None) is not None]
+            for prefix in texts:
+                text = getattr(pipe, prefix)
+                undo.callback(delete_adapter_layers, text, name)
+                options = dict(text_encoder=text, prefix=prefix, adapter_name=name, low_cpu_mem_usage=True)
+                family.pipeline().load_lora_into_text_encoder(state, **options, **about)
                 _beside_others(text, name, scale)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
-        remove()
-        why = textwrap.shorten(str(error), 200, placeholder=" ..")
-        raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
-    for key, layer in twin.named_modules():
-        if name in getattr(layer, "lora_A", {}):
-            if not is_plain_lora(layer, name):
-                remove()
-                raise UserError(f"{shown} is more than B A at {key} (DoRA, or a bias): choose a plain LoRA")
-            target, A, B = net.get_submodule(key), layer.lora_A[name], layer.lora_B[name].weight.data
-            handles.append(target.register_forward_hook(_branch_hook(A, scale * layer.scaling[name] * B, net)))
-    if not handles and not texts:
-        raise UserError(f"{shown} holds no LoRA for {type(net).__name__}: choose a LoRA that was made for it")
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+            why = textwrap.shorten(str(error), 200, placeholder=" ..")
+            raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
+        if not factors and not texts:
+            raise UserError(f"{shown} holds no LoRA for {type(net).__name__}: choose a LoRA that was made for it")
+        for key, (down, up, strength) in factors.items():
+            hook = _branch_hook(down, scale * strength * up, net)
+            undo.callback(net.get_submodule(key).register_forward_hook(hook).remove)
+        _forget_compiled(net)
+        return undo.pop_all().close
+
+
+def _forget_compiled(net: nn.Module) -> None:
+    """Compiled code does not look for hooks."""
     if net._compiled_call_impl is not None:
         torch.compiler.reset()
-    return remove
 
 
 def _beside_others(text: nn.Module, name: str, scale: float) -> None:
@@ -334,16 +308,6 @@ def _beside_others(text: nn.Module, name: str, scale: float) -> None:
         if name in getattr(layer, "lora_A", {}):
             layer.set_adapter([*layer.lora_A])
             layer.set_scale(name, scale)
-
-
-def weightless(net: nn.Module) -> nn.Module:
-    """The float network of `net`'s configuration, each weight a view of one zero on the CPU: no memory, yet not meta."""
-    with torch.device("meta"):
-        twin = type(net).from_config(net.config)
-    for layer in twin.modules():
-        for key, p in layer._parameters.items():
-            layer._parameters[key] = None if p is None else nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
-    return twin
 
 
 def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
@@ -357,15 +321,6 @@ def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
         return y + F.linear(F.linear(x, A.to(x)), B.to(x))
 
     return style
-
-
-def write_card(folder: str | Path) -> Path:
-    """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
-    folder = Path(folder)
-    if (folder / "model_index.json").is_file():
-        return card.write_for_pipeline(folder)
-    about = read_run(folder)
-    return card.write_for_run(folder, about, files.most_steps(about["config"]))
 
 
 def save_pipeline(pipe, out: str | Path) -> None:

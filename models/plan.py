@@ -18,6 +18,7 @@ pixels inside the VAE), beside the 16-bit network only where that draws latents,
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -38,7 +39,6 @@ from run.common import UserError, free_memory, process_count, process_index
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 STATISTICS = 8 << 30  # bytes of statistics and factors where neither --hessian-mb nor a limit says how many
-TEACHERS = {"resident": "resident", "shard": "sharded", "offload": "offloaded"}  # where a teacher is, as a choice and in words
 
 
 def parse_bytes(text: str) -> int:
@@ -50,13 +50,16 @@ def parse_bytes(text: str) -> int:
 
 
 class Plan(NamedTuple):
-    peak: int  # bytes
-    moment: str  # start, train, teach or update
+    moment: str  # of the peak: start, train, teach or update
     parts: dict[str, int]  # bytes at that moment
     micro_batch: int
     checkpointing: bool
-    teacher: str
+    teacher: str  # resident, sharded or offloaded
     statistics: int  # bytes
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
 
     @property
     def how(self) -> str:
@@ -84,24 +87,19 @@ def main_memory(fp: Footprint, plan: Plan, factors: int, on_cpu: bool) -> int:
     return waiting + (factors if factors > plan.statistics // 2 else 0)
 
 
-def widest_factors(fp: Footprint, rounding: str) -> int:
-    """Bytes of the factors of the layer whose split holds most."""
-    return max(hgs_lora.factor_bytes(*shape, rounding) for shape in fp.layers)
-
-
 def plan(
     fp: Footprint, batch: int, micro_batch: int, checkpointing: bool, teacher: str = "resident", world: int = 1, statistics: int = 0
 ) -> Plan:
-    """The planned peak of one rank, by the equations of the module docstring. batch: over all ranks; teacher: of TEACHERS, where
+    """The planned peak of one rank, by the equations of the module docstring. batch: over all ranks; teacher: where it is while
     a student is trained; statistics: bytes for them in the start, 0: training alone, from a start that is there."""
-    a_b, samples = fp.factors, batch // world
-    stays = {"their gradients": a_b, "Adam's moments": 2 * a_b, "inputs and states": samples * fp.sample}
+    a_b = fp.factors
+    stays = {"their gradients": a_b, "Adam's moments": 2 * a_b, "inputs and states": batch // world * fp.sample}
     if fp.trains == "student":
         stays = {"packed student": fp.packed, "A, B (float32)": a_b, "anchor A0, B0": a_b} | stays
-    between = {"resident": fp.network, "shard": -(-fp.network // world), "offload": 0}[teacher]
-    during = {"resident": fp.network, "shard": between + fp.gathered, "offload": fp.gathered}[teacher]
+    between = {"resident": fp.network, "sharded": -(-fp.network // world), "offloaded": 0}[teacher]
+    during = between if teacher == "resident" else between + fp.gathered
     student = fp.activations("checkpointed" if checkpointing else "trained", micro_batch)
-    taught = fp.activations("teacher", micro_batch * (2 if fp.guided else 1))
+    taught = fp.activations("teacher", micro_batch * (2 if fp.family.classifier_free else 1))
     moments = {
         "train": stays | {"teacher and its LoRA": between, "activations": student},
         "teach": stays | {"teacher and its LoRA": during, "activations": taught},
@@ -110,32 +108,23 @@ def plan(
     if statistics:
         moments["start"] = start_of(fp, micro_batch, checkpointing) | {"statistics and factors": fp.held(statistics)}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-    return Plan(sum(moments[worst].values()), worst, moments[worst], micro_batch, checkpointing, TEACHERS[teacher], statistics)
+    return Plan(worst, moments[worst], micro_batch, checkpointing, teacher, statistics)
 
 
-def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str = "resident", statistics: int | None = 0) -> Plan:
-    """Without and with gradient checkpointing, what fits `limit` bytes at micro-batch 1, then the largest power of two as
-    micro-batch that fits. teacher "resident": or offloaded, if a student's does not fit otherwise; "offload", "shard": that.
-    statistics: as in `plan`; None: what the limit leaves in the start. UserError if nothing fits."""
-    least = fp.least if statistics is None else statistics
+def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str = "resident", statistics: int = 0) -> Plan:
+    """The first plan that fits `limit` bytes: without gradient checkpointing before with it, and the largest power of two that
+    fits as micro-batch. teacher "resident": if a student's does not fit at all, offloaded; others as they are. UserError if
+    nothing fits."""
     samples = batch // world
-    micro = [n for n in (2**k for k in range(samples.bit_length())) if samples % n == 0]
-    teachers = ["resident", "offload"] if teacher == "resident" and fp.trains == "student" else [teacher]
-    for teacher in teachers:
-        for checkpointing in (False, True):
-            best = plan(fp, batch, 1, checkpointing, teacher, world, least)
-            if best.peak > limit:
-                continue
-            for n in micro[1:]:
-                larger = plan(fp, batch, n, checkpointing, teacher, world, least)
-                best = larger if larger.peak <= limit else best
-            if statistics is None:
-                rest = sum(start_of(fp, best.micro_batch, checkpointing).values())
-                best = plan(fp, batch, best.micro_batch, checkpointing, teacher, world, fp.budget(limit - rest))
-            return best
+    micro = [n for n in (2**k for k in reversed(range(samples.bit_length()))) if samples % n == 0]
+    teachers = ["resident", "offloaded"] if teacher == "resident" and fp.trains == "student" else [teacher]
+    for teacher, checkpointing, n in itertools.product(teachers, (False, True), micro):
+        made = plan(fp, batch, n, checkpointing, teacher, world, statistics)
+        if made.peak <= limit:
+            return made
     less = "--shard-teacher on several GPUs" if fp.trains == "student" else "a ready --cm"
     raise UserError(
-        f"training needs {best.peak / 1e9:.2f} GB ({best.how}) and the limit is {limit / 1e9:.2f} GB: use a GPU with more memory, "
+        f"training needs {made.peak / 1e9:.2f} GB ({made.how}) and the limit is {limit / 1e9:.2f} GB: use a GPU with more memory, "
         f"{less}, a smaller --batch or a lower --rank"
     )
 
@@ -146,8 +135,7 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str =
 
 def skeleton_of(cfg) -> torch.nn.Module:
     """The run's float network on the meta device."""
-    base = cfg.components if pretrained.is_file(cfg.teacher) else cfg.teacher
-    return pretrained.skeleton(cfg.model, "" if FAMILIES[cfg.model].embedded else base)
+    return pretrained.skeleton(cfg.model, cfg.components if pretrained.is_file(cfg.teacher) else cfg.teacher)
 
 
 def footprint_of(cfg) -> Footprint:
@@ -156,99 +144,96 @@ def footprint_of(cfg) -> Footprint:
         buckets(cfg.resolution)  # UserError
     family = FAMILIES[cfg.model]
     side = pretrained.latent_side(family, skeleton_of(cfg), cfg.resolution)
-    ranks = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
-    about = dict(
-        dtype=cfg.torch_dtype,
-        group_w=cfg.group_w,
-        gradients=hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads),
-    )
-    return Footprint(lambda: skeleton_of(cfg), (family.latent[0], side, side), family.tokens, **ranks, **about)
+    about = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
+    about["gradients"] = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
+    latent = (family.latent[0], side, side)
+    return Footprint(lambda: skeleton_of(cfg), latent, family.tokens, dtype=cfg.torch_dtype, group_w=cfg.group_w, **about)
 
 
 def teacher_of(cfg) -> str:
-    """Where the teacher is in training: a key of TEACHERS."""
-    return "shard" if cfg.shard_teacher and process_count() > 1 else "offload" if cfg.offload else "resident"
+    """Where the teacher is in training."""
+    return "sharded" if cfg.shard_teacher and process_count() > 1 else "offloaded" if cfg.offload else "resident"
 
 
 def micro_of(cfg) -> int:
     return cfg.micro or cfg.batch // process_count()
 
 
-def statistics_of(cfg, fp: Footprint) -> int | None:
-    """Bytes of --hessian-mb, at least what the widest layer needs; None: as there is room."""
-    return 0 if cfg.bits == 16 else max(cfg.hessian_mb << 20, fp.least) if cfg.hessian_mb else None
+def choices(cfg, fp: Footprint, goes_on: bool = False) -> tuple:
+    """(cfg with micro, checkpointing and offload as --memory-limit asks for, and hessian_mb as there is room, but never less than
+    the widest layer needs; its plan, without the start for a run that `goes_on`). Statistics fill the limit; without one, 90% of
+    the GPU's free memory, and STATISTICS bytes on a CPU and for a dry run. UserError if nothing fits."""
+    cfg, given = dataclasses.replace(cfg, micro=micro_of(cfg)), cfg.hessian_mb << 20
+    if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
+        limit, least = parse_bytes(cfg.memory_limit), 0 if cfg.bits == 16 else max(given, fp.least)
+        made = choose(limit, fp, cfg.batch, process_count(), teacher_of(cfg), least)
+        found = {"micro": made.micro_batch, "checkpointing": made.checkpointing, "offload": made.teacher == "offloaded"}
+        cfg = dataclasses.replace(cfg, **found)
+    statistics = 0
+    if cfg.bits == 4 and not goes_on:
+        if not given:
+            rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values())
+            given = fp.budget(limit - rest if cfg.memory_limit else room_on_device(cfg, rest))
+        statistics = max(given, fp.least)
+    cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
+    return cfg, plan(fp, cfg.batch, cfg.micro, cfg.checkpointing, teacher_of(cfg), process_count(), statistics)
 
 
-def plan_of(cfg, fp: Footprint, statistics: int | None) -> Plan:
-    """What --memory-limit chooses; without one, the plan of the configuration as it is. UserError if nothing fits."""
-    if cfg.memory_limit:
-        return choose(parse_bytes(cfg.memory_limit), fp, cfg.batch, process_count(), teacher_of(cfg), statistics)
-    return plan(fp, cfg.batch, micro_of(cfg), cfg.checkpointing, teacher_of(cfg), process_count(), statistics)
-
-
-def main_memory_of(cfg, fp: Footprint, made: Plan) -> int:
-    """What one process needs of main memory for the start."""
-    return main_memory(fp, made, widest_factors(fp, cfg.rounding), cfg.device == "cpu")
+def room_on_device(cfg, rest: int) -> int:
+    """Bytes for statistics beside `rest`, the least of all processes: those that sliced differently would add up different
+    matrices."""
+    if cfg.dry_run:
+        return STATISTICS
+    room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else STATISTICS
+    fewest = torch.tensor(-room, device=cfg.device)
+    hessian.exchange(fewest, op="max")
+    return -int(fewest)
 
 
 def dry_run(cfg) -> None:
     """Prints the table of layers, the planned peak, what the start needs of main memory and the run of the disk, and last the
     memory ratio. (For as many processes as the environment's RANK and WORLD_SIZE say.) UserError, after the table, if training
     does not fit --memory-limit."""
-    options = FAMILIES[cfg.model], skeleton_of(cfg), cfg.rank, cfg.lora_bits, cfg.group_w
-    rows, merged = layer_table(*options), layer_table(*options, merged=True)
+    family, net = FAMILIES[cfg.model], skeleton_of(cfg)
+    rows, merged = (layer_table(family, net, rank, cfg.lora_bits, cfg.group_w) for rank in (cfg.rank, 0))
     print(f"{cfg.model}, rank {cfg.rank}, groups of {cfg.group_w}\n\n{format_table(rows, cfg.lora_bits)}")
     print(f"{'merged, without a branch':30s}{'':15s} {ratio(merged):8.2%}\n")
     fp = footprint_of(cfg)
-    statistics = statistics_of(cfg, fp)
-    if statistics is None and not cfg.memory_limit:
-        statistics = min(STATISTICS, fp.most)
-    made = plan_of(cfg, fp, statistics)
+    cfg, made = choices(cfg, fp)
     print(made)
     if made.statistics:
-        need = main_memory_of(cfg, fp, made)
-        print(f"  main memory for the start       {need / 1e9:8.3f} GB")
+        print_main_memory(cfg, fp, made)
     print(f"  disk, without the cache         {fp.files / 1e9:8.3f} GB\n")
     print(f"memory_ratio: {ratio(merged if cfg.deploy == 'merged' else rows):.3f}")
 
 
 def planned(cfg):
-    """cfg with micro, checkpointing, offload and hessian_mb as --memory-limit asks for (without one, hessian_mb is what 90% of
-    the GPU's free memory leave, on a CPU 8 GiB, and never less than the widest layer needs).
-
-    Prints the planned peak, except for a run that goes on without a limit, whose plan was printed when it began: planning takes
-    most of a minute. UserError if nothing fits."""
+    """cfg with the `choices` of a run, whose planned peak is printed, except where a run goes on without a limit: its plan was
+    printed when it began, and planning takes most of a minute. UserError if memory or disk have too little room."""
     out = Path(cfg.out)
     goes_on = (out / "state.safetensors").exists() if cfg.bits == 16 else checkpoint.has_start(out)
     fp = footprint_of(cfg)
-    cfg, statistics = dataclasses.replace(cfg, micro=micro_of(cfg)), statistics_of(cfg, fp)
-    if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
-        made = plan_of(cfg, fp, statistics)
-        choice = {"micro": made.micro_batch, "checkpointing": made.checkpointing, "offload": made.teacher == "offloaded"}
-        cfg, statistics = dataclasses.replace(cfg, **choice), made.statistics
-    elif statistics is None and not goes_on:
-        statistics = max(fp.budget(room_for_statistics(cfg, fp)), fp.least)
-    statistics = 0 if goes_on else statistics
-    cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
     check_disk(cfg, fp)
     if goes_on and not cfg.memory_limit:
-        return cfg
-    made = plan(fp, cfg.batch, cfg.micro, cfg.checkpointing, teacher_of(cfg), process_count(), statistics)
+        return dataclasses.replace(cfg, micro=micro_of(cfg))
+    cfg, made = choices(cfg, fp, goes_on)
     if process_index() == 0:
         print(made)
-    if made.statistics:
-        check_main_memory(cfg, fp, made)
+    if made.statistics and (need := print_main_memory(cfg, fp, made)) > (there := free_memory()):
+        raise UserError(
+            f"the start needs {need / 1e9:.1f} GB of main memory and {there / 1e9:.1f} GB are there: use a machine with more, "
+            "or --rounding rtn, which needs less"
+        )
     return cfg
 
 
-def room_for_statistics(cfg, fp: Footprint) -> int:
-    """Bytes that the start leaves on the device, the least of all processes: those that sliced differently would add up different
-    matrices."""
-    rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values())
-    room = int(0.9 * torch.cuda.mem_get_info()[0]) - rest if cfg.device == "cuda" else STATISTICS
-    fewest = torch.tensor(-room, device=cfg.device)
-    hessian.exchange(fewest, op="max")
-    return -int(fewest)
+def print_main_memory(cfg, fp: Footprint, made: Plan) -> int:
+    """Prints and returns what the processes of this machine need of main memory for the start."""
+    widest = max(hgs_lora.factor_bytes(*shape, cfg.rounding) for shape in fp.layers)
+    need = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * main_memory(fp, made, widest, cfg.device == "cpu")
+    if process_index() == 0:
+        print(f"  main memory for the start       {need / 1e9:8.3f} GB")
+    return need
 
 
 def check_disk(cfg, fp: Footprint) -> None:
@@ -260,17 +245,3 @@ def check_disk(cfg, fp: Footprint) -> None:
     need, free = written - there, shutil.disk_usage(cfg.out).free
     if free < need:
         raise UserError(f"--out {cfg.out} has {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: choose another --out")
-
-
-def check_main_memory(cfg, fp: Footprint, made: Plan) -> None:
-    """Prints what the start needs of main memory. UserError if there is less."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
-    need = processes * main_memory_of(cfg, fp, made)
-    there = free_memory()
-    if process_index() == 0:
-        print(f"  main memory for the start       {need / 1e9:8.3f} GB")
-    if need > there:
-        raise UserError(
-            f"the start needs {need / 1e9:.1f} GB of main memory and {there / 1e9:.1f} GB are there: use a machine with more, "
-            "or --rounding rtn, which needs less"
-        )

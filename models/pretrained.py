@@ -18,7 +18,6 @@ is a UserError whose sentence names the command that helps.
 """
 
 import contextlib
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -33,7 +32,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from models.denoiser import Denoiser, LoRA, add_lora, is_plain_lora, lora_layers, random_denoiser, transformer_blocks
-from models.family import FACTOR, FAMILIES, Family, family_of
+from models.family import FACTOR, FAMILIES, Family, family_of, family_of_network
 from run import files
 from run.common import UserError
 
@@ -51,41 +50,33 @@ def loading_errors(what: str, base: str):
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, *OF_LIBRARIES) as error:
-        if isinstance(error, ImportError):
-            raise UserError(f"{what} of {base} needs a package: {str(error).strip().splitlines()[0]}") from None
-        chain, e = [], error
-        while e is not None:
-            chain.append(e)
-            e = e.__cause__ or e.__context__
-        text = " ".join(str(e) for e in chain)
-        local = Path(base).exists()
+    except ImportError as error:
+        raise UserError(f"{what} of {base} needs a package: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, *OF_LIBRARIES) as error:
+        chain, local = [error], Path(base).exists()
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        text = " ".join(map(str, chain))
         if any(isinstance(e, hub.GatedRepoError) for e in chain) or "gated repo" in text:
-            raise UserError(
-                f"{base} is gated: accept its licence at https://huggingface.co/{base} and run `hf auth login`, then again"
-            ) from None
-        if any(isinstance(e, SafetensorError) for e in chain) or ("safetensors" in text and "header" in text):
+            says = f"{base} is gated: accept its licence at https://huggingface.co/{base} and run `hf auth login`, then again"
+        elif any(isinstance(e, SafetensorError) for e in chain) or ("safetensors" in text and "header" in text):
             again = f"copy {base} again" if local else f"run `hf download {base} --force-download`"
-            raise UserError(f"{what} of {base} is truncated or damaged: {again}") from None
-        if local or not isinstance(error, OSError):
+            says = f"{what} of {base} is truncated or damaged: {again}"
+        elif local or not isinstance(error, OSError):
             first = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"{what} could not be read from {base} ({first}): give the folder that `hf download` made") from None
-        if os.path.isabs(base) or base.startswith((".", "~")) or base.count("/") != 1:
-            raise UserError(f"{base} does not exist: give a hub id such as {FAMILIES['sdxl'].base}, a folder or a file") from None
-        raise UserError(
-            f"{what} of {base} is not on this machine and could not be fetched: run `hf download {base}` where there is a network"
-            " (and check the name), or give a local folder"
-        ) from None
+            says = f"{what} could not be read from {base} ({first}): give the folder that `hf download` made"
+        elif os.path.isabs(base) or base.startswith((".", "~")) or base.count("/") != 1:
+            says = f"{base} does not exist: give a hub id such as {FAMILIES['sdxl'].base}, a folder or a file"
+        else:
+            says = (
+                f"{what} of {base} is not on this machine and could not be fetched: run `hf download {base}` where there is a"
+                " network (and check the name), or give a local folder"
+            )
+        raise UserError(says) from None
 
 
 def is_file(base: str) -> bool:
     return base.endswith((".safetensors", ".sft"))
-
-
-def check_folder(family: Family, base: str) -> None:
-    """UserError for a folder without the denoiser's."""
-    if Path(base).is_dir() and not (Path(base) / family.part).is_dir():
-        raise UserError(f"{base} has no {family.part} folder: it is no {family.name}, choose another --teacher or --model")
 
 
 def check_architecture(family: Family, config: dict, base: str) -> None:
@@ -94,6 +85,15 @@ def check_architecture(family: Family, config: dict, base: str) -> None:
     if found is not family:
         hint = f"give --model {found.name}" if found else "choose another --teacher or --model"
         raise UserError(f"{base} is no {family.name.upper()} model: {hint}")
+
+
+def network_config(family: Family, base: str) -> dict:
+    """Of the denoiser in a folder or hub id. UserError if there is none, or one of another family."""
+    if Path(base).is_dir() and not (Path(base) / family.part).is_dir():
+        raise UserError(f"{base} has no {family.part} folder: it is no {family.name}, choose another --teacher or --model")
+    config = family.network.load_config(base, subfolder=family.part)
+    check_architecture(family, config, base)
+    return config
 
 
 def load_network(
@@ -131,9 +131,7 @@ def random_weights(build, dtype: torch.dtype, device) -> nn.Module:
 def load_folder(family: Family, base: str, weights: str, dtype: torch.dtype) -> tuple[nn.Module, dict]:
     """(network, configuration of the scheduler) of a folder or hub id."""
     with loading_errors("the denoiser", base):
-        check_folder(family, base)
-        config = family.network.load_config(base, subfolder=family.part)
-        check_architecture(family, config, base)
+        config = network_config(family, base)
         if weights == "random":
             torch.manual_seed(0)
             net = family.network.from_config(config).to(dtype)
@@ -149,8 +147,8 @@ def load_file(family: Family, base: str, components: str, dtype: torch.dtype) ->
         raise UserError(f"{base} does not exist: give a hub id, a folder or a .safetensors file")
     with loading_errors("the denoiser", base), tempfile.TemporaryDirectory() as folder:
         predicts_v = check_file(family, base, components)
-        config = components or official_config(family, Path(folder))
-        net = family.network.from_single_file(base, config=config, subfolder=family.part, torch_dtype=dtype)
+        family.build_meta().save_config(Path(folder) / family.part)  # which from_single_file would else ask the hub for
+        net = family.network.from_single_file(base, config=components or folder, subfolder=family.part, torch_dtype=dtype)
     check_architecture(family, dict(net.config) | {"_class_name": type(net).__name__}, base)
     check_whole("the denoiser", net, base)
     scheduler = load_scheduler(components or family.base)
@@ -190,19 +188,7 @@ def skeleton(name: str, base: str = "") -> nn.Module:
     if not base:
         return family.build_meta()
     with loading_errors("the denoiser's config", base), torch.device("meta"):
-        check_folder(family, base)
-        config = family.network.load_config(base, subfolder=family.part)
-        check_architecture(family, config, base)
-        return family.network.from_config(config)
-
-
-def official_config(family: Family, folder: Path) -> str:
-    """A folder with the official architecture's config, which from_single_file would else ask the hub for."""
-    config = {k: v for k, v in family.build_meta().config.items() if not k.startswith("_")}
-    (folder / family.part).mkdir()
-    about = config | {"_class_name": family.network.__name__}
-    (folder / family.part / "config.json").write_text(json.dumps(about))
-    return str(folder)
+        return family.network.from_config(network_config(family, base))
 
 
 def from_pretrained(cls, base: str, **options):
@@ -249,32 +235,54 @@ def load_vae(family: Family, base: str, components: str = "") -> AutoencoderKL:
 # The consistency LoRA
 
 
+def weightless(net: nn.Module) -> nn.Module:
+    """The float network of `net`'s configuration, each weight a view of one zero on the CPU: no memory, yet not meta."""
+    with torch.device("meta"):
+        twin = type(net).from_config(net.config)
+    for layer in twin.modules():
+        for key, p in layer._parameters.items():
+            layer._parameters[key] = None if p is None else nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
+    return twin
+
+
+def read_lora(net: nn.Module, file: str | dict, **options) -> tuple[dict, dict]:
+    """(state, the arguments of diffusers' loaders that go with it) of a LoRA for the pipeline of the denoiser `net`."""
+    options |= {"use_safetensors": True, "return_alphas": True, "return_lora_metadata": True, "unet_config": net.config}
+    state, alphas, metadata = family_of_network(net).pipeline().lora_state_dict(file, **options)
+    return state, {"network_alphas": alphas, "metadata": metadata}
+
+
+def lora_factors(net: nn.Module, state: dict, about: dict, file: str) -> dict[str, tuple[nn.Module, torch.Tensor, float]]:
+    """Layer of the denoiser `net` -> (PEFT's layer A with the geometry of that layer, weight of B, scale), from read_lora's answer.
+    diffusers and PEFT find names, ranks and scales on a twin. UserError if `file` is more than B A (DoRA, biases)."""
+    twin, factors = weightless(net), {}
+    twin.load_lora_adapter(state, family_of_network(net).part, adapter_name="lora", low_cpu_mem_usage=True, **about)
+    for name, layer in twin.named_modules():
+        if "lora" in getattr(layer, "lora_A", {}):
+            if not is_plain_lora(layer, "lora"):
+                raise UserError(f"{file} is more than B A at {name} (DoRA, or a bias): choose a plain LoRA")
+            factors[name] = layer.lora_A["lora"], layer.lora_B["lora"].weight.data, layer.scaling["lora"]
+    return factors
+
+
 def add_cm(denoiser: Denoiser, cm: str, strength: float = 1.0) -> None:
     """Wraps the layers that the LoRA file, folder or hub id `cm` has factors for (`strength`, scale and alpha inside B). UserError
-    as above, if none of its layers is in the network, or if it is more than B A (DoRA, biases)."""
-    from peft.tuners.lora import LoraLayer  # slow
-
-    family = denoiser.family
-    pipeline, where = family.pipeline(), cm
-    options = {"use_safetensors": True, "return_lora_metadata": True, "return_alphas": True, "unet_config": denoiser.net.config}
+    as above, if none of its layers is in the network, or if it is more than B A."""
+    net, part, where, options = denoiser.net, denoiser.family.part, cm, {}
     if not Path(cm).exists() and cm.count("/") > 1 and not cm.startswith(("/", ".")):  # a file of a hub id
         owner, repository, options["weight_name"] = cm.split("/", 2)
         where = f"{owner}/{repository}"
     with loading_errors("the consistency LoRA", where):
-        state, alphas, about = pipeline.lora_state_dict(where, **options)
-        if not any(k.startswith(family.part) for k in state):
-            raise UserError(f"{cm} has no LoRA for a {family.part}: choose another --cm")
-        load = getattr(pipeline, f"load_lora_into_{family.part}")
-        load(state, alphas, denoiser.net, adapter_name="cm", metadata=about)
-    found = {k: v for k, v in denoiser.net.named_modules() if isinstance(v, LoraLayer)}
-    if not found:
+        state, about = read_lora(net, where, **options)
+        if not any(k.startswith(part) for k in state):
+            raise UserError(f"{cm} has no LoRA for a {part}: choose another --cm")
+        factors = lora_factors(net, state, about, cm)
+    if not factors:
         raise UserError(f"{cm} fits no layer of {denoiser.base or denoiser.family.name}: choose another --cm or --teacher")
-    if other := next((k for k, v in found.items() if not is_plain_lora(v, "cm")), None):
-        raise UserError(f"{cm} is more than B A at {other} (DoRA, or a bias): choose a plain LoRA as --cm")
-    for name, layer in found.items():
-        A, B, scale = layer.lora_A["cm"].weight, layer.lora_B["cm"].weight, layer.scaling["cm"]
-        denoiser.net.set_submodule(name, LoRA.of(layer.get_base_layer(), A.float(), B.float() * scale * strength))
-    denoiser.net.peft_config, denoiser.net._hf_peft_config_loaded = {}, False
+    for name, (A, B, scale) in factors.items():
+        layer = net.get_submodule(name)
+        A, B = A.weight.to(layer.weight.dtype), B.to(layer.weight.dtype)  # as PEFT holds them
+        net.set_submodule(name, LoRA.of(layer, A.float(), B.float() * scale * strength))
     denoiser.requires_grad_(False)
 
 
@@ -321,10 +329,9 @@ def load_embedded_cm(name: str, teacher: str = "", cm: str = "") -> Denoiser:
     tensors, _ = files.read_tensors(path, f"make it with `python train.py --model {name} --bits 16`")
     try:
         add_lora(denoiser, max((v.shape[1] for k, v in tensors.items() if k.endswith("lora_B")), default=1))
-        if missing := denoiser.net.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False).unexpected_keys:
-            raise RuntimeError(missing)
         if tensors.keys() != {k for k in denoiser.net.state_dict() if "lora_" in k}:
             raise RuntimeError("layers are missing")
+        denoiser.net.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
     except RuntimeError:
         raise UserError(f"{path} holds no consistency LoRA of {name}: choose another --cm or --model") from None
     return denoiser.eval().requires_grad_(False)
@@ -371,7 +378,7 @@ def _open_network(cfg, dtype: torch.dtype) -> Denoiser:
     return denoiser
 
 
-def place(network: Denoiser, device: str, offload: bool, shard: bool) -> Denoiser:
+def place(network: Denoiser, device: str, offload: bool, shard: bool) -> None:
     """Where a frozen network's weights are: on the device; in main memory, coming layer by layer (`offload`); or a part on
     every process of the torchrun (`shard`, FSDP2), blocks gathered when they are used."""
     if shard:
@@ -379,13 +386,6 @@ def place(network: Denoiser, device: str, offload: bool, shard: bool) -> Denoise
             fully_shard(block)
         fully_shard(network.net)
     elif offload and device != "cpu":
-        apply_group_offloading(
-            network.to("cpu").net,
-            torch.device(device),
-            offload_device=torch.device("cpu"),
-            offload_type="leaf_level",
-            use_stream=True,
-        )
+        apply_group_offloading(network.to("cpu").net, torch.device(device), offload_type="leaf_level", use_stream=True)
     else:
         network.to(device)
-    return network
