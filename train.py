@@ -459,7 +459,9 @@ def train_student(cfg: Config, out: Path) -> None:
         sample.closing_pictures(out, network.to("cpu", FAST), config)
         evaluate.closing_report(out, network, config)
     if leader and not cfg.embedded:
-        pipeline.finish(out, cfg.export)
+        pipeline.write_card(out)
+    if leader and cfg.export == "lora":
+        pipeline.export_lora(out, out / "lora.safetensors")
 
 
 def train_cm(cfg: Config, out: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench kernels             every shape, every implementation that is installed (five minutes)
     python -m benchmarks.bench kernels --quick     two shapes, under a minute
-    python -m benchmarks.bench kernels --json rows.json --plot benchmarks/kernels.png
+    python -m benchmarks.bench kernels --json rows.json
     python -m benchmarks.bench model --model sdxl  a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
                                                    tiny also 4 steps against the teacher's 20 guided ones, and throughput
     python -m benchmarks.bench train               an update of training, W4A4 against a LoRA of the 16-bit network
@@ -307,37 +307,12 @@ def table(rows: list[dict], mine: str = "ours", base: str = "bf16", corner: str 
     return markdown(*lines)
 
 
-def plot(rows: list[dict], file: str) -> None:
-    """Speed relative to bf16, one group of bars per shape."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    shapes, names = pivot(rows), list(dict.fromkeys(row["impl"] for row in rows))
-    figure = Figure(figsize=(max(8, 1.3 * len(shapes)), 4), layout="tight")
-    axis, width = figure.subplots(), 0.8 / len(names)
-    for k, name in enumerate(names):
-        speeds = [at["bf16"]["median_ms"] / at[name]["median_ms"] if name in at else 0 for at in shapes.values()]
-        color = "black" if name == "ours" else colormaps["tab20"](k)
-        axis.bar([s + k * width for s in range(len(shapes))], speeds, width, label=name, color=color)
-    axis.axhline(1, color="black", linewidth=0.5)
-    axis.set_xticks([s + 0.4 for s in range(len(shapes))], [what.replace(" x ", "x") for what in shapes], fontsize=7)
-    axis.set_ylabel("times as fast as bf16")
-    axis.legend(fontsize=7, ncols=4)
-    figure.savefig(file, dpi=150)
-
-
 def bench_kernels(args: argparse.Namespace) -> Iterator[list[dict]]:
     cuda = args.device == "cuda"
-    implementations = CUDA if cuda else CPU
-    names = args.impl.split(",") if args.impl else list(implementations)
-    if unknown := [name for name in names if name not in implementations]:
-        raise UserError(f"no implementation {', '.join(unknown)}: choose from {', '.join(implementations)}")
     for model, kind, M, K, N in QUICK if args.quick else SDXL + (FLUX if cuda else FLUX_CPU):
-        if args.only in model:
-            print(f"{model} {kind} {M} x {K} x {N}", file=sys.stderr)
-            torch.compiler.reset()
-            layer = Layer(kind, M, K, N, args.device)
-            yield measure(layer, {name: implementations[name] for name in names}, args.rounds, cuda)
+        print(f"{model} {kind} {M} x {K} x {N}", file=sys.stderr)
+        torch.compiler.reset()
+        yield measure(Layer(kind, M, K, N, args.device), CUDA if cuda else CPU, args.rounds, cuda)
 
 
 def fill(module: nn.Module, device: str) -> nn.Module:
@@ -525,37 +500,14 @@ def costs_table(rows: list[dict]) -> list[str]:
     return [*table(rows), "", *markdown(["exponent, for the rank ms", "ours", "bf16"], *slopes)]
 
 
-def curve(rows: list[dict], sweep: str, name: str) -> tuple[list[float], list[float]]:
-    """Sizes and times in ms of an implementation at the points that both sides have (memory may not have sufficed)."""
-    found = [at[name] for at in pivot(row for row in rows if row["sweep"] == sweep).values() if len(at) == 2]
-    return [row["size"] for row in found], [row["median_ms"] for row in found]
-
-
 def slope(rows: list[dict], sweep: str, name: str) -> float:
-    """Least-squares slope of a curve, of its logarithms but for the rank; NaN of fewer than two points."""
-    x, y = curve(rows, sweep, name)
+    """Least-squares slope of an implementation's ms over the sizes that both sides have (memory may not have sufficed), of their
+    logarithms but for the rank; NaN of fewer than two points."""
+    found = [at[name] for at in pivot(row for row in rows if row["sweep"] == sweep).values() if len(at) == 2]
+    x, y = [row["size"] for row in found], [row["median_ms"] for row in found]
     if sweep != "rank":
         x, y = [math.log(v) for v in x], [math.log(v) for v in y]
     return statistics.linear_regression(x, y).slope if len(x) > 1 else math.nan
-
-
-def plot_costs(rows: list[dict], file: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(SWEEPS), 3.5), layout="tight")
-    for axis, sweep in zip(figure.subplots(1, len(SWEEPS)), SWEEPS, strict=True):
-        for name in ("bf16", "ours"):
-            value = slope(rows, sweep, name)
-            label = f"{name}, {value:.3f} ms a rank" if sweep == "rank" else f"{name}, exponent {value:.2f}"
-            axis.plot(*curve(rows, sweep, name), marker="o", label=label)
-        if sweep == "rank":
-            axis.set_ylim(bottom=0)
-        else:
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-        axis.set(xlabel=sweep, ylabel="ms")
-        axis.legend(fontsize=7)
-    figure.savefig(file, dpi=150)
 
 
 def bench_train(args: argparse.Namespace) -> Iterator[list[dict]]:
@@ -602,11 +554,11 @@ def about(args: argparse.Namespace) -> str:
     return "; ".join(filter(None, [", ".join(flags), device, end]))
 
 
-COMMANDS = {  # -> what yields rows, their table, their picture
-    "kernels": (bench_kernels, table, plot),
-    "model": (bench_model, model_table, None),
-    "train": (bench_train, functools.partial(table, mine="W4A4", base="fp LoRA", corner=""), None),
-    "costs": (bench_costs, costs_table, plot_costs),
+COMMANDS = {  # -> what yields rows, and their table
+    "kernels": (bench_kernels, table),
+    "model": (bench_model, model_table),
+    "train": (bench_train, functools.partial(table, mine="W4A4", base="fp LoRA", corner="")),
+    "costs": (bench_costs, costs_table),
 }
 
 
@@ -614,21 +566,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     clis = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS}
-    for name, (_, _, draw) in COMMANDS.items():
-        cli = clis[name]
-        cli.set_defaults(plot="", lora_bits=16)
+    for name, cli in clis.items():
+        cli.set_defaults(lora_bits=16)
         cli.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
         cli.add_argument("--rounds", type=int, default=11)
         cli.add_argument("--json", default="", help="file for the rows")
-        if draw:
-            cli.add_argument("--plot", metavar="PNG")
         if name in ("model", "train"):
             cli.add_argument("--model", choices=tuple(FAMILIES), default="tiny")
             cli.add_argument("--rank", type=int, default=16)
-    cli = clis["kernels"]
-    cli.add_argument("--only", choices=("", "sdxl", "flux"), default="", help="shapes of one model")
-    cli.add_argument("--impl", default="", help="implementations, by name, with commas")
-    cli.add_argument("--quick", action="store_true")
+    clis["kernels"].add_argument("--quick", action="store_true")
     cli = clis["model"]
     cli.add_argument("--lora-bits", type=int, choices=(8, 16), help="8: the form of SDXL's and FLUX's checkpoints")
     cli.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, as CUDA graphs")
@@ -640,14 +586,12 @@ def main(argv: list[str]) -> list:
     args, rows = arguments(argv), []
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device: run kernels, model or costs with --device cpu")
-    measured, tabulate, draw = COMMANDS[args.command]
+    measured, tabulate = COMMANDS[args.command]
     for some in measured(args):
         rows += some
         if args.json:  # so far: a part that is stopped leaves what it measured
             Path(args.json).write_text(json.dumps(rows, indent=1))
     print("\n".join([*(tabulate(rows) if rows else []), "", about(args)]))
-    if args.plot:
-        draw(rows, args.plot)
     return rows
 
 

@@ -17,35 +17,7 @@ from models.family import FAMILIES, family_of
 from run import files
 from run.common import UserError
 
-CARD = """---
-{front}
----
-
-# {title}
-
-A few-step consistency model with 4-bit weights and 4-bit activations, made with CMQuant from {base}.
-
-- **Method.** Distilled while it was quantized (TDPT: targets by stage of the trajectory); the LoRA beside the packed
-  weights starts from a Hessian-guided split of each weight (HGS-LoRA) with ranks by layer (QRA). Pictures in 1 to {steps} steps.
-- **Base and licence.** {base}. Its licence holds for these weights too: {licence}.
-- **Number format.** Two-level INT4: weight = scale[row] * multiplier[row, group] * code, codes -8..7, multipliers 1..16, {groups};
-  activations the same way, at run time. {kinds}, the first and last ones 16 bit. Computed as one int8 product with int32 sums.
-- **Memory.** {mb:.1f} MB of the {network} on disk, {ratio:.1%} of its {twin_mb:.1f} MB in bfloat16.
-{metrics}
-## Use
-
-With CMQuant's files on the Python path:
-
-```python
-{imports}
-
-pipe = {load}
-image = pipe("a large red house", num_inference_steps={steps}, {size}guidance_scale={guidance}).images[0]
-image.save("picture.png")
-```
-
-The first call on a CPU compiles the kernels (20 seconds).
-"""
+CARD = (files.ASSETS / "card.md").read_text()
 
 
 def read_run(folder: Path) -> dict:

@@ -95,7 +95,7 @@ def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lor
 
     tensors = {k: stored(k, v) for k, v in student.state_dict().items()}
     files.write_tensors(out / "model.safetensors", tensors, {"format": files.FORMAT}, files.run_digest(out))
-    files.write_config(out, files.read_config(out) | {"layers": table, "network": network_of(student)})
+    files.write_json(out / "config.json", files.read_config(out) | {"layers": table, "network": network_of(student)})
 
 
 def load_checkpoint(folder: str | Path) -> tuple[Denoiser, dict]:

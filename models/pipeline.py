@@ -336,13 +336,6 @@ def save_pipeline(pipe, out: str | Path) -> None:
         raise UserError(f"cannot write {out} ({error.strerror or error}): choose another --out, or free some space") from None
 
 
-def finish(out: Path, export: str) -> None:
-    """What a run on a model with public weights leaves beside its weights: the card, and what --export asks for."""
-    write_card(out)
-    if export == "lora":
-        export_lora(out, out / "lora.safetensors")
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m models.pipeline", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter

@@ -254,14 +254,17 @@ def read_lora(net: nn.Module, file: str | dict, **options) -> tuple[dict, dict]:
 
 def lora_factors(net: nn.Module, state: dict, about: dict, file: str) -> dict[str, tuple[nn.Module, torch.Tensor, float]]:
     """Layer of the denoiser `net` -> (PEFT's layer A with the geometry of that layer, weight of B, scale), from read_lora's answer.
-    diffusers and PEFT find names, ranks and scales on a twin. UserError if `file` is more than B A (DoRA, biases)."""
+    diffusers and PEFT find names, ranks and scales on a twin. UserError if `file` is more than B A (DoRA, biases), or less."""
     twin, factors = weightless(net), {}
     twin.load_lora_adapter(state, family_of_network(net).part, adapter_name="lora", low_cpu_mem_usage=True, **about)
     for name, layer in twin.named_modules():
         if "lora" in getattr(layer, "lora_A", {}):
             if not is_plain_lora(layer, "lora"):
                 raise UserError(f"{file} is more than B A at {name} (DoRA, or a bias): choose a plain LoRA")
-            factors[name] = layer.lora_A["lora"], layer.lora_B["lora"].weight.data, layer.scaling["lora"]
+            A, B = layer.lora_A["lora"], layer.lora_B["lora"].weight.data
+            if A.weight.is_meta or B.is_meta:
+                raise UserError(f"{file} lacks A or B of {name}: copy it again, or choose another LoRA")
+            factors[name] = A, B, layer.scaling["lora"]
     return factors
 
 

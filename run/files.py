@@ -221,7 +221,7 @@ def open_run(out: Path, config: dict, leader: bool, may_change: Set[str] = froze
         git, commit = ["git", "rev-parse", "--short", "HEAD"], ""
         with contextlib.suppress(OSError):  # no git on this machine
             commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip()
-        write_config(out, {"format": FORMAT, "config": config, "torch": torch.__version__, "commit": commit})
+        write_json(out / "config.json", {"format": FORMAT, "config": config, "torch": torch.__version__, "commit": commit})
     wait_for_all()  # from here on every process finds a good config.json
     if not (out / "config.json").is_file():
         where = f"process {process_index()} does not see {out.absolute()}"
@@ -237,10 +237,6 @@ def write_json(path: Path, about: dict) -> None:
     with atomic(path) as file:
         file.write_text(json.dumps({"sha256": EMPTY} | about | {"sha256": EMPTY}, indent=1))
         seal(file)
-
-
-def write_config(out: Path, about: dict) -> None:
-    write_json(out / "config.json", about)
 
 
 def read_config(folder: Path) -> dict:

@@ -107,8 +107,9 @@ def sweep(name, sizes, ms):
 def test_a_point_that_one_side_lacks_is_left_out():
     """Catches a sweep of half an hour that is lost because memory did not suffice for one of its points."""
     rows = sweep("rank", (0, 8, 16, 32), lambda r: 1 + 10 * r)
-    del rows[5]
-    assert bench.curve(rows, "rank", "bf16") == ([0, 8, 32], [1, 81, 321]) and bench.curve(rows, "rank", "ours")[0] == [0, 8, 32]
+    del rows[5]  # ours at rank 16
+    rows[4]["median_ms"] = 1e6
+    assert all(abs(bench.slope(rows, "rank", name) - 10) < 1e-9 for name in ("bf16", "ours"))
     assert bench.ratio(bench.pivot(rows)["16"], "bf16", "ours") == "-"
 
 

@@ -617,7 +617,7 @@ def test_a_full_disk_is_one_sentence_for_every_writer_and_loses_nothing(tmp_path
         else:
             patch.setattr(Path, "write_text", no_space)
         if writer == "configuration":
-            files.write_config(tmp_path, files.read_config(tmp_path))
+            files.write_json(tmp_path / "config.json", files.read_config(tmp_path))
         elif writer in ("pictures", "report"):
             if writer == "pictures":
                 patch.setattr(os, "fsync", no_space)

@@ -53,7 +53,7 @@ def write_run(folder: Path, name: str, base: Path) -> Path:
     denoiser.net = net
     folder.mkdir()
     config = dataclasses.asdict(train.Config()) | {"backend": "eager"}
-    files.write_config(folder, {"format": files.FORMAT, "config": config})
+    files.write_json(folder / "config.json", {"format": files.FORMAT, "config": config})
     checkpoint.save_start(folder, denoiser, table)
     for _, layer in packed_layers(net):
         if layer.rank:
@@ -203,7 +203,7 @@ def test_a_run_of_a_gpu_takes_the_kernels_of_a_cpu(runs, tmp_path):
     about = files.read_config(runs["flux"])
     for stored, used in (("compile", "native"), ("eager", "eager"), ("native", "native")):
         (folder := tmp_path / stored).mkdir()
-        files.write_config(folder, about | {"config": about["config"] | {"backend": stored}})
+        files.write_json(folder / "config.json", about | {"config": about["config"] | {"backend": stored}})
         run = files.run_digest(folder)
         files.write_tensors(folder / "model.safetensors", *files.read_verified(runs["flux"] / "model.safetensors", ""), run)
         layers = [layer for _, layer in packed_layers(load(folder).transformer)]
@@ -463,7 +463,7 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
         folder.mkdir()
         about = files.read_config(runs["sdxl"])
         about["network"]["base"] = base
-        files.write_config(folder, about)
+        files.write_json(folder / "config.json", about)
         (folder / "model.safetensors").symlink_to(runs["sdxl"] / "model.safetensors")
         (folder / "report.json").write_text(json.dumps({"steps": 4, "n": 256, "snr": 24.5, "w4a4": {"psnr": 31.25}}))
         text = pipeline.write_card(folder).read_text()
@@ -518,11 +518,11 @@ def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases,
     about = files.read_config(runs["flux"])
     real = tmp_path / "real"
     real.mkdir()
-    files.write_config(real, about | {"config": about["config"] | {"model": "flux"}})
+    files.write_json(real / "config.json", about | {"config": about["config"] | {"model": "flux"}})
     longer, none = ({k: row | {"rank": rank} for k, row in about["layers"].items()} for rank in (9, 0))
     for folder, change in ((broken, {"layers": longer}), (merged, {"layers": none}), (tiny, {"network": "tiny-flux"})):
         folder.mkdir()
-        files.write_config(folder, about | change)
+        files.write_json(folder / "config.json", about | change)
         (folder / "model.safetensors").symlink_to(runs["flux"] / "model.safetensors")
     cases = {
         r"hf download black-forest-labs/FLUX\.1-dev": lambda: load(runs["flux"], base="black-forest-labs/FLUX.1-dev"),

@@ -121,6 +121,20 @@ def test_schnell_s_teacher_has_no_classifier_free_guidance(bases, tmp_path, monk
     assert weights == [(1.0, {})]
 
 
+@pytest.mark.parametrize("factor", "AB")
+def test_a_lora_that_lacks_a_factor_is_refused(bases, tmp_path, factor):
+    """Catches a layer of the consistency model that stays on the meta device."""
+    network = pretrained.load_network("sdxl", str(bases["sdxl"]), dtype=torch.float32)
+    pretrained.random_cm(network)
+    pretrained.save_cm(tmp_path / "cm.safetensors", network)
+    tensors = load_file(tmp_path / "cm.safetensors")
+    lost = next(key for key in tensors if key.endswith(f"lora_{factor}.weight"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, tmp_path / "cm.safetensors")
+    network = pretrained.load_network("sdxl", str(bases["sdxl"]), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"lacks A or B of|could not be read"):
+        pretrained.add_cm(network, str(tmp_path / "cm.safetensors"))
+
+
 @pytest.mark.parametrize("part, lacks", [("unet", "mid_block.attentions"), ("vae", "decoder.mid_block")])
 def test_files_that_lack_weights_are_refused(bases, tmp_path, part, lacks):
     """Catches layers that stay on the meta device until something far away copies them."""

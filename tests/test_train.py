@@ -586,7 +586,7 @@ def as_format_3(folder: Path) -> dict:
     known = {k: v for k, v in about["config"].items() if not k.startswith("rank_")}
     former = {new: old for old, new in files.RENAMED.items()}
     config = {former.get(k, k): v for k, v in known.items()} | {"split": 0.5}
-    files.write_config(folder, about | {"format": 3, "config": config})
+    files.write_json(folder / "config.json", about | {"format": 3, "config": config})
     for name in ("start", "state"):  # the state names the checksum of its start
         tensors, info = files.read_tensors(folder / f"{name}.safetensors", "")
         about = {k: v for k, v in info.items() if k not in ("sha256", "file", "run")}
