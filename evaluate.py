@@ -1,7 +1,6 @@
 """Quality on the procedural scenes: Frechet distance, prompt accuracy, PSNR to the full-precision consistency model.
 
     python evaluate.py --checkpoint runs/tiny --steps 4 --n 2048 --seed 1234 --json q.json
-    python evaluate.py --train-classifier assets/classifier.safetensors          makes the classifier that ships
 
     Frechet    |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) in 128 features of a small classifier, torchmetrics' implementation,
                against 4,096 rendered scenes of other seeds (train.py's last lines: 2,048). No relation to Inception FID: compare
@@ -17,11 +16,9 @@ Key: B pictures, P = 5 places, 4 attributes of an object.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
@@ -83,36 +80,8 @@ def all_right(classifier: SceneClassifier, features: torch.Tensor, scene: dict[s
     return torch.cat([(logits.argmax(-1) == at) | (at == -1) for logits, at in pairs], 1).all(1)
 
 
-def classifier_loss(classifier: SceneClassifier, pictures: torch.Tensor, scene: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of cross-entropies over attributes."""
-    pairs = zip(classifier.heads(classifier(pictures)), truth(scene), strict=True)
-    return sum(F.cross_entropy(logits.flatten(0, 1), at.flatten(), ignore_index=-1) for logits, at in pairs)
-
-
-def train_classifier(path: Path, steps: int = 3000, batch: int = 128, lr: float = 2e-3) -> None:
-    """The shipped classifier; a little noise in training, so that it reads shapes and not the renderer's exact pixels."""
-    torch.manual_seed(0)
-    classifier = SceneClassifier()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
-    for step in tqdm(range(steps)):
-        gen = step_generator(7, step)
-        scene = scenes.random_scenes(batch, gen)
-        pictures = scenes.render(scene, gen)
-        pictures += 0.03 * torch.randn(pictures.shape, generator=gen) * torch.rand(batch, 1, 1, 1, generator=gen)
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.autocast("cpu", torch.bfloat16, enabled=FAST == torch.bfloat16):
-            loss = classifier_loss(classifier, pictures, scene)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    accuracy, _ = real_pictures(classifier.eval())
-    info = {"command": f"python evaluate.py --train-classifier {path.name}", "seed": 0, "accuracy_on_real": accuracy}
-    files.write_tensors(path, {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}, info)
-    print(f"prompt accuracy on real pictures {accuracy:.4f}")
-
-
 def load_classifier(path: Path = files.ASSETS / "classifier.safetensors") -> SceneClassifier:
-    tensors, _ = files.read_tensors(path, f"make it with `python evaluate.py --train-classifier {path}`")
+    tensors, _ = files.read_tensors(path, "make it with `python -m benchmarks.classifier`")
     classifier = SceneClassifier()
     classifier.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     return classifier.eval().requires_grad_(False)
@@ -267,11 +236,7 @@ def main(argv: list[str]) -> None:
     which = "rows of the guided teacher: 25 steps and --steps, --steps alone, none"
     parser.add_argument("--teacher", choices=("both", "same", "none"), default="both", help=which)
     parser.add_argument("--fp-pictures", default="", metavar="FILE", help="keep the fp model's pictures for the next checkpoint")
-    parser.add_argument("--train-classifier", default="", metavar="FILE", help="train the classifier and stop")
     args = parser.parse_args(argv)
-    if args.train_classifier:
-        train_classifier(Path(args.train_classifier))
-        return
     if args.seed < 0:
         raise UserError(f"--seed must be at least 0, got {args.seed}")
     if args.n < 256:

@@ -163,6 +163,16 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
 )  # fmt: skip
 
 
+def presets(cfg: Config) -> dict:
+    """What PRESETS set where a command names no more than the model, stage, bits and recipe of `cfg`."""
+    suffix = "-teacher" if cfg.stage == "teacher" else "-cm" if cfg.bits == 16 else ""
+    values = {"out": f"runs/{cfg.model}{suffix}"}
+    for where, more in PRESETS:
+        if all(getattr(cfg, name) in wanted for name, wanted in where.items()):
+            values |= more
+    return values
+
+
 def parse(argv: list[str]) -> Config:
     """Defaults < PRESETS < command line. Unknown flags and abbreviations are refused with exit code 2."""
     layout = argparse.RawTextHelpFormatter
@@ -176,13 +186,7 @@ def parse(argv: list[str]) -> Config:
             about |= {"type": f.metadata.get("type", f.type), "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **about)
     given = vars(parser.parse_args(argv))
-    chosen = {f.name: f.default for f in dataclasses.fields(Config)} | given
-    suffix = "-teacher" if chosen["stage"] == "teacher" else "-cm" if chosen["bits"] == 16 else ""
-    preset = {"out": f"runs/{chosen['model']}{suffix}"}
-    for where, values in PRESETS:
-        if all(chosen[name] in wanted for name, wanted in where.items()):
-            preset |= values
-    return Config(**(preset | given))
+    return Config(**(presets(Config(**given)) | given))
 
 
 def require(right: bool, message: str) -> None:
@@ -497,6 +501,11 @@ def save_weights(cfg: Config, path: Path, tensors: dict[str, Tensor], network: D
     print(f"weights: {path}")
 
 
+def defaults(cfg: Config) -> dict:
+    """What a run has in the fields that its config.json lacks, since they are younger than it."""
+    return dataclasses.asdict(Config(**presets(cfg)))
+
+
 def stored(cfg: Config) -> dict:
     """What config.json keeps of a configuration, with a fingerprint of the files that the run starts from. A folder may move."""
     weights = files.fingerprint(cfg.teacher, cfg.cm, cfg.components)
@@ -513,7 +522,7 @@ def train_own_cm(argv: list[str], cfg: Config) -> Config:
         flags += ["--cache", f"{Path(cfg.cache)}-cm"]
     argv = [*argv, *flags, "--cm", "", "--export", "", "--out", str(out)]
     if path.exists():
-        files.refuse_another(out, stored(parse(argv)), MAY_CHANGE)
+        files.refuse_another(out, stored(parse(argv)), MAY_CHANGE, defaults(parse(argv)))
     else:
         main(argv)
     return dataclasses.replace(cfg, cm=str(path), cm_scale=1.0)
@@ -530,7 +539,7 @@ def main(argv: list[str]) -> None:
     began, out = time.time(), Path(cfg.out)
     if cfg.cm == "self":
         cfg = train_own_cm(argv, cfg)
-    files.open_run(out, stored(cfg), leader=process_index() == 0, may_change=MAY_CHANGE)
+    files.open_run(out, stored(cfg), leader=process_index() == 0, may_change=MAY_CHANGE, defaults=defaults(cfg))
     if not cfg.embedded:
         cfg = plan.planned(cfg)
     train = train_teacher if cfg.stage == "teacher" else train_cm if cfg.bits == 16 else train_student

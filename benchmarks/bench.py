@@ -12,7 +12,7 @@
 One process, the same tensors for all: rounds in which every implementation runs once, in random order, after a warm-up that also
 pays for compilation (`compile_s` of --json). Median and quartiles over rounds. Ours includes quantizing the activations,
 unpacking the weight and a branch of rank 32; bf16 has no branch. Peers: pip install -r requirements-bench.txt; what is missing
-or refuses a shape is named, and the table goes on without it. (gemlite, for CUDA, is not in that file: it is built from source.)
+or refuses a shape is named, and the table goes on without it.
 
     gops      2 M K N / median, the branch not counted (in --json)
     ceiling   the int8 product alone, int8 operands at hand and int32 output (`int8_ceiling`): its share is ours / ceiling
@@ -159,18 +159,6 @@ def bitsandbytes(layer: Layer) -> Callable:
     return functools.partial(module.to(layer.x.device), layer.x)
 
 
-def gemlite(layer: Layer) -> Callable:
-    """Weights on a uint4 grid with a scale for 64, activations float8."""
-    from gemlite.helper import A8W4_HQQ_INT_dynamic
-
-    w_NGg = layer.linear().weight.unflatten(1, (-1, 64))
-    scale_NG = w_NGg.abs().amax(-1) / 7.5
-    codes_NK = (w_NGg / scale_NG[..., None] + 8).round().clamp(0, 15).to(torch.uint8).flatten(1)
-    grid = codes_NK, scale_NG.flatten()[:, None], torch.full_like(scale_NG, 8).flatten()[:, None], layer.float.bias
-    module = A8W4_HQQ_INT_dynamic(device=str(layer.x.device), dtype=DTYPE).from_weights(*grid)
-    return functools.partial(module, layer.x)
-
-
 CPU = {
     "bf16": lambda layer: functools.partial(layer.float, layer.x),
     "bf16_compiled": lambda layer: functools.partial(torch.compile(layer.float), layer.x),
@@ -189,7 +177,6 @@ CPU = {
 CUDA = {k: v for k, v in CPU.items() if k not in ("sdnq_uint4_openvino", "torchao_int4")} | {
     "torchao_int4": lambda layer: torchao(layer, lambda q: q.Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d")),
     "torchao_fp8": lambda layer: torchao(layer, lambda q: q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow())),
-    "gemlite_a8w4": gemlite,
 }
 
 

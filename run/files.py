@@ -186,20 +186,19 @@ def fingerprint(*paths: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_another(out: Path, config: dict, may_change: Set[str]) -> None:
+def refuse_another(out: Path, config: dict, may_change: Set[str] = frozenset(), defaults: dict | None = None) -> None:
     """UserError if the run in `out` cannot go on as `config`, in fields other than those of may_change. DamagedConfig as
-    read_config. Fields that the run does not know (it is of an older version) are no difference."""
-    old = read_config(out)["config"]
+    read_config. A field that the run does not know, since it is of an older version, had its value in `defaults` there."""
+    old = (defaults or {}) | read_config(out)["config"]
     asked = {k for k in config.keys() & old.keys() - may_change if str(old[k]) != str(config[k])}  # 0.5 was a number once
     moved = {k for k in ("teacher", "cm", "components") if config.get(k) and Path(config[k]).exists()}  # "files of .." has these
     if changed := sorted(asked - moved):
         raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
 
 
-def open_run(out: Path, config: dict, leader: bool, may_change: Set[str] = frozenset()) -> None:
-    """Make sure that `out` can be written before anything costly, and that it is no other configuration's. UserError if not.
-
-    may_change: fields with which a run that has begun may go on at other values."""
+def open_run(out: Path, config: dict, leader: bool, **known) -> None:
+    """Make sure that `out` can be written before anything costly, and that it is no other configuration's, by refuse_another with
+    the arguments `known`. UserError if not."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if leader:
@@ -209,15 +208,15 @@ def open_run(out: Path, config: dict, leader: bool, may_change: Set[str] = froze
                 probe.write(bytes(64 << 20))  # room for a state
     except OSError as error:
         raise UserError(f"cannot write to the run folder {out} ({error.strerror}): choose another --out or free 64 MB") from None
-    known = any((out / f"{name}.safetensors").exists() for name in ("start", "state", "state-previous", "model"))
-    if known:
+    begun = any((out / f"{name}.safetensors").exists() for name in ("start", "state", "state-previous", "model"))
+    if begun:
         try:
-            refuse_another(out, config, may_change)
+            refuse_another(out, config, **known)
         except DamagedConfig:  # all of it can be had again; if it was another configuration's, the other files know
-            known = False
+            begun = False
             if leader:
                 print(f"{out}/config.json is missing or damaged: it is written again")
-    if not known and leader:
+    if not begun and leader:
         git, commit = ["git", "rev-parse", "--short", "HEAD"], ""
         with contextlib.suppress(OSError):  # no git on this machine
             commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip()

@@ -20,7 +20,7 @@ from benchmarks.tables import MARKED, ROOT, TABLES, include, pages
 
 PAGES = [*pages(), *sorted((ROOT / "benchmarks").glob("*.md"))]
 SCRIPTS = (
-    "train", "sample", "evaluate", "models.pipeline", "benchmarks.quality", "benchmarks.initialisation",
+    "train", "sample", "evaluate", "models.pipeline", "benchmarks.quality", "benchmarks.initialisation", "benchmarks.classifier",
     "benchmarks.faults", "benchmarks.bench kernels", "benchmarks.bench model", "benchmarks.bench costs", "benchmarks.bench train",
 )  # fmt: skip
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")

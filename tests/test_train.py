@@ -613,6 +613,8 @@ def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, fi
     checkpoint.load_checkpoint(old)
     with pytest.raises(UserError, match="another sampling_steps: choose another --out"):
         run(weights, old, "--sampling-steps 1")
+    with pytest.raises(UserError, match="another rank_least: choose another --out"):  # that version had no such flag
+        run(weights, old, "--rank-least 0")
 
 
 def test_a_run_goes_on_with_less_at_a_time(weights, finished, without_report, tmp_path, monkeypatch):
