@@ -384,7 +384,7 @@ def slices(
 
 
 def least_bytes(shapes: list[tuple[int, int]], gradients: bool) -> int:
-    """What layers of `shapes` (O, K) need at least for statistics and factors together: `Slices` gets half of it as its budget,
+    """What layers of `shapes` (O, K) need at least for statistics and factors together: `slices` gets half of it as its budget,
     and that must hold the float64 sum, H or (with `gradients`) G, of the widest layer."""
     return 16 * max(max(O, K) if gradients else K for O, K in shapes) ** 2
 

@@ -22,6 +22,7 @@ and sent to the others. Which process does what changes the last bits of the sum
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,7 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
     for layer in layers:
         held = [packed.pop(layer.name, None), table.get(layer.name)]
         if process_count() > 1:
-            dist.broadcast_object_list(held, src=layer.owner)
+            dist.broadcast_object_list(held, src=layer.owner)  # fills `held` in place
         twin, table[layer.name] = held
         replace_layer(base.net, layer.name, twin)
     return base, {layer.name: table[layer.name] for layer in layers}
@@ -197,9 +198,9 @@ class Calibration:
     to. A layer has them until the next one is asked for, so that --hessian-mb is kept to (module docstring)."""
 
     def __init__(self, cfg, base: Denoiser, layers: list[Layer], cond: dict[str, Tensor], x_T: Tensor):
-        self.cfg, self.layers, self.half = cfg, {layer.name: layer for layer in layers}, cfg.hessian_mb << 19
+        self.cfg, self.layers, self.half = cfg, {layer.name: layer for layer in layers}, cfg.hessian_mb << 19  # bytes
         phases, micro = [int(K) for K in cfg.sampling_steps.split(",")], cfg.micro or 16
-        few = slice(-(-cfg.gradient_captions // process_count()) or None)
+        few = slice(math.ceil(cfg.gradient_captions / process_count()) or None)  # captions of this process for G; 0: all
         forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
         _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
         backward = backward if reads_gradients(cfg) else None

@@ -21,7 +21,7 @@ same jump is the first-order ODE step (DDIM on VP, Euler on flow): one function 
 Time.  Clean data is t = 0.  VP: integers 0..1000; t = 0 is alpha = 1, sigma = 0 exactly, t = k >= 1 is
 alphas_cumprod[k-1], where the network's own timestep is k-1.  Flow: t in [0, 1], x_t = (1-t) x0 + t eps.
 Networks are callables model(x, t, s, cond) -> prediction on *path* times (their wrapper applies `path.timestep`); s is
-where they will be taken, for networks that can be told (as in CTM), others ignore it. t and s are 1-D, one per sample,
+where they will be taken, for networks that have an input for it (as in CTM), others ignore it. t and s are 1-D, one per sample,
 on the device of the states (path.grid(n, device)).
 cond is any dict of tensors with leading batch dimension; nothing here looks inside.
 
@@ -355,11 +355,11 @@ def calibration(model, path, x_T, cond, sampling_steps, bins=4, micro=16):
                 yield from jumps(model, path, x_T[rows], {k: v[rows] for k, v in cond.items()}, path.grid(K, x_T.device))
 
     def forward(set_bin):
-        def told(x, t, s, cond):
+        def in_bins(x, t, s, cond):
             set_bin(min(bins - 1, int(bins * float(t[0]) / path.start)))
             return model(x, t, s, cond)
 
-        for _ in samplers(told, 4 * micro):
+        for _ in samplers(in_bins, 4 * micro):
             pass
 
     def backward():

@@ -158,7 +158,7 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
       "dtype": "bfloat16", "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512}),
     ({"model": PUBLIC, "stage": {"student"}, "bits": {16}}, {"lr": 1e-4, "steps": 1000}),  # LCM-LoRA's figures
     *(({"model": {name}}, family.preset) for name, family in FAMILIES.items()),
-    ({"recipe": {"cmquant"}}, {}),
+    ({"recipe": {"cmquant"}}, {}),  # the defaults; a recipe needs a row to be known
     ({"recipe": {"paper"}}, {"rollout": 0.0}),
 )  # fmt: skip
 
@@ -240,7 +240,7 @@ def validate_objective(cfg: Config) -> None:
     phases = f"--tdpt-phases {cfg.tdpt_phases} is more than the {cfg.grid} points of --grid: choose fewer"
     require(cfg.tdpt_phases <= cfg.grid, phases)
     targets, split = cfg.targets.split(","), cfg.split.split(",")
-    known = TARGETS.keys() - ({"anchor"} if cfg.bits == 16 and cfg.rollout < 1 else set())
+    known = TARGETS.keys() - ({"anchor"} if cfg.bits == 16 and cfg.rollout < 1 else set())  # rollouts alone have no targets
     names = f"--targets {cfg.targets} must name a network for each stage: {', '.join(TARGETS)} (anchor: 4 bits only)"
     require(known.issuperset(targets), names)
     stages = f"--targets {cfg.targets} makes {len(targets)} stages: --split must have {len(targets) - 1} points, each once"

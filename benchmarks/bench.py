@@ -1,6 +1,7 @@
 """Speed, memory and error of the kernels on SDXL's and FLUX's layer shapes and networks, against what a user would run instead.
 
-    python -m benchmarks.bench kernels             every shape, every implementation that is installed (five minutes)
+    python -m benchmarks.bench kernels             every shape, every implementation that is installed (five minutes for the
+                                                   11 rounds of the default)
     python -m benchmarks.bench kernels --quick     two shapes, under a minute
     python -m benchmarks.bench kernels --json rows.json
     python -m benchmarks.bench model --model sdxl  a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for
@@ -356,7 +357,7 @@ def step_inputs(denoiser: Denoiser, batch: int, device: str) -> dict:
     shapes = family.cond_shapes(denoiser.net.config, family.tokens)
     x = torch.randn(batch, *denoiser.latent, device=device, dtype=DTYPE)
     cond = {k: torch.randn(batch, *shape, device=device) for k, shape in shapes.items()}
-    if family.told_sizes:
+    if family.takes_sizes:
         cond["time_ids"] = encoders.square(FACTOR * denoiser.latent[1], batch).to(device)
     t, s = (edge.expand(batch) for edge in denoiser.path.grid(4, device)[:2])
     return {"x": x, "t": t, "s": s, "cond": cond}

@@ -3,7 +3,9 @@
 python -m benchmarks.classifier        writes assets/classifier.safetensors
 """
 
+import argparse
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,9 @@ STEPS, BATCH, RATE = 3000, 128, 2e-3
 
 def main(argv: list[str]) -> None:
     """A little noise in training, so that it reads shapes and not the renderer's exact pixels."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=files.ASSETS / "classifier.safetensors")
+    out = parser.parse_args(argv).out
     torch.manual_seed(0)
     classifier = SceneClassifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=RATE, weight_decay=0.01)
@@ -38,7 +43,7 @@ def main(argv: list[str]) -> None:
     accuracy, _ = real_pictures(classifier.eval())
     info = {"command": "python -m benchmarks.classifier", "seed": 0, "accuracy_on_real": accuracy}
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}
-    files.write_tensors(files.ASSETS / "classifier.safetensors", tensors, info)
+    files.write_tensors(out, tensors, info)
     print(f"prompt accuracy on real pictures {accuracy:.4f}")
 
 

@@ -17,10 +17,10 @@ MACHINE = f"{platform.machine()} CPU, torch {torch.__version__}"
 
 
 def parser(doc: str, out: str, n: int, what: str = "pictures of a score") -> argparse.ArgumentParser:
-    """The flags that all tables have; `what` --n counts."""
+    """The flags that all tables have. what: help of --n."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default=out, type=lambda path: Path(path).resolve(), help="folder of the runs")
-    parser.add_argument("--n", type=int, default=n, help="pictures of a score")
+    parser.add_argument("--n", type=int, default=n, help=what)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; each gets its share of the cores")
     return parser
 

@@ -1,7 +1,7 @@
 """Latents and text embeddings of models with public weights, computed once: afterwards VAE and text encoders can leave memory.
 
 Buckets. A picture goes to the size of nearest ratio among multiples of 64 whose area is at most resolution^2 (as in SDXL's list at
-1024), is scaled until it covers that size, and its middle is cut out. SDXL is told what happened:
+1024), is scaled until it covers that size, and its middle is cut out. SDXL takes as input what happened:
 
     time_ids = (original height, width, top and left of the cut in the scaled picture, height and width of the bucket)
 

@@ -146,12 +146,12 @@ def lora_layers(denoiser: Denoiser) -> dict[str, LoRA]:
 
 
 def as_teacher(denoiser: Denoiser):
-    """The teacher's function: LoRA off, destination not told."""
+    """The teacher's function: LoRA off, s not passed on."""
     return _switched(denoiser, cm=False)
 
 
 def as_cm(denoiser: Denoiser):
-    """The full-precision consistency model's function: LoRA on, destination told."""
+    """The full-precision consistency model's function: LoRA on, s passed on."""
     return _switched(denoiser, cm=True)
 
 

@@ -25,11 +25,11 @@ def square(side: int, n: int) -> torch.Tensor:
 
 
 def with_sizes(family: Family, cond: dict[str, torch.Tensor], side: int) -> dict[str, torch.Tensor]:
-    return cond | {"time_ids": square(side, len(cond["tokens"]))} if family.told_sizes else cond
+    return cond | {"time_ids": square(side, len(cond["tokens"]))} if family.takes_sizes else cond
 
 
 class Text:
-    """text(captions) -> cond on the CPU (shapes: Family.encode), with time_ids where the family is told sizes. The empty caption is
+    """text(captions) -> cond on the CPU (shapes: Family.encode), with time_ids where the family takes sizes. The empty caption is
     what the pipeline itself takes for the unconditional one."""
 
     def __init__(self, name: str, base: str, components: str = "", resolution: int = 1024, device="cpu", dtype=torch.bfloat16):

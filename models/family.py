@@ -10,7 +10,7 @@ config.json has it, without what is the default of the class), and its miniature
                          SD-Turbo, which are the same classes at another width of the text
 
 Conditioning `cond` is a dict of tensors with leading batch dimension B: tokens (B, L, D); pooled (B, D) where the network reads a
-pooled embedding; time_ids (B, 6) where it is told sizes (SDXL): original height and width, top and left of the crop, height and
+pooled embedding; time_ids (B, 6) where it takes sizes (SDXL): original height and width, top and left of the crop, height and
 width of the picture, in pixels.
 
 Layers (`precision`): what touches latents, and the MLPs that embed time and pooled text, keep 16 bits: at most 0.4% of the
@@ -68,7 +68,7 @@ class Family:
     pipeline_name: str = ""  # of the class in diffusers
     encode: Callable[..., dict] | None = None  # (pipeline, captions, device) -> cond without time_ids
     text_options: dict = field(default_factory=dict)  # of from_pretrained, where text encoders alone are wanted
-    told_sizes: bool = False  # cond has time_ids
+    takes_sizes: bool = False  # cond has time_ids
     guidance_input: Callable[[dict], float | None] = lambda config: None  # default of a network that has guidance as an input
     compare_guidance: float = 0.0  # of the base's own 25 steps in pictures that compare
     pack: Callable[..., Tensor] = lambda pipe, noise: noise  # (pipeline, noise (1, C, H, W)) -> latents as the pipeline takes them
@@ -297,7 +297,7 @@ SDXL = Family(  # SDXL base 1.0, 2.567 B parameters
     base="stabilityai/stable-diffusion-xl-base-1.0",
     pipeline_name="StableDiffusionXLPipeline",
     encode=encode_sdxl,
-    told_sizes=True,
+    takes_sizes=True,
     compare_guidance=5.0,
     cm_example="latent-consistency/lcm-lora-sdxl",
     licences={"stable-diffusion-xl": ({"license": "openrail++"}, f"CreativeML Open RAIL++-M License ({SDXL_LICENCE})")},

@@ -155,7 +155,7 @@ def example_inputs(net: nn.Module, latent: tuple[int, int, int], tokens: int, ba
     family, t = family_of_network(net), torch.ones(batch)
     shapes = family.cond_shapes(net.config, tokens)
     cond = {k: torch.zeros(batch, *shape, dtype=dtype) for k, shape in shapes.items()}
-    if family.told_sizes:
+    if family.takes_sizes:
         cond["time_ids"] = torch.zeros(batch, 6, dtype=dtype)
     scalar = family.scalar(t, t, family.guidance_input(net.config))
     return family.inputs(net.config, torch.zeros(batch, *latent, dtype=dtype), t, cond, scalar)

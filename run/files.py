@@ -190,7 +190,7 @@ def refuse_another(out: Path, config: dict, may_change: Set[str] = frozenset(), 
     """UserError if the run in `out` cannot go on as `config`, in fields other than those of may_change. DamagedConfig as
     read_config. A field that the run does not know, since it is of an older version, had its value in `defaults` there."""
     old = (defaults or {}) | read_config(out)["config"]
-    asked = {k for k in config.keys() & old.keys() - may_change if str(old[k]) != str(config[k])}  # 0.5 was a number once
+    asked = {k for k in config.keys() & old.keys() - may_change if str(old[k]) != str(config[k])}  # --split 0.5 was a number once
     moved = {k for k in ("teacher", "cm", "components") if config.get(k) and Path(config[k]).exists()}  # "files of .." has these
     if changed := sorted(asked - moved):
         raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")

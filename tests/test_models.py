@@ -93,7 +93,7 @@ def test_lora_off_is_the_teacher_and_fused_is_lora_on(name):
 
 
 @pytest.mark.parametrize("name", miniature.EMBEDDED)
-def test_only_a_told_network_depends_on_the_destination(name):
+def test_only_the_consistency_model_depends_on_the_destination(name):
     """Catches a teacher that sees s, and a consistency model that does not."""
     network = small(name)
     add_lora(network, 4)
