@@ -228,8 +228,8 @@ METHODS = {
 
 def wants_gradients(hessian: str, init: str, rank_statistics: Collection[str]) -> bool:
     """Whether G has to be collected: `hessian` asks for the Kronecker product (kron, not input), and there is a use for it in the
-    method `init` or in the spectrum that a rule for ranks reads (qra.METHODS)."""
-    return hessian == "kron" and (METHODS[init].reads_G or "spectrum" in rank_statistics)
+    method `init` or in what a rule for ranks reads (qra.METHODS)."""
+    return hessian == "kron" and (METHODS[init].reads_G or not {"spectrum", "energy"}.isdisjoint(rank_statistics))
 
 
 def decompose(

@@ -144,8 +144,10 @@ def main(argv: list[str]) -> None:
     real = (folder / "model_index.json").is_file() or isinstance(files.read_config(folder).get("network"), dict)
     prompts = args.prompt or (PIPELINE_PROMPTS if real else PROMPTS)
     image = (main_pipeline if real else main_embedded)(args, prompts)
-    with files.atomic(Path(args.out)) as file:
-        image.save(file, Image.registered_extensions()[Path(args.out).suffix.lower()])
+    try:
+        image.save(args.out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {args.out} ({error}): give --out a .png name in a folder that exists") from None
     print(f"{len(prompts)} prompts, {args.steps} steps, seed {args.seed}: {Path(args.out)}")
 
 

@@ -502,8 +502,8 @@ def save_weights(cfg: Config, path: Path, tensors: dict[str, Tensor], network: D
 
 
 def defaults(cfg: Config) -> dict:
-    """What a run has in the fields that its config.json lacks, since they are younger than it."""
-    return dataclasses.asdict(Config(**presets(cfg)))
+    """What a run has in the fields that its config.json lacks, since they are younger than it; not what depends on the machine."""
+    return {k: v for k, v in dataclasses.asdict(Config(**presets(cfg))).items() if k not in ("device", "dtype")}
 
 
 def stored(cfg: Config) -> dict:

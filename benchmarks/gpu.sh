@@ -7,7 +7,7 @@
 #   MINUTES=5 OUT=folder benchmarks/gpu.sh     how long a part may take (default 60); where rows and what is printed go
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${OUT:-benchmarks/gpu}") runs=$(mktemp -d)  # gigabytes, of which nothing is kept
+out=$(realpath -m "${OUT:-benchmarks/gpu}") runs=$(mktemp -d -p /tmp)  # gigabytes, of which nothing is kept
 trap 'rm -rf "$runs"' EXIT
 bench="-m benchmarks.bench" large="--rounds 5 --lora-bits 8"
 train="train.py --weights random --steps 20 --batch 8 --calibration 8 --eval-n 4 --data $runs/prompts.txt"
@@ -24,10 +24,11 @@ python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo
 mkdir -p "$out"
 printf "%s red houses by a river\n" {0..15} > "$runs/prompts.txt"  # our own list takes minutes
 for name in ${*:-$parts}; do
-  rows=""
-  [[ ${command[$name]} == "$bench"* ]] && rows="--device cuda --json $out/$name.json"
-  echo "## python ${command[$name]} $rows"
-  timeout "${MINUTES:-60}m" python ${command[$name]} $rows > "$out/$name.txt" 2>&1
+  rows=()
+  [[ ${command[$name]} == "$bench"* ]] && rows=(--device cuda --json "$out/$name.json")
+  echo "## python ${command[$name]} ${rows[*]}"
+  rm -f "$out/$name.json"  # of an earlier run
+  timeout -k 60 "${MINUTES:-60}m" python ${command[$name]} "${rows[@]}" > "$out/$name.txt" 2>&1
   said+="$name: exit code $? (124: out of time), $(tail -n 1 "$out/$name.txt")"$'\n'
   tail -n 40 "$out/$name.txt"
 done

@@ -132,6 +132,8 @@ def verify(path: Path, hint: str, run: str | None = None, sealed: bool = True) -
             info = json.loads((file.metadata() or {}).get("info", "{}"))
         if not checksum(path) and sealed:
             raise ValueError("it has no checksum")
+        if not isinstance(info, dict):
+            raise ValueError("what its metadata says as info is not ours")
     except (SafetensorError, OSError, ValueError) as error:
         damage = "damaged" if sealed else "not a safetensors file"
         raise UserError(f"{path} is truncated or {damage} ({error}): {hint}") from None
