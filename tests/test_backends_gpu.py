@@ -47,7 +47,8 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="this is it, or a GPU is here")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_all_of_these_in_the_interpreter(which):
     """Triton is told to interpret before it is imported, and for good: in another process."""
     if numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0" and triton.__version__ < "3.8":

@@ -491,6 +491,7 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_compiled_linear_equals_eager_bit_for_bit_with_one_graph_for_all_sizes():
     """Catches a function whose bits depend on fusion (x / c by reciprocal, fused multiply-add), recompilation per layer or rank."""
     fast, before = kernels.compiled(kernels.w4a4_linear), graphs()

@@ -103,6 +103,7 @@ def test_the_printed_table_names_every_kind_and_counts_every_layer(tables):
     assert sum(counts) == 505  # 504 layers and the rest
 
 
+@pytest.mark.slow
 def test_a_dry_run_ends_with_the_ratio(capsys):
     """Catches: a last line that a script cannot read, or that is another table's."""
     plan.dry_run(train.parse("--model tiny-flux --lora-bits 8 --micro 1 --batch 1".split()))
@@ -146,6 +147,7 @@ print(max(memory.step(net, many, True)))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("name,batch,checkpointing", [("tiny", 12, False), ("tiny-flux", 24, True)])
 def test_planned_activations_are_within_15_percent_of_resident_memory(name, batch, checkpointing):
     """Catches: storages that the simulation forgets or never frees, a batch that is extrapolated wrongly, checkpointing ignored."""
@@ -175,6 +177,7 @@ def footprint():
     )
 
 
+@pytest.mark.slow
 def test_what_stays_is_the_size_of_the_real_student_and_teacher(footprint):
     """Catches: Adam's moments or the anchor forgotten, the teacher's LoRA left in float32, a student in deployed form."""
     net = FAMILIES["tiny-flux"].build().to(torch.bfloat16)
@@ -196,6 +199,7 @@ def test_what_stays_is_the_size_of_the_real_student_and_teacher(footprint):
     assert planned.peak == sum(planned.parts.values()) and planned.moment == "train"
 
 
+@pytest.mark.slow
 def test_every_measure_that_saves_memory_does(footprint):
     """Catches: arguments that are ignored or swapped."""
 

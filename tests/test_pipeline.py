@@ -180,6 +180,7 @@ def test_a_pipeline_draws_pictures_in_bfloat16(runs):
         assert picture.size == (64, 64) and len(set(picture.get_flattened_data())) > 100
 
 
+@pytest.mark.slow
 def test_compiled_pipelines_draw_the_same_and_feel_a_style(runs, monkeypatch):
     """Catches a denoiser that torch.compile cannot take, and a style LoRA that compiled code does not see, or keeps."""
     compile, reset, resets = torch.nn.Module.compile, torch.compiler.reset, []

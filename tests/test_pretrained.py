@@ -99,6 +99,7 @@ def test_a_flux_file_without_guidance_asks_for_its_config(tmp_path):
         pretrained.load_network("flux", f"{tmp_path}/schnell.safetensors")
 
 
+@pytest.mark.slow
 def test_schnell_s_teacher_has_no_classifier_free_guidance(bases, tmp_path, monkeypatch):
     """Catches a second teacher call with an empty caption, for a network that was distilled to need none."""
     stock = diffusers.FluxPipeline.from_pretrained(bases["flux"])

@@ -14,6 +14,7 @@ DIFFS = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs" / "recipes.md").read_t
 FLAGS = {"ema": "--rollout 0 --targets ema,fp", "tails": "--ranks tails --hessian input --steps 0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_recipe_applies_touches_at_most_two_files_and_runs(name, weights, tmp_path):  # noqa: F811
     """Catches a recipe for code that has changed, and a change that needs more places than the page says."""

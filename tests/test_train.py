@@ -183,6 +183,7 @@ def undisturbed(weights, one_initialisation, tmp_path_factory) -> dict[str, Path
     return {ROLLOUTS: folder / "rollouts", TDPT: folder / "tdpt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective, call, done", [(ROLLOUTS, 2, 1), (TDPT, 2, 1), (TDPT, 0, 0)])
 def test_a_signal_between_micro_batches_gives_the_update_up(
     weights, undisturbed, without_report, tmp_path, monkeypatch, capsys, objective, call, done
@@ -237,6 +238,7 @@ def average(roles):
     return lambda *args: torch.func.functional_call(roles.student, roles.averages, args)
 
 
+@pytest.mark.slow
 def test_a_target_of_ones_own_is_a_row_and_stages_are_as_many_as_there_are_targets(weights, without_report, tmp_path, monkeypatch):
     """Catches names that are asked for where the table should be, a stage that is never reached, and an average that a resumed run
     begins anew."""
@@ -275,6 +277,7 @@ def test_lora_moved_and_nothing_else(finished):
     assert sum(moved) > 0.9 * len(moved)
 
 
+@pytest.mark.slow
 def test_tiny_flux_goes_the_whole_way(without_report, tmp_path):
     """Catches a trainer for UNets only: flow path, W4A16 modulations, HGS, smoothing, packed checkpoint, pictures."""
     run(random_weights(tmp_path, "tiny-flux"), tmp_path / "r", "--init hgs --ranks qra --iters 1 --smooth 0.25 --steps 1")
@@ -293,7 +296,7 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("model", miniature.EMBEDDED)
+@pytest.mark.parametrize("model", [pytest.param("tiny", marks=pytest.mark.slow), "tiny-flux"])
 def test_teacher_then_consistency_lora_are_files_that_the_next_stage_loads(pictures, tmp_path, model):
     """Catches a stage whose output no other stage can read, and a LoRA that is rounded with the network it was scored in."""
     flags = f"--model {model} --data {pictures} --batch 4"
@@ -331,6 +334,7 @@ def test_scores_of_16_bit_weights_are_those_of_what_they_draw(monkeypatch):
     assert rows["fp, 4 steps"]["prompt_accuracy"] > 0.95 and rows["teacher, guided, 4 steps"]["prompt_accuracy"] < 0.05
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_trains_a_student(weights, pictures, tmp_path, capsys):
     """Catches a trainer that knows only its own scenes, and scores that mean nothing on other pictures."""
     run(weights, tmp_path / "r", f"--data {pictures} --steps 1 --eval-n 8")
@@ -407,6 +411,7 @@ def test_merged_deployment_has_no_branch_and_draws(weights, finished, tmp_path):
     assert draw(merged, merged, [sample.PROMPTS[0]], 2).isfinite().all()
 
 
+@pytest.mark.slow
 def test_evaluate_writes_the_rows_it_prints(finished, tmp_path, monkeypatch, capsys):
     """Catches a JSON without the promised fields, and a PSNR of something else than the fp model's pictures."""
     monkeypatch.setattr(evaluate, "load_classifier", lambda: evaluate.SceneClassifier().eval().requires_grad_(False))
@@ -596,6 +601,7 @@ def as_format_3(folder: Path) -> dict:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, finished, without_report, tmp_path):
     """Catches fields that were renamed or are new, and with them files that a run would take for another run's."""
     old = tmp_path / "old"
@@ -617,6 +623,7 @@ def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, fi
         run(weights, old, "--rank-least 0")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_less_at_a_time(weights, finished, without_report, tmp_path, monkeypatch):
     """Catches advice on full memory (--micro, --memory-limit) that a begun run then refuses, and with it its start and updates."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
