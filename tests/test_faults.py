@@ -464,7 +464,7 @@ def signal_at(step: int, number: int, patch, times: int = 1) -> None:
     patch.setattr(teacher, "diffusion_losses", hit)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_update_and_the_run_goes_on_to_the_same_end(undisturbed, tmp_path, monkeypatch, capsys, number, code):
     """Catches a state saved in the middle of an update, EMA that lags one behind, and an exit code that requeues nothing."""
     handlers = [signal.getsignal(n) for n in EXIT_CODES]
@@ -479,6 +479,7 @@ def test_a_signal_saves_the_update_and_the_run_goes_on_to_the_same_end(undisturb
     same(undisturbed, tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(undisturbed, tmp_path, monkeypatch, capsys):
     """Catches a process that cannot be stopped while an update hangs."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:

@@ -27,6 +27,7 @@ from models.family import FAMILIES
 from run import files
 from run.common import UserError
 
+SDXL = pytest.param("sdxl", marks=pytest.mark.slow)  # FLUX has fewer layers
 STEPS = {"sdxl": {"guidance_scale": 1.0}, "flux": {"guidance_scale": 3.5}}
 PROMPT = "a large red house on the left"
 
@@ -120,7 +121,7 @@ def same_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("steps", (1, 2, 4))
-@pytest.mark.parametrize("name", ("sdxl", "sdxl-v", "flux"))
+@pytest.mark.parametrize("name", (SDXL, pytest.param("sdxl-v", marks=pytest.mark.slow), "flux"))
 @torch.no_grad()
 def test_the_pipelines_steps_are_the_jumps_of_tdpt_sample(runs, name, steps):
     """Catches another spacing of timesteps, a last step that stops before clean data, clipping, a shift by the picture's size,
@@ -143,7 +144,7 @@ def test_the_pipelines_steps_are_the_jumps_of_tdpt_sample(runs, name, steps):
     assert (end - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@pytest.mark.parametrize("name", (SDXL, "flux"))
 @torch.no_grad()
 def test_the_pipeline_draws_what_tdpt_sample_draws(runs, name):
     """Catches a prompt, size or guidance that reaches the network otherwise than in training. 1%: rounding flips single codes."""
@@ -215,7 +216,7 @@ def test_a_run_of_a_gpu_takes_the_kernels_of_a_cpu(runs, tmp_path):
 # diffusers' own saving and loading
 
 
-@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@pytest.mark.parametrize("name", (SDXL, "flux"))
 @torch.no_grad()
 def test_saved_pipelines_come_back_bit_for_bit(runs, tmp_path, name):
     """Catches a stored form that loses bits, torch_dtype cast onto packed tensors, a table without a field, a lost scheduler."""
@@ -284,7 +285,7 @@ def test_saved_networks_that_lack_or_bend_a_tensor_are_refused(runs, bases, tmp_
 
 
 @pytest.mark.parametrize("update", (False, True), ids=("branch", "update"))
-@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@pytest.mark.parametrize("name", (SDXL, "flux"))
 @torch.no_grad()
 def test_the_exported_lora_is_w_plus_ba_in_stock_diffusers(runs, bases, tmp_path, name, update):
     """Catches a forgotten or inverted smoothing, tap-major A taken as it is, ranks or scales that PEFT infers otherwise, a
@@ -373,7 +374,7 @@ def style(name: str, texts: bool = False) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@pytest.mark.parametrize("name", (SDXL, "flux"))
 @torch.no_grad()
 def test_a_style_lora_adds_its_branch_to_each_layer_and_can_be_taken_away(runs, tmp_path, name):
     """Catches a branch that reads the smoothed input, a lost scale or stride, packed tensors that change, a hook left behind."""
@@ -438,7 +439,7 @@ def test_kohya_keys_and_alphas_and_text_encoders_are_understood(runs):
 # Model card, sample.py, what users do wrong
 
 
-@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@pytest.mark.parametrize("name", (SDXL, "flux"))
 def test_the_cards_snippet_draws_a_picture(runs, tmp_path, monkeypatch, name):
     """Catches a card whose code does not run: on a run folder and on a saved pipeline."""
     (tmp_path / "run").symlink_to(runs[name])
@@ -482,7 +483,7 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
         assert f"{size / 1e6:.1f} MB" in text and f"{size / floats:.1%} of its {floats / 1e6:.1f} MB" in text
 
 
-@pytest.mark.parametrize("name", ("sdxl", "flux"))
+@pytest.mark.parametrize("name", (SDXL, "flux"))
 def test_sample_draws_picture_i_from_the_noise_of_seed_plus_i(runs, tmp_path, name, monkeypatch):
     """Catches noise that depends on the batch, and a base row that is drawn with the few-step scheduler."""
     pipe = load(runs[name])

@@ -209,9 +209,9 @@ def test_without_resolution_the_plan_is_for_pictures_of_the_base_s_own_size(real
 
 def test_too_little_main_memory_is_one_sentence(real, tmp_path, capsys, monkeypatch):
     """Catches a start that the system kills in its middle."""
-    monkeypatch.setattr(plan, "free_memory", lambda: 10**8)
+    monkeypatch.setattr(plan, "free_memory", lambda: 10**7)
     argv = [*QUICK.split(), *real["flux"].split(), "--out", str(tmp_path / "r")]
-    refuse(argv, capsys, "GB of main memory and 0.1 GB are there")
+    refuse(argv, capsys, "GB of main memory and 0.0 GB are there")
 
 
 @pytest.mark.slow

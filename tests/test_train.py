@@ -94,9 +94,10 @@ def run(weights: str, out: Path, flags: str = "") -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_reports():
-    """Reports draw two prompts, and compare with 256 rendered scenes instead of thousands."""
+    """Reports draw two prompts, the teacher in 4 steps, and compare with 256 rendered scenes instead of thousands."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "PROMPTS", PAIR)
+        patch.setattr(sample, "draw", lambda model, net, prompts, steps, *seed: draw(model, net, prompts, min(steps, 4), *seed))
         patch.setattr(evaluate, "real_pictures", lambda reader, n=256: real_pictures(reader, min(n, 256)))
         yield
 
