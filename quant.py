@@ -173,7 +173,9 @@ def round_gptq(w_OGg: Tensor, scale_O: Tensor, m_OG: Tensor, search: bool, U_KK:
     return q_KO.t().reshape(O, G, g), m_OG
 
 
-ROUNDINGS = {"rtn": round_rtn, "gptq": round_gptq}  # change this to try yours
+# name: f(w_OGg padded float32, not to be changed in place; scale_O; m_OG of the nearest rounding, 1..16; search; U_KK) -> codes
+# (O, G, group) in QMIN..QMAX and multipliers (O, G), float. Change this to try yours: rows where it loses to rtn become rtn's.
+ROUNDINGS = {"rtn": round_rtn, "gptq": round_gptq}
 
 
 def inverse_factor(H_KK: Tensor, group: int = 64, taps: int = 1) -> tuple[Tensor, Tensor]:

@@ -444,6 +444,8 @@ def train_student(cfg: Config, out: Path) -> None:
     """The W4A4 student of a consistency model."""
     if not checkpoint.has_start(out):
         initialise_student(cfg, out)
+    elif process_index() == 0:
+        print(f"{out}/start.safetensors is there: statistics, ranks and split are not made again")
     common.wait_for_all()
     packed, table = checkpoint.load_start(out)
     packed.to(cfg.device, cfg.torch_dtype)

@@ -1,7 +1,6 @@
 """Speed, memory and error of the kernels on SDXL's and FLUX's layer shapes and networks, against what a user would run instead.
 
-    python -m benchmarks.bench kernels             every shape, every implementation that is installed (five minutes for the
-                                                   11 rounds of the default)
+    python -m benchmarks.bench kernels             every shape, every implementation that is installed (11 rounds: five minutes)
     python -m benchmarks.bench kernels --quick     two shapes, under a minute
     python -m benchmarks.bench kernels --json rows.json
     python -m benchmarks.bench model --model sdxl  a denoiser's step, 4-bit against bfloat16, eager and compiled; on CUDA and for

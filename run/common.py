@@ -32,7 +32,6 @@ def run_script(name: str, main) -> None:
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     """All randomness of a training step: a CPU generator that depends on (seed, step, stream) alone.
-
     Streams: 0 updates, 1 calibration, 2 splits of layers, 3 trajectories, 4 drawn latents of a cache, 5 the closing report."""
     state = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
