@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from tqdm import tqdm
 
 import tdpt
 from data import scenes, sources
@@ -129,8 +128,7 @@ class Judge:
         return self.score(scenes.render(self.scene, step_generator(self.seed, 1)))
 
     def draw(self, name: str, model, denoiser: Denoiser, steps: int) -> torch.Tensor:
-        starts = tqdm(range(0, len(self.captions), 64), desc=f"{name}, {steps} steps", leave=False)
-        return torch.cat([draw(model, denoiser, self.captions[i : i + 64], steps, 1_000_000 * self.seed + i) for i in starts])
+        return draw(model, denoiser, self.captions, steps, 1_000_000 * self.seed, bar=f"{name}, {steps} steps")
 
     def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
         features = torch.cat([self.classifier(part) for part in pictures.split(256)])

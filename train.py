@@ -524,7 +524,8 @@ def train_own_cm(argv: list[str], cfg: Config) -> Config:
         flags += ["--cache", f"{Path(cfg.cache)}-cm"]
     argv = [*argv, *flags, "--cm", "", "--export", "", "--out", str(out)]
     if path.exists():
-        files.refuse_another(out, stored(parse(argv)), MAY_CHANGE, defaults(parse(argv)))
+        of_cm = parse(argv)
+        files.refuse_another(out, stored(of_cm), MAY_CHANGE, defaults(of_cm))
     else:
         main(argv)
     return dataclasses.replace(cfg, cm=str(path), cm_scale=1.0)

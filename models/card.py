@@ -17,8 +17,6 @@ from models.family import FAMILIES, family_of
 from run import files
 from run.common import UserError
 
-CARD = (files.ASSETS / "card.md").read_text()
-
 
 def read_run(folder: Path) -> dict:
     """config.json of a finished run on a model with public weights. UserError for any other."""
@@ -72,7 +70,8 @@ def write_card(folder: str | Path) -> Path:
     size, twin = _sizes(weights, layers)
     groups = sorted({(row["group_w"], row["group_x"]) for row in layers.values()})
     kinds = Counter(row["kind"] for row in layers.values())
-    text = CARD.format(
+    template = (files.ASSETS / "card.md").read_text()
+    text = template.format(
         front=front.to_yaml(),
         title=f"{Path(base).name}, W4A4 in few steps",
         base=base,

@@ -16,6 +16,7 @@ import json
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import tdpt
 from data import scenes
@@ -191,11 +192,12 @@ def start_noise(n: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw(model, denoiser: Denoiser, captions: list[str], steps: int, seed: int = 0, batch: int = 64) -> torch.Tensor:
-    """Pictures (n, 3, 32, 32) in [-1, 1] by `steps` jumps of `model`, a function of (x, t, s, cond) on denoiser's path."""
+def draw(model, denoiser: Denoiser, captions: list[str], steps: int, seed: int = 0, bar: str = "") -> torch.Tensor:
+    """Pictures (n, 3, 32, 32) in [-1, 1] by `steps` jumps of `model`, a function of (x, t, s, cond) on denoiser's path. bar: what
+    its progress bar says; "": there is none."""
     pictures = []
-    for i in range(0, len(captions), batch):
-        part = captions[i : i + batch]
+    for i in tqdm(range(0, len(captions), 64), bar, leave=False, disable=not bar):
+        part = captions[i : i + 64]
         x_T = start_noise(len(part), denoiser.latent, seed + i)
         pictures.append(tiny.to_pictures(tdpt.sample(model, denoiser.path, x_T, denoiser.encode(part), steps)))
     return torch.cat(pictures)

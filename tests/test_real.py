@@ -31,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a {size} {color} {thing} on the {side}" for size in ("large", "small") for color in ("red", "green")
            for thing in ("house", "tree") for side in ("left", "right")]  # fmt: skip
 BASES = [*miniature.PUBLIC, "sdxl-v"]  # the last one predicts v
-SOME = [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]  # it has fewest layers
+EACH_BASE = [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]  # FLUX has fewest layers
+EACH_FAMILY = EACH_BASE[: len(miniature.PUBLIC)]
 QUICK = (
     "--steps 3 --batch 4 --micro 2 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 4 --lr 1e-3 --warmup 1"
     " --save-every 1 --grid 8 --sampling-steps 1,2 --rollout 0.5 --eval-n 2 --dtype float32"
@@ -84,7 +85,7 @@ def finished(real, shared_simulations, tmp_path_factory) -> dict[str, Path]:
     return Runs()
 
 
-@pytest.mark.parametrize("name", SOME[:-1])
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_killed_runs_resume_bit_for_bit(real, finished, tmp_path, monkeypatch, name):
     """Catches a cache, a start or a state that is not what the undisturbed run had."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -95,7 +96,7 @@ def test_killed_runs_resume_bit_for_bit(real, finished, tmp_path, monkeypatch, n
     assert losses(tmp_path / "r") == losses(finished[name]) and len(losses(tmp_path / "r")) == 3
 
 
-@pytest.mark.parametrize("name", SOME[:-1])
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_text_encoders_are_not_asked_again_and_micro_batches_change_nothing(real, finished, tmp_path, monkeypatch, name):
     """Catches encoders that are loaded although the cache is complete, and a micro-batch with a share that is not its own."""
 
@@ -108,7 +109,7 @@ def test_text_encoders_are_not_asked_again_and_micro_batches_change_nothing(real
     same_losses(tmp_path / "whole", finished[name])
 
 
-@pytest.mark.parametrize("base", SOME)
+@pytest.mark.parametrize("base", EACH_BASE)
 def test_the_finished_run_is_a_pipeline_that_draws_what_was_trained(finished, base):
     """Catches a checkpoint that another program reads as another network, and v that is taken for noise on the way."""
     name = base.split("-")[0]
@@ -188,7 +189,7 @@ def test_checkpointing_changes_no_loss_of_the_consistency_model(real, finished, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOME[:-1])
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_recomputed_activations_change_no_statistics(real, finished, tmp_path, name):
     """Catches gradients that are counted twice, or not at all, where checkpointing runs a layer's forward again."""
     flags = f"--cache {finished[name]}/cache --init hgs --iters 1 --ranks qra --steps 0"
