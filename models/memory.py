@@ -20,10 +20,10 @@ Not in it: the CUDA context and the allocator's fragments (24GB is 24e9 bytes, a
 operation. Activations are checked against resident memory on a CPU, the statistics of SDXL on an H200 (docs/real-models.md).
 """
 
-import functools
 import math
 import weakref
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import hessian
 import hgs_lora
@@ -123,15 +123,14 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
 
 
 class AliveStorages(TorchDispatchMode):
-    """Inside: bytes of the storages that operations made and that are still alive, after each operation (`curve`).
+    """Inside: bytes of the storages that operations made and that are still alive, after each operation (`curve`). Tensors that
+    exist before, and their gradients, are no news. Works on real tensors as on fake ones."""
 
-    existing: its tensors and gradients are no news. Works on real tensors as on fake ones."""
-
-    def __init__(self, existing: nn.Module):
+    def __init__(self, existing: list[torch.Tensor]):
         super().__init__()
-        self.now, self.curve, tensors = 0, [0], tensors_of(existing)
-        tensors += [t.grad for t in tensors if t.grad is not None]
-        self.known = {id(t.untyped_storage()): t.untyped_storage() for t in tensors}
+        self.now, self.curve = 0, [0]
+        known = (t.untyped_storage() for t in (*existing, *(t.grad for t in existing)) if t is not None)
+        self.known = {id(storage): storage for storage in known}
 
     def _freed(self, key: int, size: int, _) -> None:
         self.now -= size
@@ -144,10 +143,29 @@ class AliveStorages(TorchDispatchMode):
         for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
             if id(storage) not in self.known:
                 key, size = id(storage), storage.nbytes()
-                self.known[key] = weakref.ref(storage, functools.partial(self._freed, key, size))
+                self.known[key] = weakref.ref(storage, partial(self._freed, key, size))
                 self.now += size
         self.curve.append(self.now)
         return out
+
+    def repeat(self, layer: PackedLayer, name: str, seen: dict):
+        """layer.run or layer.grads (`name`), simulated once for like layers and inputs, as most operations of a network are theirs:
+        after that the curve is repeated, and what comes out is empty."""
+        fn, geometry = getattr(type(layer), name), [getattr(layer, key, None) for key in ("kernel_size", "stride", "padding")]
+
+        def simulated(*args):
+            shapes = [(t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in (*layer.buffers(), *args)]
+            key, before, begin = str((name, layer, geometry, shapes)), self.now, len(self.curve)
+            if key in seen:
+                curve, empty = seen[key]
+                self.curve += [before + more for more in curve]
+                return tree_map_only(partial, lambda make: make(), empty)
+            out = fn(layer, *args)
+            empty = tree_map_only(torch.Tensor, lambda t: partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype), out)
+            seen[key] = [now - before for now in self.curve[begin:]], empty
+            return out
+
+        return simulated
 
 
 def example_inputs(net: nn.Module, latent: tuple[int, int, int], tokens: int, batch: int, dtype: torch.dtype) -> dict:
@@ -161,12 +179,15 @@ def example_inputs(net: nn.Module, latent: tuple[int, int, int], tokens: int, ba
     return family.inputs(net.config, torch.zeros(batch, *latent, dtype=dtype), t, cond, scalar)
 
 
-def step(net: nn.Module, given: dict, gradients: bool) -> list[int]:
-    """The curve of one forward (and backward) of `net`: real if its tensors are real, simulated if they are fake. Gradients of
-    parameters are there before."""
+def step(net: nn.Module, given: dict, gradients: bool, seen: dict | None = None) -> list[int]:
+    """The curve of one forward (and backward) of `net`: real if its tensors are real, simulated if they are fake, and then
+    packed layers once a shape where a dict `seen` is given. Gradients of parameters are there before."""
     for p in net.parameters() if gradients else ():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    with AliveStorages(net) as live, torch.set_grad_enabled(gradients):
+    existing = [t for t in (*tensors_of(net), *tree_leaves(given)) if isinstance(t, torch.Tensor)]
+    with AliveStorages(existing) as live, torch.set_grad_enabled(gradients):
+        for _, layer in packed_layers(net) if seen is not None else ():
+            layer.run, layer.grads = (live.repeat(layer, name, seen) for name in ("run", "grads"))
         y = net(**given, return_dict=False)[0]
         if gradients:
             y.float().square().mean().backward()
@@ -200,7 +221,7 @@ class Footprint:
         trains: str = "student", gradients: bool = True,
     ):  # fmt: skip
         self.shapes, self.trains = (tuple(latent), tokens), trains
-        self.dtype, self.curves = dtype, {}
+        self.dtype, self.curves, self.seen = dtype, {}, {}
         teacher = nn.Module.to(build(), dtype)
         self.family = family_of_network(teacher)
         student = packed_twin(self.family, nn.Module.to(build(), dtype), rank, group_w)
@@ -251,7 +272,8 @@ class Footprint:
             with self.mode:
                 if what != "teacher":
                     (net.enable_gradient_checkpointing if what == "checkpointed" else net.disable_gradient_checkpointing)()
-                pair = [step(net, example_inputs(net, *self.shapes, n, self.dtype), what != "teacher") for n in (2, 3)]
+                inputs = (example_inputs(net, *self.shapes, n, self.dtype) for n in (2, 3))
+                pair = [step(net, given, what != "teacher", self.seen) for given in inputs]
             two, three = map(torch.tensor, pair)  # int64, the same operations
             self.curves[what] = (3 * two - 2 * three, three - two)
         fixed, each = self.curves[what]

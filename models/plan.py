@@ -63,11 +63,11 @@ class Plan(NamedTuple):
 
     @property
     def how(self) -> str:
-        checkpointing = "with" if self.checkpointing else "without"
-        return f"micro-batch {self.micro_batch} {checkpointing} gradient checkpointing, teacher {self.teacher}"
+        less = f"{'with' if self.checkpointing else 'without'} gradient checkpointing"
+        return f"micro-batch {self.micro_batch} {less}, teacher {self.teacher}, reached in `{self.moment}`"
 
     def __str__(self) -> str:
-        lines = [f"planned peak of training {self.peak / 1e9:.2f} GB ({self.how}), reached in `{self.moment}`:"]
+        lines = [f"planned peak of training {self.peak / 1e9:.2f} GB ({self.how}):"]
         return "\n".join([*lines, *(f"  {what:32s}{size / 1e9:8.3f} GB" for what, size in self.parts.items() if size)])
 
 
@@ -123,6 +123,7 @@ def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str =
         if made.peak <= limit:
             return made
     less = "--shard-teacher on several GPUs" if fp.trains == "student" else "a ready --cm"
+    less = "--device cpu" if made.moment == "start" else less
     raise UserError(
         f"training needs {made.peak / 1e9:.2f} GB ({made.how}) and the limit is {limit / 1e9:.2f} GB: use a GPU with more memory, "
         f"{less}, a smaller --batch or a lower --rank"
@@ -191,9 +192,8 @@ def room_on_device(cfg, rest: int) -> int:
 
 
 def dry_run(cfg) -> None:
-    """Prints the table of layers, the planned peak, what the start needs of main memory and the run of the disk, and last the
-    memory ratio. (For as many processes as the environment's RANK and WORLD_SIZE say.) UserError, after the table, if training
-    does not fit --memory-limit."""
+    """Prints the table of layers, the planned peak (of one of WORLD_SIZE processes), main memory and disk that are needed, and last
+    the memory ratio. UserError, after the table, if training does not fit --memory-limit."""
     family, net = FAMILIES[cfg.model], skeleton_of(cfg)
     rows, merged = (layer_table(family, net, rank, cfg.lora_bits, cfg.group_w) for rank in (cfg.rank, 0))
     print(f"{cfg.model}, rank {cfg.rank}, groups of {cfg.group_w}\n\n{format_table(rows, cfg.lora_bits)}")
@@ -208,8 +208,8 @@ def dry_run(cfg) -> None:
 
 
 def planned(cfg):
-    """cfg with the `choices` of a run, whose planned peak is printed, except where a run goes on without a limit: its plan was
-    printed when it began, and planning takes most of a minute. UserError if memory or disk have too little room."""
+    """cfg with the `choices` of a run, whose planned peak is printed; a run that goes on without a limit printed it when it began,
+    and planning takes up to a minute. UserError if memory or disk have too little room."""
     out = Path(cfg.out)
     goes_on = (out / "state.safetensors").exists() if cfg.bits == 16 else checkpoint.has_start(out)
     fp = footprint_of(cfg)

@@ -49,6 +49,8 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("damaged state becomes the previous", "run/state.py", "self.good = path == self.path", "self.good = True", "faults"),
     ("checksum skips the tail", "run/files.py", "while chunk := file.read(CHUNK):", "while chunk := b'':", "faults"),
     ("weights that changed", "run/files.py", 'b"".join(ends)', 'b""', "real"),
+    ("layers of one size taken for alike", "models/memory.py", "geometry, shapes)), self.now", "geometry)), self.now", "memory"),
+    ("inputs counted as activations", "models/memory.py", "(*tensors_of(net), *tree_leaves(given))", "tensors_of(net)", "memory"),
     ("choices without the start", "models/plan.py", "teacher_of(cfg), least)", "teacher_of(cfg), 0)", "real"),
     ("guidance of the student", "models/denoiser.py", 'about.get("guidance", denoiser.guidance)', "denoiser.guidance", "real"),
     ("guidance of a network without it", "models/family.py", "classifier_free=False", "classifier_free=True", "pretrained"),

@@ -4,11 +4,13 @@ Oracles: a block of SDXL at its real width that is really packed and written to 
 real forward and backward; arithmetic on shapes written here.
 """
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import miniature
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -172,9 +174,24 @@ def float_network(name: str) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def footprint():
-    return memory.Footprint(
+    """Of tiny-flux, with activations that are given instead of simulated: bytes in all and for each sample."""
+    fp = memory.Footprint(
         lambda: FAMILIES["tiny-flux"].build_meta(), FAMILIES["tiny-flux"].latent, FAMILIES["tiny-flux"].tokens, 16
     )
+    given = {"teacher": (0, 580_000), "trained": (1_150_000, 5_200_000), "checkpointed": (1_100_000, 1_600_000)}
+    fp.curves = {what: (torch.tensor([0, fixed]), torch.tensor([0, each])) for what, (fixed, each) in given.items()}
+    return fp
+
+
+@pytest.mark.slow
+def test_layers_that_are_simulated_once_leave_the_peaks_as_they_are():
+    """Catches layers that are taken for alike and are not: another shape, geometry, rank or gradient."""
+    with torch.device("meta"):
+        unet = miniature.sd15_unet(("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",), (32,))
+    once, each = (memory.Footprint(lambda: copy.deepcopy(unet), (4, 8, 8), 77) for _ in range(2))
+    each.seen = None
+    assert [once.activations("checkpointed", n) for n in (1, 7)] == [each.activations("checkpointed", n) for n in (1, 7)]
+    assert len(once.seen) < 3 * len(once.layers)  # 4: a forward and a backward, of two samples and of three
 
 
 @pytest.mark.slow
@@ -202,6 +219,8 @@ def test_what_stays_is_the_size_of_the_real_student_and_teacher(footprint):
 @pytest.mark.slow
 def test_every_measure_that_saves_memory_does(footprint):
     """Catches: arguments that are ignored or swapped."""
+    footprint = copy.copy(footprint)
+    footprint.curves = {}  # simulated ones
 
     def peak(*args, **kwargs):
         return plan.plan(footprint, 64, *args, **kwargs).peak
@@ -228,10 +247,12 @@ def test_choose_gives_the_fastest_way_that_fits_and_says_what_is_missing(footpri
     assert tighter.teacher == "offloaded" and not tighter.checkpointing
     assert plan.choose(10**12, footprint, 48, world=2, teacher="sharded").teacher == "sharded"
     with pytest.raises(
-        UserError, match=r"needs 0\.0\d GB \(micro-batch 1 with gradient checkpointing, teacher offloaded\)"
+        UserError, match=r"needs 0\.0\d GB \(micro-batch 1 with gradient checkpointing, teacher offloaded, reached in `teach`\)"
     ) as error:
         plan.choose(10**6, footprint, 48)
     assert "limit is 0.00 GB" in str(error.value) and "--rank" in str(error.value) and str(error.value).count("\n") == 0
+    with pytest.raises(UserError, match=r"`start`\).*: use a GPU with more memory, --device cpu,"):
+        plan.choose(10**6, footprint, 48, statistics=10**9)
 
 
 def test_the_start_is_planned_with_what_statistics_may_hold(footprint):
@@ -273,10 +294,22 @@ def test_amounts_of_memory_are_decimal_unless_they_say_otherwise():
             plan.parse_bytes(bad)
 
 
+class Views(nn.Module):
+    """As a network looks at what it is given: by a view, from which it makes something new."""
+
+    def forward(self, x, return_dict):
+        return (x.view(10, 100) + 1,)
+
+
+def test_inputs_are_no_activations():
+    """Catches what is given counted twice, as inputs of the batch and as activations."""
+    assert max(memory.step(Views(), {"x": torch.zeros(1000)}, False)) == 4000
+
+
 def test_live_follows_storages_not_tensors():
     """Catches: views and in-place results counted again, freed memory that stays, parameters that count."""
     layer = nn.Linear(256, 256)
-    with memory.AliveStorages(layer) as live, torch.no_grad():
+    with memory.AliveStorages(memory.tensors_of(layer)) as live, torch.no_grad():
         a = torch.zeros(1000)
         b = a.view(10, 100)[1:]
         a.add_(1)
