@@ -209,21 +209,6 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
     print(f"memory_ratio: {write_report(out, student, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
 
 
-def fp_pictures(file: str, judge: Judge, network: Denoiser, steps: int, config: dict) -> torch.Tensor:
-    """The fp consistency model's pictures, from `file` ("": none) if an earlier call left them there."""
-    about = {k: config[k] for k in ("model", "teacher", "cm")} | {"n": len(judge.captions), "seed": judge.seed, "steps": steps}
-    about["sum of weights"] = sum(p.double().sum().item() for p in network.parameters())
-    if file and Path(file).exists():
-        tensors, info = files.read_verified(Path(file), "delete it, it will be drawn again")
-        if info != about:
-            raise UserError(f"{file} holds pictures of {info}, not of {about}: name another --fp-pictures")
-        return tensors["pictures"]
-    pictures = judge.draw("fp", as_cm(network), network, steps)
-    if file:
-        files.write_tensors(Path(file), {"pictures": pictures}, about)
-    return pictures
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py wrote")
@@ -233,7 +218,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", default="", help="write the scores there")
     which = "rows of the guided teacher: 25 steps and --steps, --steps alone, none"
     parser.add_argument("--teacher", choices=("both", "same", "none"), default="both", help=which)
-    parser.add_argument("--fp-pictures", default="", metavar="FILE", help="keep the fp model's pictures for the next checkpoint")
     args = parser.parse_args(argv)
     if args.seed < 0:
         raise UserError(f"--seed must be at least 0, got {args.seed}")
@@ -252,7 +236,7 @@ def main(argv: list[str]) -> None:
         rows["teacher"] = judge.score(judge.draw("teacher", teacher, network, 25)) | {"steps": 25}
     if args.teacher != "none":
         rows["teacher_same_steps"] = judge.score(judge.draw("teacher", teacher, network, args.steps)) | {"steps": args.steps}
-    fp = fp_pictures(args.fp_pictures, judge, network, args.steps, config)
+    fp = judge.draw("fp", as_cm(network), network, args.steps)
     rows["fp"] = judge.score(fp) | {"steps": args.steps}
     rows["w4a4"] = judge.score(judge.draw("w4a4", student, student, args.steps), fp) | {"steps": args.steps}
     print(f"{args.n} pictures, seed {args.seed}\n{table(rows)}")

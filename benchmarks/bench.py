@@ -352,14 +352,10 @@ def part_inputs(model: str, part: str) -> dict:
 
 def step_inputs(denoiser: Denoiser, batch: int, device: str) -> dict:
     """Arguments x, t, s, cond of a denoiser for a step of `batch` pictures."""
-    family = denoiser.family
-    shapes = family.cond_shapes(denoiser.net.config, family.tokens)
     x = torch.randn(batch, *denoiser.latent, device=device, dtype=DTYPE)
-    cond = {k: torch.randn(batch, *shape, device=device) for k, shape in shapes.items()}
-    if family.takes_sizes:
-        cond["time_ids"] = encoders.square(FACTOR * denoiser.latent[1], batch).to(device)
+    cond = encoders.random_text(denoiser, FACTOR * denoiser.latent[1], [str(i) for i in range(batch)])
     t, s = (edge.expand(batch) for edge in denoiser.path.grid(4, device)[:2])
-    return {"x": x, "t": t, "s": s, "cond": cond}
+    return {"x": x, "t": t, "s": s, "cond": {k: v.to(device) for k, v in cond.items()}}
 
 
 class Graphed:
@@ -562,9 +558,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
             cli.add_argument("--model", choices=tuple(FAMILIES), default="tiny")
             cli.add_argument("--rank", type=int, default=16)
     clis["kernels"].add_argument("--quick", action="store_true")
-    cli = clis["model"]
-    cli.add_argument("--lora-bits", type=int, choices=(8, 16), help="8: the form of SDXL's and FLUX's checkpoints")
-    cli.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, as CUDA graphs")
+    clis["model"].add_argument("--lora-bits", type=int, choices=(8, 16), help="8: the form of SDXL's and FLUX's checkpoints")
+    clis["model"].add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, as CUDA graphs")
     clis["train"].add_argument("--batch", type=int, default=32)
     return parser.parse_args(argv)
 

@@ -75,8 +75,7 @@ def main() -> None:
         for steps, teacher, file in scores:
             if not file.exists():
                 flags = ("--checkpoint", str(folder), "--steps", str(steps), "--n", str(args.n), "--json", str(file))
-                fp = str(args.out / f"fp-{args.n}-{steps}.safetensors")
-                call("evaluate.py", *flags, "--fp-pictures", fp, "--teacher", teacher)
+                call("evaluate.py", *flags, "--teacher", teacher)
         return run
 
     for done in each(work, runs, args.jobs):

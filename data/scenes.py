@@ -22,7 +22,6 @@ PATTERNS = ("plain", "striped", "dotted")
 PLACES = ("left", "right", "top", "bottom", "center")
 BACKGROUNDS = ("gray", "black", "tan")
 TEXTURES = ("smooth", "wavy", "grainy")
-VOCABULARY = (*SHAPES, *COLORS, *SIZES, *PATTERNS, *PLACES, *BACKGROUNDS, *TEXTURES)
 UNCONDITIONAL = ""  # the caption of classifier-free guidance's unconditional branch
 RGB = torch.tensor([[0.90, 0.12, 0.12], [0.95, 0.85, 0.10], [0.10, 0.70, 0.20],
                     [0.15, 0.30, 0.95], [0.62, 0.15, 0.75], [0.96, 0.96, 0.96]])  # fmt: skip

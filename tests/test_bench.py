@@ -52,6 +52,7 @@ def test_rounds_run_everything_once_in_an_order_that_changes_and_can_be_had_agai
 OPTIONS = argparse.Namespace(model="tiny", rank=4, device="cpu", rounds=1, compile=False, lora_bits=16)
 
 
+@pytest.mark.slow
 def test_the_networks_that_are_compared_have_the_same_architecture_and_the_packed_one_fewer_bytes():
     """Catches layers left in bf16, a packed twin that does not run, NaN from the random fill."""
     dense, packed = bench.networks(OPTIONS)
@@ -119,7 +120,8 @@ def test_slopes_are_those_of_powers_and_lines():
     assert abs(bench.slope(rows, "width", "ours") - 1.5) < 1e-9 and abs(bench.slope(rows, "rank", "bf16") - 3) < 1e-9
 
 
-@pytest.mark.parametrize("backend", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("eager", "compile")), "native"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "compile", "native"])
 def test_a_packed_block_is_one_graph(backend):
     """Catches a graph break in a layer: the choice of a backend, the build of backends/cpu.cpp, autocast, the branch."""
     _, packed = bench.networks(OPTIONS)
