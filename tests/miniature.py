@@ -79,9 +79,8 @@ def sdxl(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
     tokenizers = clip_tokenizer(), clip_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=PIXELS // 8, in_channels=4, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 64, 128), layers_per_block=1, attention_head_dim=(1, 2, 2), transformer_layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128), layers_per_block=1, attention_head_dim=(1, 2), transformer_layers_per_block=1,
         use_linear_projection=True, cross_attention_dim=96, addition_embed_type="text_time", addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=6 * 16 + 64,
     ).eval()  # fmt: skip
@@ -115,14 +114,17 @@ def flux() -> FluxPipeline:
     )  # fmt: skip
 
 
+def sd15_unet(down: tuple[str, ...], up: tuple[str, ...], channels: tuple[int, ...]) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=PIXELS // 8, in_channels=4, out_channels=4, down_block_types=down, up_block_types=up,
+        block_out_channels=channels, layers_per_block=1, attention_head_dim=2, cross_attention_dim=64,
+    ).eval()  # fmt: skip
+
+
 def sd15(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=PIXELS // 8, in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(64, 128), layers_per_block=1,
-        attention_head_dim=2, cross_attention_dim=64,
-    ).eval()  # fmt: skip
+    unet = sd15_unet(("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D"), (64, 128))
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1,
         skip_prk_steps=True, set_alpha_to_one=False,

@@ -117,18 +117,21 @@ def test_the_finished_run_is_a_pipeline_that_draws_what_was_trained(finished, ba
     assert (about["network"]["scheduler"].get("prediction_type") == "v_prediction") == (base == "sdxl-v")
     pipe = pipeline.load_pipeline(finished[base], dtype=torch.float32)
     text = encoders.Text(name, about["network"]["base"], resolution=64, dtype=torch.float32)
-    cond, x_T = text(PROMPTS[:1]), torch.randn(1, *student.latent, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        ours = tdpt.sample(student.float(), student.path, x_T, cond, 2)
-    family = FAMILIES[name]
+    family, cond, apart = FAMILIES[name], text(PROMPTS[:1]), []
     pipe.set_progress_bar_config(disable=True)
     guidance = family.few_step_guidance(about["network"]["guidance"])
     assert guidance == (1.0 if family.classifier_free else about["config"]["guidance"])
-    start = family.pack(pipe, x_T)
-    size = dict(height=64, width=64, num_inference_steps=2, guidance_scale=guidance, latents=start, output_type="latent")
-    theirs = pipe(PROMPTS[0], **size, **({"max_sequence_length": 32} if name == "flux" else {})).images
-    theirs = theirs if name != "flux" else pipe._unpack_latents(theirs, 64, 64, pipe.vae_scale_factor)
-    assert (ours - theirs).abs().max() < 0.02 * ours.std()
+    size = dict(height=64, width=64, num_inference_steps=2, guidance_scale=guidance, output_type="latent")
+    for seed in range(3):
+        x_T = torch.randn(1, *student.latent, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            ours = tdpt.sample(student.float(), student.path, x_T, cond, 2)
+        more = {"max_sequence_length": 32} if name == "flux" else {}
+        theirs = pipe(PROMPTS[0], **size, **more, latents=family.pack(pipe, x_T)).images
+        theirs = theirs if name != "flux" else pipe._unpack_latents(theirs, 64, 64, pipe.vae_scale_factor)
+        apart.append(((ours - theirs).abs().max() / ours.std()).item())
+    # one may be far away: where a number lies between two codes, a millionth of it moves the picture by a third
+    assert sorted(apart)[1] < 1e-4
 
 
 @pytest.mark.slow
@@ -154,7 +157,7 @@ def test_sample_export_and_reload(real, finished, tmp_path):
     pipeline.main(["--checkpoint", str(out), "--export", "lora", "--out", str(tmp_path / "lora.safetensors")])
     network = pretrained.load_network("sdxl", real["sdxl"].split()[3], resolution=64, dtype=torch.float32)
     pretrained.add_cm(network, str(tmp_path / "lora.safetensors"))
-    assert len(lora_layers(network)) > 100
+    assert len(lora_layers(network)) > 70
 
 
 @pytest.mark.slow
@@ -328,18 +331,18 @@ def test_kohya_loras_have_their_alpha(real, tmp_path):
         torch.testing.assert_close(layer.lora_B @ layer.lora_A, delta)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *QUICK.split()]
+TWO = dict(cwd=ROOT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, extra", [("sdxl", "--shard-teacher"), ("flux", "")])
-def test_two_processes_have_the_losses_of_one(real, finished, tmp_path, name, extra):
+def test_two_processes_that_share_the_teacher_have_the_losses_of_one(real, finished, tmp_path):
     """Catches ranks that draw the same pictures, statistics that are not exchanged, gradients that are not averaged, a teacher
     whose parts are not gathered."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
-    command += [*QUICK.split(), *real[name].split(), "--out", str(tmp_path / "r"), *extra.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run([*TORCHRUN, *real["sdxl"].split(), "--out", str(tmp_path / "r"), "--shard-teacher"], **TWO)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(losses(tmp_path / "r")) == 3
-    same_losses(tmp_path / "r", finished[name])
+    same_losses(tmp_path / "r", finished["sdxl"])
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert report["latent_snr_to_fp"] > 10
 
@@ -347,9 +350,9 @@ def test_two_processes_have_the_losses_of_one(real, finished, tmp_path, name, ex
 @pytest.mark.parametrize(
     "change, says",
     [
-        (("--teacher", "/nowhere/sdxl"), "does not exist: give a hub id"),
-        (("--teacher", "FLUX"), "has no unet folder: it is no sdxl"),
-        (("--cm", "FLUXCM"), "has no LoRA for a unet|fits no layer"),
+        (("--teacher", "/nowhere/flux"), "does not exist: give a hub id"),
+        (("--teacher", "SDXL"), "has no transformer folder: it is no flux"),
+        (("--cm", "SDXLCM"), "has no LoRA for a transformer|fits no layer"),
         (("--cm", ""), "--cm is missing: name a consistency LoRA"),
         (("--data", "nowhere"), "check the path"),
         (("--teacher", "BROKEN"), "truncated or damaged"),
@@ -361,28 +364,30 @@ def test_two_processes_have_the_losses_of_one(real, finished, tmp_path, name, ex
 def test_what_a_user_can_get_wrong_is_one_sentence(real, tmp_path, capsys, monkeypatch, change, says):
     """Catches a traceback, and weights of another architecture that are taken."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    flags = dict(zip(real["sdxl"].split()[::2], real["sdxl"].split()[1::2], strict=True))
-    other = dict(zip(real["flux"].split()[::2], real["flux"].split()[1::2], strict=True))
+    flags = dict(zip(real["flux"].split()[::2], real["flux"].split()[1::2], strict=True))
+    other = dict(zip(real["sdxl"].split()[::2], real["sdxl"].split()[1::2], strict=True))
     if change[1] == "BROKEN":
-        broken = miniature.save("sdxl", tmp_path / "broken")
-        file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+        broken = miniature.save("flux", tmp_path / "broken")
+        file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
         file.write_bytes(file.read_bytes()[:100_000])
-    value = {"FLUX": other["--teacher"], "FLUXCM": other["--cm"], "BROKEN": str(tmp_path / "broken")}.get(change[1], change[1])
+    value = {"SDXL": other["--teacher"], "SDXLCM": other["--cm"], "BROKEN": str(tmp_path / "broken")}.get(change[1], change[1])
     argv = [word for pair in (flags | {change[0]: value}).items() for word in pair]
     refuse([*QUICK.split(), *argv, "--out", str(tmp_path / "r")], capsys, says)
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(real, finished, tmp_path):
-    """Catches ranks that wait for a dead one for ever, and a state that only fits the whole life of a job."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *QUICK.split()]
-    command += [*real["flux"].split(), "--steps", "12", "--cache", f"{finished['flux']}/cache", "--out"]
-    options = dict(cwd=ROOT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    subprocess.run([*command, str(tmp_path / "whole")], **options, check=True)
+    """Catches ranks that wait for a dead one for ever, a state that only fits the whole life of a job, and two processes with other
+    losses than one has."""
+    flags = f"--steps 12 --cache {finished['flux']}/cache"
+    command = [*TORCHRUN, *real["flux"].split(), *flags.split(), "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], **TWO, check=True)
+    run(real, "flux", tmp_path / "alone", flags)
+    same_losses(tmp_path / "whole", tmp_path / "alone")
     (tmp_path / "r").mkdir()
     for name in ("config.json", "start.safetensors"):  # the same beginning
         shutil.copy(tmp_path / "whole" / name, tmp_path / "r")
-    job, metrics = subprocess.Popen([*command, str(tmp_path / "r")], **options), tmp_path / "r" / "metrics.jsonl"
+    job, metrics = subprocess.Popen([*command, str(tmp_path / "r")], **TWO), tmp_path / "r" / "metrics.jsonl"
     while job.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         time.sleep(0.05)
     ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
@@ -390,5 +395,5 @@ def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(real, finish
     _, said = job.communicate(timeout=60)
     assert job.returncode != 0 and "Signal 9 (SIGKILL)" in said
     assert len(losses(tmp_path / "r")) < 12
-    subprocess.run([*command, str(tmp_path / "r")], **options, check=True)
+    subprocess.run([*command, str(tmp_path / "r")], **TWO, check=True)
     assert losses(tmp_path / "r") == losses(tmp_path / "whole")
