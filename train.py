@@ -100,6 +100,8 @@ class Config:
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
     group_x: int = option(16, "activations that share a multiplier", quant.GROUPS)
     smooth: float = option(0.0, "SmoothQuant's exponent a; 0: off")
+    rotate: bool = option(False, "activations are rotated in blocks of 16 channels before they are rounded")
+    centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias")
     rounding: str = option("gptq", "how weights are rounded, see quant.py", quant.ROUNDINGS)
     # initialisation
     init: str = option("hgs", "how W ~ Q + B A is found, see hgs_lora.py", hgs_lora.METHODS)
@@ -209,6 +211,7 @@ def validate(cfg: Config) -> None:
     n = process_count()
     require(cfg.batch % n == 0, f"--batch {cfg.batch} does not divide among {n} processes")
     require(cfg.calibration >= n, f"--calibration {cfg.calibration} leaves some of {n} processes without a caption: give more")
+    require(not (cfg.rotate and cfg.smooth), "--smooth scales channels, --rotate mixes them: leave one of them out")
     validate_objective(cfg)
     gpus = f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"
     require(cfg.device in ("cpu", "cuda"), gpus)
