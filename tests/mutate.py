@@ -61,7 +61,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("outliers that A does not know", "models/outliers.py", ', getattr(reader, "lora_A", None)', ", None", "outliers"),
     ("the 1 of 1 + scale", "models/outliers.py", "part + 1, plus=1.0", "part + 1", "outliers"),
     ("outliers of the other branch", "models/outliers.py", "modulated(norm, part=3)", "modulated(norm)", "outliers"),
-    ("outliers of pooled text", "models/outliers.py", "[*readers, net.add_embedding.linear_1]", "readers", "outliers"),
+    ("outliers of pooled text", "models/outliers.py", "net.add_embedding.linear_1, *(", "*(", "outliers"),
     ("values of cross-attention", "models/outliers.py", "[Producer(second.to_v)]", "[Producer(first.to_v)]", "outliers"),
     ("keys forgotten", "models/outliers.py", "[first.to_q, first.to_k, first.to_v]", "[first.to_q, first.to_v]", "outliers"),
     ("captions' part of the attention", "models/outliers.py", ", Producer(attn.add_v_proj)]", "]", "outliers"),
