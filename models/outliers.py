@@ -27,7 +27,7 @@ transfers of a network.
 
 The scales. SmoothQuant (arXiv 2211.10438) finds a few channels with values 100 times as large as the others, the same channels for
 all tokens; LLM.int8() (2208.07339) finds less than 0.1% of all values in such channels; PTQ4DiT (2405.16005) finds salient channels
-in diffusion transformers. We know of no published distribution for SDXL or FLUX, so ours is a choice [O]: 1% of the channels of each
+in diffusion transformers. We know of no published distribution for SDXL or FLUX, so ours is a choice [O]: 1% of the channels of a
 tensor, rounded up, in places drawn by a seed, are multiplied by 32 or 64. At 128 or 192 channels that is 2, more than in a large
 model, where most groups of 16 channels have none. A channel keeps what it was before the scale, so the ratio of its largest value
 to that of the median channel scatters around the scale: half of the ratios are above 43 in `tiny` and above 56 in `tiny-flux`, and
