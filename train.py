@@ -81,6 +81,7 @@ class Config:
     weights: str = option("", "random: the full-size network with random weights, to rehearse", ("", "random"), public=True)
     cm: str = option("", "consistency LoRA; default assets/MODEL-cm.safetensors; public models: diffusers' format, or self")
     cm_scale: float = option(1.0, "strength of --cm, as fuse_lora(lora_scale=..) in the LoRA's own example", public=True)
+    outliers: bool = option(False, "embedded models: the same function with outlier channels, see models/outliers.py")
     resolution: int = option(0, "pixels; 0: the base's own", public=True)
     seed: int = option(0, "seed of everything random", least=0)
     steps: int = option(40, "updates; 0 packs and measures the initialisation", least=0)
@@ -217,6 +218,8 @@ def validate(cfg: Config) -> None:
     require(cfg.device in ("cpu", "cuda"), gpus)
     require(cfg.device == "cpu" or cfg.dry_run or torch.cuda.is_available(), "torch finds no CUDA device: give --device cpu")
     require(not cfg.embedded or cfg.eval_n >= 2, "--eval-n must be at least 2: a Frechet distance needs a covariance")
+    students = "--outliers is for 4-bit students of the models in assets/: leave it out"
+    require(not cfg.outliers or (cfg.embedded and cfg.bits == 4 and cfg.stage == "student"), students)
     require(not cfg.embedded or not cfg.export, "--export lora needs a model with public weights: leave it out")
     public = f"--stage teacher trains the models of assets/: {cfg.model} has a public teacher"
     require(cfg.embedded or cfg.stage == "student", public)
