@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         package = tarfile.open(args.package)
         wanted = captions(json.load(package.extractfile("package/emoji.json")))
     except (OSError, KeyError, tarfile.TarError) as error:
-        raise UserError(f"--package {args.package} is not emoji-datasource-google ({error}): make it with npm pack") from error
+        raise UserError(f"--package {args.package} is not emoji-datasource-google: make it with npm pack") from error
     args.out.mkdir(parents=True, exist_ok=True)
     lines = []
     with package:
