@@ -44,6 +44,7 @@ than the budget raises a ValueError that names the layer. Left out on purpose: c
 """
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,18 +74,23 @@ def unfold(x_NCHW: Tensor, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), di
     return x_NHWC.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
 
 
+def diagonal(H: Tensor) -> Tensor:
+    """(K,) of H (K, K), a view, or of its diagonal (K,), which may stand for H where nothing else of it is used."""
+    return H.diagonal() if H.dim() == 2 else H
+
+
 def damp(H_KK: Tensor, eps: float = 0.01) -> Tensor:
     """H + eps * mean(diag H) * I in float64. An all-zero H (dead input) becomes the identity, which prefers no direction."""
     H = H_KK.to(torch.float64, copy=True)
-    mean = H.diagonal().mean()
-    H.diagonal().add_(eps * mean if mean > 0 else 1.0)
+    mean = diagonal(H).mean()
+    diagonal(H).add_(eps * mean if mean > 0 else 1.0)
     return H
 
 
 def smooth(H_KK: Tensor, lambda_I: Tensor) -> Tensor:
     """Hessian of x / lambda, the input that a smoothed layer (W * lambda) sees: H_ij / (lambda_i lambda_j), in H's dtype."""
     inverse_K = (1.0 / lambda_I.to(H_KK)).repeat(len(H_KK) // len(lambda_I))
-    return inverse_K[:, None] * H_KK * inverse_K
+    return (inverse_K[:, None] if H_KK.dim() == 2 else inverse_K) * H_KK * inverse_K
 
 
 def moments(left_TM: Tensor, right_TN: Tensor) -> Tensor:
@@ -133,7 +139,7 @@ class Stats:
     """What one tensor that feeds one or more layers looked like during calibration."""
 
     layers: list[str]  # names of the layers that share this input
-    H_KK: Tensor  # mean of x x^T over rows; float32 (the float64 sum while it is accumulated)
+    H_KK: Tensor  # mean of x x^T over rows, or its diagonal (K,); float32 (the float64 sum while it is accumulated)
     absmax_BinI: Tensor  # float32, max |x| per timestep bin and input channel (also for convolutions)
     calls_Bin: Tensor  # int64, forward calls seen in each bin: 0 marks a row of absmax without data
     noise_I: Tensor  # float32, E[(x_i - q(x)_i)^2] of the 4-bit grid per channel; zeros where no group_x was given
@@ -162,7 +168,10 @@ class Stats:
             if group_x:
                 self.noise_I += rounding_noise(block.permute(0, 2, 3, 1), group_x)
             rows_TK = unfold(block, *window)
-            add_moments(self.H_KK, rows_TK)
+            if self.H_KK.dim() == 2:
+                add_moments(self.H_KK, rows_TK)
+            else:
+                self.H_KK += rows_TK.float().square().sum(0, dtype=torch.float64)
             self.count += len(rows_TK)
 
     def finish(self) -> None:
@@ -173,7 +182,9 @@ class Stats:
         exchange(self.H_KK, self.noise_I, self.calls_Bin, totals)
         exchange(self.absmax_BinI, op="max")
         self.count, self.pixels = totals.tolist()
-        self.H_KK = mirror(self.H_KK.div_(self.count).float())
+        self.H_KK = self.H_KK.div_(self.count).float()
+        if self.H_KK.dim() == 2:
+            mirror(self.H_KK)
         self.noise_I = self.noise_I.div(self.pixels).float()
         if not torch.isfinite(self.H_KK).all():
             raise ValueError(f"layer {self.layers[0]!r}: the second moments of its input overflow float32")
@@ -255,8 +266,8 @@ class _InputPass:
     """One pass of `collect_passes`: finds out which layers share their input, and measures as many groups as the budget has room
     for, in the order of their first calls. A small group may overtake a big one that does not fit any more."""
 
-    def __init__(self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int, inputs: dict[str, Callable]):
-        self.layers, self.bins, self.group_x, self.inputs = layers, bins, group_x, inputs
+    def __init__(self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int, inputs: dict, diagonals: bool):
+        self.layers, self.bins, self.group_x, self.inputs, self.diagonals = layers, bins, group_x, inputs, diagonals
         self.windows = {name: _window(layer, name) for name, layer in layers.items()}
         self.budget = self.left = budget_bytes
         self.one_in_main_memory = False
@@ -303,14 +314,15 @@ class _InputPass:
                 group.layers.append(name)
                 return group
         layers, stats, channels, K = [name], None, weight.shape[1], weight[0].numel()
-        size = 8 * K * K
+        shape = (K,) if self.diagonals else (K, K)
+        size = 8 * math.prod(shape)
         wide = size > self.budget
         if not self.one_in_main_memory if wide else size <= self.left:
             self.left -= 0 if wide else size
             self.one_in_main_memory |= wide
             zeros = partial(torch.zeros, device=x.device)
             absmax_BinI, calls_Bin = zeros(self.bins, channels), zeros(self.bins, dtype=torch.int64)
-            H_KK = torch.zeros(K, K, dtype=torch.float64, device="cpu" if wide else x.device)
+            H_KK = torch.zeros(shape, dtype=torch.float64, device="cpu" if wide else x.device)
             stats = Stats(layers, H_KK, absmax_BinI, calls_Bin, zeros(channels, dtype=torch.float64))
         return _Group(layers, window, stats)
 
@@ -332,6 +344,7 @@ def collect_passes(
     bins: int = 4,
     group_x: int = 0,
     inputs: dict[str, Callable] | None = None,
+    diagonals: bool = False,
 ) -> Iterator[dict[str, Stats]]:
     """Yield {name: Stats} once per pass over the calibration set until every layer of `layer_names` is done.
 
@@ -340,10 +353,11 @@ def collect_passes(
     group_x > 0 also measures what rounding the inputs to 4 bits costs (`noise_I`), in groups of that size.
     inputs: {name: function of x (.., I)} for layers whose statistics are those of what it returns, a tensor of the same shape, and
     not of x; layers that share their input share that.
+    diagonals: of each H the diagonal alone, for which one pass is enough.
     Raises ValueError for unknown, unsupported or never called layers and for inf or nan inputs.
     """
     layers, inputs = _find(model, layer_names), inputs or {}
-    return _passes(layers, lambda left: _InputPass(left, budget_bytes, bins, group_x, inputs).collect(run))
+    return _passes(layers, lambda left: _InputPass(left, budget_bytes, bins, group_x, inputs, diagonals).collect(run))
 
 
 # ---------------------------------------------------------------- passes for G
@@ -419,8 +433,8 @@ def slices(
 
     A slice's float64 sums fit `budget_bytes`: first those of H, which end as float32 and half as large, then those of G for as many
     of these layers as fit. A slice is emptied when the next one is asked for, so that the caller need not let go of it.
-    backward=None: G is not collected. Other arguments (about_inputs: group_x, inputs) and errors are those of `collect_passes` and
-    `collect_output_passes`."""
+    backward=None: G is not collected. Other arguments (about_inputs: group_x, inputs, diagonals) and errors are those of
+    `collect_passes` and `collect_output_passes`."""
     for stats in collect_passes(model, layer_names, forward, budget_bytes, **about_inputs):
         names = [name for name in layer_names if name in stats]
         for G in [dict.fromkeys(names)] if backward is None else collect_output_passes(model, names, backward, budget_bytes):

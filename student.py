@@ -13,9 +13,9 @@ bounds what statistics and factors hold at a time:
     split           1/4 H, 1/4 G, 1/2 the factors of one layer
 
 A layer whose factors need more than that (hgs_lora.factor_bytes) is split on the CPU. Ranks weigh all layers against each other, so
-the layers are gone through twice, for the ranks and for the splits; where one slice holds them all, their statistics stay for the
-second time. The network itself is changed at the very end, since later slices are measured on it; until then the packed layers wait
-in main memory.
+the layers are gone through twice, for the ranks and for the splits. Where one slice holds them all, their statistics stay for the
+second time. Where not, the ranks get by with the diagonals of all H, from one pass, and passes for G. The network itself is changed
+at the very end, since later slices are measured on it; until then the packed layers wait in main memory.
 
 Each process of a torchrun drives its own captions; sums and maxima are exchanged (hessian.py), every layer is split by one process
 and sent to the others. Which process does what changes the last bits of the sums and nothing else.
@@ -65,7 +65,7 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
 
     # 1. Statistics: H and G of each layer, and what the rule for ranks reads from them
     reads, statistics = qra.METHODS[cfg.ranks].reads, {}
-    for layer in calibration if reads else ():
+    for layer in calibration.for_ranks() if reads else ():
         statistics[layer.name] = {name: STATISTICS[name](layer, cfg) for name in reads}
 
     # 2. Ranks: QRA
@@ -178,11 +178,11 @@ def reads_gradients(cfg) -> bool:
 def spectrum(layer: Layer, cfg) -> Tensor:
     """QRA's sigma_l, as many as a layer may have ranks: of what the grid costs, in the picture's units, or, where gradients are not
     collected, of the residual W - Q."""
-    gw, most = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps), rank_bounds(cfg).most
-    if layer.white.R_OO is None:
-        return hgs_lora.whitened_spectrum(layer.w_OK - quant.dequantize(gw), layer.white.L_KK, rank=most).cpu()
-    cost_K = hgs_lora.grid_cost(layer.w_OK, layer.white, gw)
-    return hgs_lora.whitened_spectrum(layer.w_OK, cost_K.sqrt(), layer.white.R_OO, most).cpu()
+    most = rank_bounds(cfg).most
+    if layer.white.R_OO is not None:
+        return hgs_lora.whitened_spectrum(layer.w_OK, hgs_lora.grid_cost(layer.white).sqrt(), layer.white.R_OO, most).cpu()
+    error_OK = layer.w_OK - quant.dequantize(quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps))
+    return hgs_lora.whitened_spectrum(error_OK, layer.white.L_KK, rank=most).cpu()
 
 
 def energy(layer: Layer, cfg) -> float:
@@ -213,6 +213,8 @@ class Calibration:
         forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
         _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
         backward = backward if reads_gradients(cfg) else None
+        sums = (8 * sum(side**2 for side in sides) for sides in zip(*(layer.shape for layer in layers), strict=True))
+        self.diagonals = backward is not None and max(sums) > self.half  # what the ranks are given of H
         w4a4 = [layer for layer in layers if layer.kind == "w4a4"]
         if cfg.centre:
             linear = [layer.name for layer in w4a4 if isinstance(layer.module, nn.Linear)]
@@ -229,6 +231,15 @@ class Calibration:
                 self.everything = dict(part)
             yield from self.prepared(part)
 
+    def for_ranks(self) -> Iterator[Layer]:
+        """The same for the rules of ranks. Where G is there they read no more of H than its diagonal (`spectrum`, `energy`), and
+        where one slice may not hold all layers they are given no more."""
+        if not self.diagonals:
+            yield from self
+            return
+        for part in self.slices(diagonals=True):
+            yield from self.prepared(part)
+
     def prepared(self, part: dict[str, tuple[hessian.Stats, Tensor | None]]) -> Iterator[Layer]:
         """The layers of one slice that this process works on; those that read one input (q, k and v) come one after the other and
         share a Whitener, unless they are smoothed."""
@@ -241,7 +252,7 @@ class Calibration:
                     layer.let_go()
 
     def prepare(self, layer: Layer, stats: hessian.Stats, G_OO: Tensor | None, shared: dict) -> None:
-        device, smooth = self.device(layer), self.cfg.smooth and layer.kind == "w4a4"
+        device, smooth = self.device(layer, stats.H_KK.dim() == 2), self.cfg.smooth and layer.kind == "w4a4"
         layer.stats, layer.w_OK = stats, layer.weight(device)
         layer.w_OK = quant.rotate_taps(layer.w_OK, layer.taps) if layer.rotated else layer.w_OK
         if smooth:
@@ -264,7 +275,7 @@ class Calibration:
         lambda2_I = 1 if layer.smooth_I is None else layer.smooth_I**2
         return (layer.stats.noise_I.to(layer.w_OK.device) / lambda2_I).repeat(layer.taps)
 
-    def device(self, layer: Layer) -> torch.device:
-        """Where its factors are: beside the layer if they fit one half of the budget."""
-        fits = hgs_lora.factor_bytes(*layer.shape, self.cfg.rounding) <= self.half
+    def device(self, layer: Layer, splits: bool) -> torch.device:
+        """Where its factors, of its split or of its ranks, are: beside the layer if they fit one half of the budget."""
+        fits = hgs_lora.factor_bytes(*layer.shape, self.cfg.rounding if splits else "") <= self.half
         return layer.module.weight.device if fits else torch.device("cpu")

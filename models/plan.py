@@ -167,7 +167,7 @@ def choices(cfg, fp: Footprint, goes_on: bool = False) -> tuple:
     for a dry run. UserError if nothing fits."""
     cfg, given = dataclasses.replace(cfg, micro=micro_of(cfg)), cfg.hessian_mb << 20
     if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
-        limit, some = parse_bytes(cfg.memory_limit), [given] if given else [fp.roomy, fp.least]
+        limit, some = parse_bytes(cfg.memory_limit), [given] if given else [fp.roomy >> halvings for halvings in range(6)]
         some = [0] if cfg.bits == 16 else [max(bytes, fp.least) for bytes in some]
         made = choose(limit, fp, cfg.batch, process_count(), teacher_of(cfg), some)
         found = {"micro": made.micro_batch, "checkpointing": made.checkpointing, "offload": made.teacher == "offloaded"}

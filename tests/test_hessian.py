@@ -176,6 +176,27 @@ def test_strips_add_up_to_the_moments_of_all_columns(K, strip, seed):
     assert (total - exact).norm() <= 1e-6 * exact.norm() and torch.equal(total.tril(-strip).mT, total.triu(strip))
 
 
+@given(K=st.integers(1, 12), taps=st.sampled_from([1, 4]), seed=st.integers(0, 99))
+def test_what_is_made_of_a_hessian_can_be_made_of_its_diagonal(K, taps, seed):
+    """Catches: another damping, smoothing by lambda in place of its square."""
+    x, lam = rows("normal", 20, K * taps, seed).double(), torch.rand(K, dtype=torch.float64) + 0.5
+    H = x.mT @ x
+    for function in (hessian.damp, lambda H: hessian.smooth(H, lam)):
+        assert torch.allclose(hessian.diagonal(function(H)), function(H.diagonal()), rtol=1e-12)
+
+
+def test_diagonals_are_those_of_the_hessians_and_need_one_pass():
+    """Catches: a diagonal of sums in place of squares, windows of another stride, a budget that counts K^2."""
+    torch.manual_seed(0)
+    model, batches = Block(), [torch.randn(16, 16) for _ in range(3)]
+    whole, alone = (calibrate(model, batches, LAYERS, group_x=8, diagonals=only) for only in (False, True))
+    for name in LAYERS:
+        torch.testing.assert_close(alone[name].H_KK, whole[name].H_KK.diagonal(), rtol=1e-5, atol=1e-7)
+        assert torch.equal(alone[name].noise_I, whole[name].noise_I) and alone[name].count == whole[name].count
+    passes = list(hessian.collect_passes(model, LAYERS, lambda set_bin: model(batches[0]), 8 * 500, diagonals=True))
+    assert len(passes) == 1
+
+
 @pytest.mark.parametrize("budget_of", [0.5, 1, 2, 100])
 def test_several_passes_equal_one_pass_and_respect_the_budget(budget_of):
     """Catches: a layer lost or counted in two passes, totals of a pass above the budget, two in main memory at a time."""

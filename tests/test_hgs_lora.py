@@ -88,8 +88,7 @@ def test_a_layer_of_zeros_or_on_the_grid_with_a_dead_input_has_a_split(O, on_gri
     gw, A, B = hgs_lora.decompose(W, white, 2, group=16)
     assert torch.isfinite(A).all() and torch.isfinite(B).all()
     assert hgs_lora.relative_error(W, white.L_KK, gw, A, B) < 1e-2
-    cost_K = hgs_lora.grid_cost(W, white, gw)
-    assert torch.isfinite(hgs_lora.whitened_spectrum(W, cost_K.sqrt(), white.R_OO, 8)).all()
+    assert torch.isfinite(hgs_lora.whitened_spectrum(W, hgs_lora.grid_cost(white).sqrt(), white.R_OO, 8)).all()
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 24), H_KINDS, st.integers(0, 999))
@@ -161,6 +160,40 @@ def test_hgs_with_gradients_and_noise_beats_every_sibling_in_that_norm(kind, rou
         for split in [hgs_lora.decompose(W, white, rank, method, group=8, rounding=rounding)]
     }
     assert error["hgs"] == min(error.values()) and error["hgs"] < 0.9 * min(error[m] for m in SIBLINGS)
+
+
+@given(st.integers(1, 20), H_KINDS, st.integers(0, 99))
+def test_what_the_grid_costs_needs_no_more_than_diagonals(K, kind, seed):
+    """Catches: noise that is forgotten where H is a diagonal, a cost of 0, damping left out."""
+    H, noise = make_H(K, kind, seed), torch.rand(K, generator=torch.Generator().manual_seed(seed))
+    noise[0] = 0
+    expected = hgs_lora.LEFT * hessian.damp(H).diagonal()
+    for part in (H, H.diagonal()):
+        white = hgs_lora.Whitener(part)
+        assert torch.allclose(hgs_lora.grid_cost(white), expected, rtol=1e-12) and (expected > 0).all()
+        assert torch.allclose(hgs_lora.grid_cost(white.of_layer(torch.eye(2), noise)), expected + noise.double(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind,quotient", [("normal", 0.93), ("offset", 0.065)])
+def test_gptq_leaves_the_share_of_the_error_that_inputs_do_not_explain_of_each_other(kind, quotient):
+    """The derivation of c. Catches: a GPTQ that feeds nothing back, conditional variances taken in another order."""
+    W, white = make_W(512, 64, "normal", 0), hgs_lora.Whitener(make_H(64, kind, 0))
+    H_K, w2_K = white.H_KK.diagonal(), W.double().square().sum(0)
+    d_K = torch.linalg.cholesky(white.H_KK.flip(0, 1)).flip(0, 1).diagonal().square()  # given the inputs with larger k
+    factor = {"rtn": None, "gptq": white.gptq_factor(64, 1)}
+    gw = {how: quant.quantize_weight(W, 64, 1, white.H_KK, how, factor=factor[how]) for how in factor}
+    error = {how: hgs_lora.split_error(W, white.L_KK, gw[how]) for how in gw}
+    rho = float((W.double() - quant.dequantize(gw["rtn"])).square().sum() / w2_K.sum())
+    assert rho == pytest.approx(0.01, rel=0.1) and float(d_K.sum() / H_K.sum()) == pytest.approx(quotient, rel=0.05)
+    assert error["rtn"] == pytest.approx(rho * float((w2_K * H_K).sum()), rel=0.05)
+    assert error["gptq"] == pytest.approx(rho * float((w2_K * d_K).sum()), rel=0.05)
+
+
+def test_layers_of_one_input_share_the_factors_of_h_whoever_asks_first():
+    """Catches a Cholesky factor for each copy of a Whitener."""
+    white = hgs_lora.Whitener(make_H(8, "normal", 0))
+    first, second = (white.of_layer(torch.eye(3)) for _ in range(2))
+    assert first.L_KK is second.L_KK is white.L_KK and first.gptq_factor(8, 1) is second.gptq_factor(8, 1)
 
 
 def test_gradients_of_a_layer_without_influence_or_of_another_shape():

@@ -114,6 +114,19 @@ def test_slices_change_nothing_but_the_number_of_passes(flags):
     assert all(torch.equal(tensor, sliced.state_dict()[key]) for key, tensor in one.state_dict().items())
 
 
+def test_ranks_are_given_diagonals_where_one_slice_does_not_hold_all_layers():
+    """Catches: all slices of H for the ranks, a layer that is left out, diagonals where the residual's spectrum needs all of H."""
+    needed = 16 * 576**2 / 2**20 + 1
+    for flags, budget, dims in (("", needed, 1), ("", 4096, 2), ("--hessian input", needed, 2)):
+        base = denoiser()
+        cfg = train.parse(f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb {int(budget)} {flags}".split())
+        cond = {"tokens": torch.randn(1, 77, base.net.text)}
+        calibration = student.Calibration(cfg, base, student.layers_to_quantize(cfg, base), cond, torch.randn(1, 4, 8, 8))
+        seen = [(layer.name, layer.white.H_KK.dim()) for layer in calibration.for_ranks()]
+        assert len(seen) == len(set(seen)) == LAYERS and {dim for _, dim in seen} == {dims}
+        assert {layer.white.H_KK.dim() for layer in calibration} == {2}
+
+
 @pytest.mark.parametrize("flags,inputs", [("--hessian input", 20), ("--hessian kron --init hgs", 20), ("--smooth 0.5", LAYERS)])
 def test_layers_of_one_input_share_a_whitener_and_none_outlives_its_layer(monkeypatch, flags, inputs):
     """Catches a Cholesky factor for each of q, k and v, and factors that stay until the end of a slice: 24 GB on SDXL where 8 GB
