@@ -180,9 +180,11 @@ def spectrum(layer: Layer, cfg) -> Tensor:
     collected, of the residual W - Q."""
     most = rank_bounds(cfg).most
     if layer.white.R_OO is not None:
-        return hgs_lora.whitened_spectrum(layer.w_OK, hgs_lora.grid_cost(layer.white).sqrt(), layer.white.R_OO, most).cpu()
-    error_OK = layer.w_OK - quant.dequantize(quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps))
-    return hgs_lora.whitened_spectrum(error_OK, layer.white.L_KK, rank=most).cpu()
+        weighed = layer.w_OK, hgs_lora.grid_cost(layer.white).sqrt(), layer.white.R_OO
+    else:
+        gw = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps)
+        weighed = layer.w_OK - quant.dequantize(gw), layer.white.L_KK, None
+    return hgs_lora.whitened_spectrum(*weighed, most, dtype=torch.float32).cpu()
 
 
 def energy(layer: Layer, cfg) -> float:

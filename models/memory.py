@@ -63,17 +63,18 @@ class Row(NamedTuple):
         return self.codes + self.scales + self.lora + self.other
 
 
-def layer_table(family: Family, net: nn.Module, rank: int = 16, lora_bits: int = 8, group_w: int = 64) -> list[Row]:
+def layer_table(family: Family, net: nn.Module, rank=16, lora_bits: int = 8, group_w: int = 64) -> list[Row]:
     """One Row for every Linear and Conv2d of a diffusers network (best on the meta device), one for the rest.
 
-    rank: of every quantized layer, at most its smaller side; 0: merged. lora_bits=16: 16-bit factors in the file."""
+    rank: of every quantized layer, at most its smaller side, or {layer: rank}; 0: merged. lora_bits=16: 16-bit factors in the
+    file."""
     rows = []
     for name, layer in float_layers(net).items():
         kind, bias = family.precision(name), 0 if layer.bias is None else 2 * layer.bias.numel()
         bf16 = 2 * layer.weight.numel() + bias
         row = Row(name, kind, tuple(layer.weight.shape), bf16, other=bf16)
         if kind != "16bit":
-            packed = packed_twin_of(kind, layer.to("meta"), rank, group_w, lora_bits=8)
+            packed = packed_twin_of(kind, layer.to("meta"), rank[name] if isinstance(rank, dict) else rank, group_w, lora_bits=8)
             size = Counter({key: tensor.nbytes for key, tensor in packed.state_dict().items()})
             lora = (size["lora_A"] + size["lora_B"]) * lora_bits // 8 + (size["lora_scale"] if lora_bits == 8 else 0)
             row = row._replace(

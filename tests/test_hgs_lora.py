@@ -76,6 +76,15 @@ def test_subspace_iteration_leaves_what_the_exact_eigenvectors_leave(decay, rank
     assert len(spectrum) == rank and torch.allclose(spectrum[:few], exact[:few].sqrt(), rtol=0.01)
 
 
+@given(st.integers(1, 40), st.integers(1, 40), H_KINDS, H_KINDS, st.floats(1e-8, 1e8), st.integers(0, 99))
+def test_a_spectrum_from_float32_products_is_that_of_float64(O, K, kind, g_kind, unit, seed):
+    """Catches: eigenvalues in float32 too, and strengths of G for which float32 has no numbers."""
+    white = hgs_lora.Whitener(make_H(K, kind, seed)).of_layer(unit * make_H(O, g_kind, seed + 1))
+    weighed = make_W(O, K, "normal", seed), hgs_lora.grid_cost(white).sqrt(), white.R_OO
+    exact, single = (hgs_lora.whitened_spectrum(*weighed, dtype=dtype).square() for dtype in (torch.float64, torch.float32))
+    assert single.dtype == torch.float64 and (single - exact).abs().max() <= 1e-5 * exact[0]
+
+
 @pytest.mark.parametrize("O", (8, 48))
 @pytest.mark.parametrize("on_grid", (False, True))
 def test_a_layer_of_zeros_or_on_the_grid_with_a_dead_input_has_a_split(O, on_grid):
