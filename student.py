@@ -116,7 +116,7 @@ class Layer:
     kind: str  # w4a4 or w4a16 (Family.precision)
     index: int  # in the network's order
     rotated: bool = False  # --rotate, where its channels divide into blocks
-    shift_I: Tensor | None = None  # --centre: the mean of its input
+    mean_I: Tensor | None = None  # --centre: of its input
     stats: hessian.Stats | None = None  # of what it quantizes, z of layers.py before smoothing
     w_OK: Tensor | None = None  # float32, tap-major, times smooth_I, rotated
     white: hgs_lora.Whitener | None = None  # of z, with R and N where gradients are collected
@@ -140,9 +140,14 @@ class Layer:
         w_OIhw = self.module.weight[..., None, None] if self.module.weight.dim() == 2 else self.module.weight
         return quant.flatten_conv(w_OIhw).float().to(device)
 
+    @property
+    def shift_I(self) -> Tensor | None:
+        """The mean of x', its smoothed input."""
+        return self.mean_I if self.mean_I is None or self.smooth_I is None else self.mean_I.to(self.smooth_I) / self.smooth_I
+
     def grid_input(self, x: Tensor) -> Tensor:
         """z of x (.., I), float32, without smoothing."""
-        z = x.float() if self.shift_I is None else x.float() - self.shift_I
+        z = x.float() if self.mean_I is None else x.float() - self.mean_I
         return quant.rotate(z) if self.rotated else z
 
     def let_go(self) -> None:
@@ -213,12 +218,12 @@ class Calibration:
         forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
         _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
         backward = backward if reads_gradients(cfg) else None
-        w4a4 = [layer for layer in layers if layer.kind == "w4a4"]
         if cfg.centre:
-            linear = [layer.name for layer in w4a4 if isinstance(layer.module, nn.Linear)]
+            linear = [layer.name for layer in layers if layer.kind == "w4a4" and isinstance(layer.module, nn.Linear)]
             for name, mean_I in hessian.means(base.net, linear, forward).items():
-                self.layers[name].shift_I = mean_I
-        about_inputs = {"group_x": cfg.group_x, "inputs": {layer.name: layer.grid_input for layer in w4a4}}
+                self.layers[name].mean_I = mean_I
+        changed = {layer.name: layer.grid_input for layer in layers if layer.rotated or layer.mean_I is not None}
+        about_inputs = {"group_x": cfg.group_x, "inputs": changed}
         self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, **about_inputs)
         self.everything: dict | None = None  # a slice that holds all layers
 

@@ -139,11 +139,11 @@ def test_layers_of_one_input_share_a_whitener_and_none_outlives_its_layer(monkey
     assert peak <= 2 and not alive, "the one of the caption waits for the second cross-attention"
 
 
-@pytest.mark.parametrize("smooth,rotate", [(0.0, False), (0.5, False), (0.0, True)])
-def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smooth, rotate):
-    """Catches W, H or N of another smoothing or rotation, and statistics and factors that pile up in the list of layers."""
-    flags = f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --smooth {smooth} --{'' if rotate else 'no-'}rotate"
-    cfg = train.parse(flags.split())
+@pytest.mark.parametrize("smooth,rotate,centre", [(0.0, False, False), (0.5, False, True), (0.0, True, False)])
+def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smooth, rotate, centre):
+    """Catches W, H, N or mean of another smoothing or rotation, and statistics and factors that pile up in the list of layers."""
+    flags = f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --smooth {smooth}"
+    cfg = train.parse([*flags.split(), *["--rotate"] * rotate, *["--centre"] * centre])
     base, before = denoiser(), None
     chosen = student.layers_to_quantize(cfg, base)
     cond = {"tokens": torch.randn(1, 77, base.net.text)}
@@ -157,6 +157,8 @@ def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smoot
         W = quant.rotate_taps(W, layer.taps) if rotate and layer.kind == "w4a4" else W
         assert torch.equal(layer.w_OK, W * lam_I.repeat(layer.taps)) and layer.rotated == (rotate and layer.kind == "w4a4")
         assert torch.equal(layer.white.H_KK, hessian.damp(hessian.smooth(layer.stats.H_KK, lam_I)))
+        centred = centre and layer.kind == "w4a4" and isinstance(layer.module, nn.Linear)
+        assert (layer.shift_I is not None) == centred and (not centred or torch.equal(layer.shift_I, layer.mean_I / lam_I))
         if layer.kind == "w4a4":
             torch.testing.assert_close(layer.white.noise_K, (layer.stats.noise_I / lam_I.square()).repeat(layer.taps).double())
         else:
@@ -197,7 +199,7 @@ def test_a_rule_of_ones_own_with_its_own_statistic_is_one_row_each(monkeypatch):
     build("--ranks uniform")  # asks for none
 
 
-@pytest.mark.parametrize("flags", ["--rotate", "--centre", "--rotate --centre"])
+@pytest.mark.parametrize("flags", ["--rotate", "--centre", "--rotate --centre", "--centre --smooth 0.5"])
 def test_rotated_and_centred_layers_compute_the_network_that_they_were_made_of(whole, flags):
     """Catches statistics, split or branch of unlike inputs: the error would be several times that of plain layers."""
     packed, table = build(f"{FULL} {flags}")
