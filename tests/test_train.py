@@ -476,7 +476,7 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--rank-least -1", "--rank-least must be at least 0"),
         ("--rank-least 9", "--rank-least 9 must be at most --rank 8"),
         ("--keep-16bit --ranks uniform", "--ranks uniform does not weigh what the grid costs"),
-        ("--keep-16bit --deploy merged", "--deploy merged is strict W4A4: leave out --keep-16bit"),
+        ("--keep-16bit --ranks qra --deploy merged", "--deploy merged is strict W4A4: leave out --keep-16bit"),
         ("--rank-most 7", "--rank-most 7 must be at least --rank 8"),
         ("--dtype half", "invalid choice: 'half'"),
         ("--teacher none.safetensors", "none.safetensors does not exist: make it with"),
