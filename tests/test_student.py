@@ -314,7 +314,7 @@ def test_a_run_whose_layers_stay_in_16_bits_trains_packs_and_draws(tmp_path, mon
     """Catches such a layer in the whole of a run: start, updates, reloading, pictures, the closing lines and their memory."""
     original = qra.allocate
     monkeypatch.setattr(qra, "allocate", lambda *args, **kwargs: original(*args, **kwargs) | {"up_blocks.0.resnets.0.conv1": None})
-    flags = "--rank 2 --keep-16bit --steps 2 --batch 4 --calibration 4 --init qera --rounding rtn --eval-n 8 --rollout 0.5"
+    flags = "--rank 2 --keep-16bit --hessian input --init qera --rounding rtn --calibration 4 --steps 2 --batch 4 --eval-n 8"
     train.main([*flags.split(), "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
     loaded, about = checkpoint.load_checkpoint(tmp_path / "run")
