@@ -215,12 +215,30 @@ class _Group:
         return self.source is not None and self.source[0]() is x and self.source[1] == x._version
 
 
+def means(model: nn.Module, layer_names: list[str], run: Callable) -> dict[str, Tensor]:
+    """{name: E[x] (I,), float32}, the mean input of each linear layer over all rows, in one pass of the calibration set. `run` is
+    that of collect_passes; processes exchange their sums."""
+    layers, sums = _find(model, layer_names), {}
+
+    def add(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x_TI = (args[0] if args else kwargs["input"]).detach().flatten(0, -2)
+        total = torch.cat([x_TI.sum(0, dtype=torch.float64), x_TI.new_tensor([len(x_TI)], dtype=torch.float64)])
+        sums[name] = sums.get(name, 0) + total  # the last entry counts rows
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(add, name), with_kwargs=True))
+        run(lambda bin: None)
+    exchange(*(sums[name] for name in layers if name in sums))
+    return {name: (total[:-1] / total[-1]).float() for name, total in sums.items()}
+
+
 class _InputPass:
     """One pass of `collect_passes`: finds out which layers share their input, and measures as many groups as the budget has room
     for, in the order of their first calls. A small group may overtake a big one that does not fit any more."""
 
-    def __init__(self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int):
-        self.layers, self.bins, self.group_x = layers, bins, group_x
+    def __init__(self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int, inputs: dict[str, Callable]):
+        self.layers, self.bins, self.group_x, self.inputs = layers, bins, group_x, inputs
         self.windows = {name: _window(layer, name) for name, layer in layers.items()}
         self.budget = self.left = budget_bytes
         self.bin = 0
@@ -251,7 +269,9 @@ class _InputPass:
         if group.layers[0] == name:
             group.remember(x)
             if group.stats:
-                group.stats.add(x.detach(), group.window, self.bin, self.group_x)
+                x_NI = x.detach().movedim(1, -1) if group.window else x.detach()
+                z_NI = self.inputs.get(name, lambda x: x)(x_NI)
+                group.stats.add(z_NI.movedim(-1, 1) if group.window else z_NI, group.window, self.bin, self.group_x)
         elif not group.reads(x):
             raise ValueError(f"layers {group.layers[0]!r} and {name!r} shared their input at first, later not")
 
@@ -259,7 +279,8 @@ class _InputPass:
         """First call of a layer: the group that reads the same tensor through the same window, or a new one."""
         window, weight = self.windows[name], self.layers[name].weight
         for group in self.group_of.values():
-            if group.window == window and group.reads(x):
+            alike = group.window == window and (name in self.inputs) == (group.layers[0] in self.inputs)
+            if alike and group.reads(x):
                 group.layers.append(name)
                 return group
         layers, stats, channels, K = [name], None, weight.shape[1], weight[0].numel()
@@ -286,16 +307,25 @@ def _passes(layers: dict[str, nn.Module], collect: Callable[[dict[str, nn.Module
 
 
 def collect_passes(
-    model: nn.Module, layer_names: list[str], run: Callable, budget_bytes: int = 2 << 30, bins: int = 4, group_x: int = 0
+    model: nn.Module,
+    layer_names: list[str],
+    run: Callable,
+    budget_bytes: int = 2 << 30,
+    bins: int = 4,
+    group_x: int = 0,
+    inputs: dict[str, Callable] | None = None,
 ) -> Iterator[dict[str, Stats]]:
     """Yield {name: Stats} once per pass over the calibration set until every layer of `layer_names` is done.
 
     run(set_bin) drives the whole calibration set through `model` once and calls set_bin(i), 0 <= i < bins, before each
     forward to say which timestep bin it belongs to (bin 0 until it is said). It must repeat itself on each pass.
     group_x > 0 also measures what rounding the inputs to 4 bits costs (`noise_I`), in groups of that size.
+    inputs: {name: function of x (.., I)} for layers whose statistics are those of what it returns, a tensor of the same shape, and
+    not of x; layers that share their input share that.
     Raises ValueError for unknown, unsupported, never called or over-budget layers and for inf or nan inputs.
     """
-    return _passes(_find(model, layer_names), lambda layers: _InputPass(layers, budget_bytes, bins, group_x).collect(run))
+    layers, inputs = _find(model, layer_names), inputs or {}
+    return _passes(layers, lambda left: _InputPass(left, budget_bytes, bins, group_x, inputs).collect(run))
 
 
 # ---------------------------------------------------------------- passes for G
@@ -366,14 +396,15 @@ def collect_output_passes(
 
 
 def slices(
-    model: nn.Module, layer_names: list[str], forward: Callable, backward: Callable | None, budget_bytes: int, group_x: int = 0
+    model: nn.Module, layer_names: list[str], forward: Callable, backward: Callable | None, budget_bytes: int, **about_inputs
 ) -> Iterator[dict[str, tuple[Stats, Tensor | None]]]:
     """Yield {name: (Stats, G_OO or None)} of the layers, slice by slice.
 
     A slice's float64 sums fit `budget_bytes`: first those of H, which end as float32 and half as large, then those of G for as many
     of these layers as fit. A slice is emptied when the next one is asked for, so that the caller need not let go of it.
-    backward=None: G is not collected. Other arguments and errors are those of `collect_passes` and `collect_output_passes`."""
-    for stats in collect_passes(model, layer_names, forward, budget_bytes, group_x=group_x):
+    backward=None: G is not collected. Other arguments (about_inputs: group_x, inputs) and errors are those of `collect_passes` and
+    `collect_output_passes`."""
+    for stats in collect_passes(model, layer_names, forward, budget_bytes, **about_inputs):
         names = [name for name in layer_names if name in stats]
         for G in [dict.fromkeys(names)] if backward is None else collect_output_passes(model, names, backward, budget_bytes):
             part = {name: (stats[name], G[name]) for name in names if name in G}

@@ -1,11 +1,13 @@
 """Packed INT4 storage and the W4A4 linear and convolution: eager, torch.compile, and by hand for CPUs and GPUs.
 
     x'  = x * inv_smooth                                  (optional smoothing; inv_smooth = 1 / lambda is what is stored)
-    X   = m_x q_x   int8,  s_x float32                    dynamic, groups of group_x      (quant.py: x' ~= s_x m_x q_x)
+    z   = (x' - shift) R                                  (optional; R rotates blocks of channels, quant.rotate)
+    X   = m_x q_x   int8,  s_x float32                    dynamic, groups of group_x      (quant.py: z ~= s_x m_x q_x)
     y   = s_x s_w (X W^T)  + bias + (x' A^T) B^T          W = m_w q_w int8;  X W^T is one int8 GEMM, int32, exact
 
-The low-rank branch A (r, K), B (O, r) sees x' before quantization. Casts, in order: x to float32; x' and its quantization in
-float32; the branch in x.dtype (its GEMMs accumulate in float32); int32 -> float32 (rounds once, above 2^24); scaling, bias and
+The low-rank branch A (r, K), B (O, r) sees x' as it is. What a shift takes from the output is a constant, which is in the bias
+(layers.py); convolutions have none, since their padding would not be 0. Casts, in order: x to float32; x', z and its quantization
+in float32; the branch in x.dtype (its GEMMs accumulate in float32); int32 -> float32 (rounds once, above 2^24); scaling, bias and
 the sum in float32; y in x.dtype. int32 cannot overflow up to Kp = 131,071.
 
 Storage of a weight (O, Kp), 4 + 4/group bits a value and one byte per row:
@@ -49,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import quant
 from backends import cpu, gpu
 from backends.cpu import CPU
 from quant import SCALE_SHIFT, ZERO, GridWeight, activation_int8, dequantize_activation, quantize_activation, quantize_weight
@@ -176,6 +179,12 @@ def _smooth(x: Tensor, inv_smooth_I: Tensor | None) -> Tensor:
     return x.float() if inv_smooth_I is None else x.float() * inv_smooth_I
 
 
+def _grid_input(x1: Tensor, shift_I: Tensor | None, rotated: bool) -> Tensor:
+    """z of x', what is quantized; channels are the last axis."""
+    z = x1 if shift_I is None else x1 - shift_I
+    return quant.rotate(z) if rotated else z
+
+
 def w4a4_linear(
     x: Tensor,
     pw: PackedWeight,
@@ -184,11 +193,13 @@ def w4a4_linear(
     lora_B_Or: Tensor | None = None,
     inv_smooth_I: Tensor | None = None,
     group_x: int = 16,
+    shift_I: Tensor | None = None,
+    rotated: bool = False,
 ) -> Tensor:
     """x (..., I) float32 / bf16 / fp16 -> (..., O) in x.dtype. bias, A, B float of any dtype. A row with NaN or inf gives NaN."""
     x_TI = x.flatten(0, -2) if x.dim() > 1 else x[None]
     x1_TI = _smooth(x_TI, inv_smooth_I)
-    X_TK, s_T = activation_int8(x1_TI, group_x)
+    X_TK, s_T = activation_int8(_grid_input(x1_TI, shift_I, rotated), group_x)
     W_OK = weight_int8(pw)
     acc_TO = int8_matmul(_fit(X_TK, W_OK.shape[1]), W_OK)
     low_Tr = x1_TI.to(x.dtype) @ lora_A_rI.to(x.dtype).t() if _has_branch(lora_A_rI) else None
@@ -218,11 +229,12 @@ def w4a4_conv2d(
     kernel_size: tuple[int, int] = (3, 3),
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (1, 1),
+    rotated: bool = False,
 ) -> Tensor:
     """(N, I, H, W) -> (N, O, H', W') in x.dtype and channels-last memory. lora_A is a convolution that is flattened like W. A
     sample with NaN or inf gives NaN."""
     x1_NHWC = _smooth(x_NCHW.permute(0, 2, 3, 1).contiguous(), inv_smooth_I)  # no copy of channels-last memory
-    X_NHWC, s_N = activation_int8(x1_NHWC, group_x, per_sample=True)
+    X_NHWC, s_N = activation_int8(_grid_input(x1_NHWC, None, rotated), group_x, per_sample=True)
     W_OK = weight_int8(pw)
     X_NHWC = _fit(X_NHWC, W_OK.shape[1] // pw.taps)
     X_NHWK = im2col(X_NHWC, kernel_size, stride, padding)
@@ -296,22 +308,26 @@ def compiled(fn: Callable) -> Callable:
     return call
 
 
-def native_linear(x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16, w4a4=cpu.w4a4) -> Tensor:
+def native_linear(
+    x, pw, bias=None, lora_A_rI=None, lora_B_Or=None, inv_smooth_I=None, group_x=16, shift_I=None, rotated=False, w4a4=cpu.w4a4
+) -> Tensor:
     """w4a4_linear as native_conv2d, where each row is a picture of one pixel."""
     pixels, geometry = x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1), ((1, 1), (1, 1), (0, 0))
-    y = native_conv2d(pixels, pw, bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x, *geometry, w4a4, per_sample=False)
+    operands = (bias, lora_A_rI, lora_B_Or, inv_smooth_I, group_x)
+    y = native_conv2d(pixels, pw, *operands, *geometry, rotated, shift_I, w4a4, per_sample=False)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
 def native_conv2d(
     x_NCHW, pw, bias=None, lora_A_rK=None, lora_B_Or=None, inv_smooth_I=None, group_x=16,
-    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), w4a4=cpu.w4a4, per_sample=True,
+    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), rotated=False, shift_I=None, w4a4=cpu.w4a4, per_sample=True,
 ) -> Tensor:  # fmt: skip
     """w4a4_conv2d by w4a4, a kernel of backends/. ValueError for a wrong number of channels."""
     if x_NCHW.shape[1] != pw.channels:  # kernels by hand would read beyond the factors of the branch
         raise ValueError(f"x has {x_NCHW.shape[1]} channels, its weight {pw.channels}")
-    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, lora_A_rK, lora_B_Or, inv_smooth_I, pw.group, group_x, per_sample)
-    return w4a4(x_NCHW.permute(0, 2, 3, 1), *operands, kernel_size, stride, padding).permute(0, 3, 1, 2)
+    operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, lora_A_rK, lora_B_Or, inv_smooth_I, shift_I)
+    numbers = (pw.group, group_x, rotated, per_sample, kernel_size, stride, padding)
+    return w4a4(x_NCHW.permute(0, 2, 3, 1), *operands, *numbers).permute(0, 3, 1, 2)
 
 
 @torch.compiler.assume_constant_result  # or torch.compile would trace through functools.cache into the build

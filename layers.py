@@ -2,9 +2,13 @@
 
 Forward, in training too, is the deployed kernel itself (kernels.py):
 
-    y = q(x') q(W)^T + bias + (x' A^T) B^T,        x' = x * inv_smooth,        output in x.dtype
+    y = q(z) q(W R)^T + bias + (x' A^T) B^T,       x' = x * inv_smooth,  z = (x' - c) R,       output in x.dtype
 
-Backward, with g = dL/dy and W^ = q(W): straight-through on q(x'), and gradients to x, A, B and nothing else,
+R rotates blocks of channels (quant.rotate; without `rotated` it is the identity), and c is the mean input during calibration
+(`shift`; 0 where there is none). What c contributes, (W - B A) c with the B A of the beginning, is a constant: it is part of the
+bias, and never rounded to 4 bits.
+
+Backward, with g = dL/dy and W^ = q(W R) R: straight-through on q(z), and gradients to x, A, B and nothing else,
 
     dA = (g B)^T x'      dB = g^T (x' A^T)      dx = inv_smooth * (g (W^ + B A))
 
@@ -95,7 +99,8 @@ class PackedLayer(nn.Module):
     """Q + B A. A subclass defines run(x, A, B), the kernel, and grads(g, x, A, B, needs), its straight-through gradients.
 
     Buffers: codes_OP, mult_P uint8; scale_O float32, or the byte of kernels.pack_scales, which is the same number exactly (deployed
-    form); inv_smooth (I,) float32 if smoothed; bias (O,) if there is one, in the float layer's dtype.
+    form); inv_smooth (I,) float32 if smoothed; shift (I,) float32 if centred; bias (O,) in the float layer's dtype, if that has one
+    or the layer is centred.
 
     lora_A (r, K), lora_B (O, r) are float32 Parameters, and None at rank 0. In the deployed form (store_8bit, or lora_bits=8) they
     are int8 buffers with lora_scale (2, r) float32 beside them, and only x has a gradient. state_dict() is what safetensors saves.
@@ -104,7 +109,17 @@ class PackedLayer(nn.Module):
     .to(dtype), .half() and the like move a layer but cast nothing: bfloat16 scales would change the weights, and bfloat16 A and B
     would not take small updates. The layer computes in the dtype of its input."""
 
-    def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
+    def __init__(
+        self,
+        layer: nn.Module,
+        rank: int,
+        group: int = 64,
+        group_x: int = 16,
+        smooth: bool = False,
+        lora_bits: int = 16,
+        rotated: bool = False,
+        centred: bool = False,
+    ):
         """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
         lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
         if lora_bits not in (8, 16):
@@ -116,13 +131,15 @@ class PackedLayer(nn.Module):
         quant.check_group(group_x)
         super().__init__()
         self.channels, self.out, self.taps, self.group, self.group_x, self.rank = I, O, taps, group, group_x, rank
-        self.backend, self.use_anchor = "eager", False
+        self.rotated, self.backend, self.use_anchor = rotated, "eager", False
         padded, deployed, empty = taps * -(-I // group) * group, lora_bits == 8, partial(torch.empty, device=layer.weight.device)
         self.register_buffer("codes_OP", empty(O, padded // 2, dtype=torch.uint8))
         self.register_buffer("mult_P", empty(-(-O * padded // group // 2), dtype=torch.uint8))
         self.register_buffer("scale_O", empty(O, dtype=torch.uint8 if deployed else torch.float32))
         self.register_buffer("inv_smooth", empty(I) if smooth else None)
-        self.register_buffer("bias", None if layer.bias is None else torch.empty_like(layer.bias, requires_grad=False))
+        self.register_buffer("shift", empty(I) if centred else None)
+        has_bias = centred or layer.bias is not None
+        self.register_buffer("bias", empty(O, dtype=layer.weight.dtype) if has_bias else None)
         for name, shape in (("lora_A", (rank, K)), ("lora_B", (O, rank))):
             if rank and deployed:
                 self.register_buffer(name, empty(shape, dtype=torch.int8))
@@ -133,12 +150,31 @@ class PackedLayer(nn.Module):
         self.register_buffer("anchor_B", None, persistent=False)
 
     @classmethod
-    def from_float(cls, layer, gw: quant.GridWeight, A_rK=None, B_Or=None, smooth_I=None, group_x: int = 16):
-        """The packed twin of `layer`: grid weight and factors from `decompose` (of W * smooth_I if it is smoothed)."""
-        new = cls(layer, 0 if A_rK is None else len(A_rK), gw.group, group_x, smooth_I is not None)
+    def from_float(
+        cls,
+        layer: nn.Module,
+        gw: quant.GridWeight,
+        A_rK: Tensor | None = None,
+        B_Or: Tensor | None = None,
+        smooth_I: Tensor | None = None,
+        group_x: int = 16,
+        rotated: bool = False,
+        shift_I: Tensor | None = None,
+    ):
+        """The packed twin of `layer`: grid weight and factors from `decompose`, of W * smooth_I if it is smoothed, of W R if it is
+        rotated. shift_I: c, for a linear layer."""
+        rank, smooth, centred = 0 if A_rK is None else len(A_rK), smooth_I is not None, shift_I is not None
+        new = cls(layer, rank, gw.group, group_x, smooth, rotated=rotated, centred=centred)
         if (gw.channels, gw.taps, len(gw.scale_O)) != (new.channels, new.taps, new.out):
             raise ValueError(f"a grid weight with {gw.channels} channels and {gw.taps} taps is not one of {layer}")
-        known = kernels.pack(gw)._asdict() | {"bias": layer.bias, "lora_A": A_rK, "lora_B": B_Or}
+        if rotated and A_rK is not None:
+            A_rK = quant.rotate_taps(A_rK, gw.taps)
+        bias = layer.bias
+        if shift_I is not None:
+            constant_O = layer.weight.float() @ (shift_I if smooth_I is None else shift_I * smooth_I)
+            constant_O = constant_O if A_rK is None else constant_O - B_Or @ (A_rK @ shift_I)
+            bias = constant_O if bias is None else bias + constant_O
+        known = kernels.pack(gw)._asdict() | {"bias": bias, "lora_A": A_rK, "lora_B": B_Or, "shift": shift_I}
         known["inv_smooth"] = None if smooth_I is None else 1.0 / smooth_I
         new.load_state_dict({key: known[key] for key in new.state_dict()})
         new.set_anchor()
@@ -179,6 +215,7 @@ class PackedLayer(nn.Module):
     def merged_weight(self, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
         """W^ + B A (O, K) in float32, W^ alone where there is no branch."""
         w_OK = kernels.dequantize(self.packed)
+        w_OK = quant.rotate_taps(w_OK, self.taps) if self.rotated else w_OK
         return w_OK if A_rK is None else torch.addmm(w_OK, B_Or.float(), A_rK.float())
 
     def set_anchor(self) -> None:
@@ -199,7 +236,7 @@ class PackedLayer(nn.Module):
             self.anchor_A = self.anchor_B = None
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, group_x={self.group_x}"
+        return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, group_x={self.group_x}, rotated={self.rotated}"
 
 
 # ---------------------------------------------------------------- the three layers
@@ -210,7 +247,7 @@ class W4A4Linear(PackedLayer):
 
     def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
         kernel = self._kernel(kernels.w4a4_linear)
-        return kernel(x, self.packed, self.bias, A_rI, B_Or, self.inv_smooth, self.group_x)
+        return kernel(x, self.packed, self.bias, A_rI, B_Or, self.inv_smooth, self.group_x, self.shift, self.rotated)
 
     def grads(self, g, x, A_rI, B_Or, needs):
         """(dx, dA, dB), None where not needed. Products in x's dtype, as those of a float layer's backward."""
@@ -235,16 +272,16 @@ class W4A16Linear(W4A4Linear):
 class W4A4Conv2d(PackedLayer):
     """x (N, I, H, W) -> (N, O, H', W'); activations have a scale for each sample and multipliers for each pixel and group."""
 
-    def __init__(self, layer: nn.Conv2d, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
+    def __init__(self, layer: nn.Conv2d, rank: int, *grid, **options):
         plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
         if not plain or isinstance(layer.padding, str):
             raise ValueError("W4A4Conv2d needs an ungrouped, undilated convolution with explicit zero padding")
-        super().__init__(layer, rank, group, group_x, smooth, lora_bits)
+        super().__init__(layer, rank, *grid, **options)
         self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
 
     def run(self, x: Tensor, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
         kernel, geometry = self._kernel(kernels.w4a4_conv2d), (self.kernel_size, self.stride, self.padding)
-        y = kernel(x, self.packed, self.bias, A_rK, B_Or, self.inv_smooth, self.group_x, *geometry)
+        y = kernel(x, self.packed, self.bias, A_rK, B_Or, self.inv_smooth, self.group_x, *geometry, self.rotated)
         # as nn.Conv2d: the layout of x. On a CPU a small channels-last GroupNorm takes 10 times as long
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
@@ -345,8 +382,12 @@ def merged_layer(layer: PackedLayer) -> PackedLayer:
     if not layer.rank:
         return merged
     merged.rank, merged.lora_A, merged.lora_B, merged.lora_scale, merged.anchor_A, merged.anchor_B = 0, *[None] * 5
-    w_OK = layer.merged_weight(*layer.factors()).detach()
+    A_rK, B_Or = (factor.detach() for factor in layer.factors())
+    w_OK = layer.merged_weight(A_rK, B_Or)
+    w_OK = quant.rotate_taps(w_OK, layer.taps) if layer.rotated else w_OK
     pw = kernels.pack(quant.quantize_weight(w_OK, layer.group, layer.taps))
     scale_O = kernels.pack_scales(pw.scale_O) if layer.scale_O.dtype == torch.uint8 else pw.scale_O
     merged.load_state_dict(dict(codes_OP=pw.codes_OP, mult_P=pw.mult_P, scale_O=scale_O), strict=False)
+    if layer.shift is not None:
+        merged.bias += B_Or.float() @ (A_rK.float() @ layer.shift)  # of c, which the branch no longer sees
     return merged

@@ -56,6 +56,7 @@ TINY = 1e-30  # the smallest scale
 SCALE_MIN, SCALE_MAX = 2.0**-26, 1.875 * 2.0**5  # of a weight's row
 SCALE_SHIFT = 20  # low bits of a float32 that are zero in such a scale: 3 of its 23 bits of mantissa are left
 GROUPS = (8, 16, 32, 64, 128)  # group sizes
+TURN = 16  # channels that `rotate` mixes, a power of four
 BLOCK = 128  # GPTQ updates the columns inside a block one by one, and everything to the right of it once per block
 
 # ------------------------------------------------------------------------------------------------ reference math
@@ -281,6 +282,28 @@ def dequantize_activation(codes: Tensor, mult: Tensor, scale: Tensor, channels: 
     """float32 (..., I), padding removed."""
     step_G = mult.float() * scale.reshape(scale.shape + (1,) * (mult.dim() - scale.dim()))
     return (codes.unflatten(-1, (mult.shape[-1], -1)) * step_G[..., None]).flatten(-2)[..., :channels]
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x R for x (.., I), I a multiple of TURN: R is block-diagonal, its blocks the Hadamard matrix of TURN channels over its root,
+    symmetric and orthogonal, hence its own inverse, W x = (W R) (R x).   (QuaRot, 2404.00456 [R]; in blocks: [O])
+
+    Each channel of a block becomes a sum of all of them, +-1/4 of each, so that one large channel does not make the step of its
+    group so large that the others vanish. Sums and differences of pairs, log2(TURN) times, in the order that every backend has, so
+    that they are equal bit for bit. ValueError if I is no multiple."""
+    if x.shape[-1] % TURN:
+        raise ValueError(f"{x.shape[-1]} channels do not divide into blocks of {TURN}")
+    half = TURN // 2
+    while half:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack([a + b, a - b], -2).flatten(-3)
+        half //= 2
+    return x * TURN**-0.5
+
+
+def rotate_taps(w_OK: Tensor, taps: int) -> Tensor:
+    """`rotate` of each tap's channels, for what is flattened like a weight: (O, taps*I)."""
+    return rotate(w_OK.unflatten(1, (taps, -1))).flatten(1)
 
 
 def smoothing_factors(xmax_I: Tensor, wmax_I: Tensor, alpha: float) -> Tensor:

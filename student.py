@@ -83,10 +83,11 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
             continue
         grid = dict(group=cfg.group_w, taps=layer.taps, rounding=cfg.rounding)
         gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, cfg.init, iters=cfg.iters, generator=gen, **grid)
-        twin = packed_class(layer.kind, layer.module).from_float(layer.module, gw, A_rK, B_Or, layer.smooth_I, cfg.group_x)
-        packed[layer.name] = twin.cpu()
+        about_x = dict(smooth_I=layer.smooth_I, group_x=cfg.group_x, rotated=layer.rotated, shift_I=layer.shift_I)
+        packed[layer.name] = packed_class(layer.kind, layer.module).from_float(layer.module, gw, A_rK, B_Or, **about_x).cpu()
         error = hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)
         table[layer.name] = {"kind": layer.kind, "shape": layer.shape, "rank": rank, "smooth": layer.smooth_I is not None}
+        table[layer.name] |= {"rotated": layer.rotated, "centred": layer.shift_I is not None}
         table[layer.name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x, "error": error}
 
     # The packed layers take the float layers' places
@@ -120,9 +121,11 @@ class Layer:
     module: nn.Module  # Linear or Conv2d
     kind: str  # w4a4 or w4a16 (Family.precision)
     index: int  # in the network's order
-    stats: hessian.Stats | None = None  # of its input
-    w_OK: Tensor | None = None  # float32, tap-major, times smooth_I
-    white: hgs_lora.Whitener | None = None  # of its (smoothed) input, with R and N where gradients are collected
+    rotated: bool = False  # --rotate, where its channels divide into blocks
+    shift_I: Tensor | None = None  # --centre: the mean of its input
+    stats: hessian.Stats | None = None  # of what it quantizes, z of layers.py before smoothing
+    w_OK: Tensor | None = None  # float32, tap-major, times smooth_I, rotated
+    white: hgs_lora.Whitener | None = None  # of z, with R and N where gradients are collected
     smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors; None without smoothing too
 
     @property
@@ -143,6 +146,11 @@ class Layer:
         w_OIhw = self.module.weight[..., None, None] if self.module.weight.dim() == 2 else self.module.weight
         return quant.flatten_conv(w_OIhw).float().to(device)
 
+    def grid_input(self, x: Tensor) -> Tensor:
+        """z of x (.., I), float32, without smoothing."""
+        z = x.float() if self.shift_I is None else x.float() - self.shift_I
+        return quant.rotate(z) if self.rotated else z
+
     def let_go(self) -> None:
         self.stats = self.w_OK = self.white = self.smooth_I = None
 
@@ -152,6 +160,7 @@ def layers_to_quantize(cfg, base: Denoiser) -> list[Layer]:
     known = ((name, module, base.family.precision(name)) for name, module in float_layers(base.net).items())
     layers = [Layer(*about, index) for index, about in enumerate(about for about in known if about[2] != "16bit")]
     for layer in layers:
+        layer.rotated = cfg.rotate and layer.kind == "w4a4" and layer.module.weight.shape[1] % quant.TURN == 0
         if cfg.rank > min(layer.shape):
             shape = tuple(layer.module.weight.shape)
             raise UserError(f"--rank {cfg.rank} is larger than layer {layer.name} {shape}: choose a smaller one")
@@ -234,7 +243,13 @@ class Calibration:
         forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
         _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
         backward = backward if reads_gradients(cfg) else None
-        self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, cfg.group_x)
+        w4a4 = [layer for layer in layers if layer.kind == "w4a4"]
+        if cfg.centre:
+            linear = [layer.name for layer in w4a4 if isinstance(layer.module, nn.Linear)]
+            for name, mean_I in hessian.means(base.net, linear, forward).items():
+                self.layers[name].shift_I = mean_I
+        about_inputs = {"group_x": cfg.group_x, "inputs": {layer.name: layer.grid_input for layer in w4a4}}
+        self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, **about_inputs)
         self.everything: dict | None = None  # a slice that holds all layers
 
     def __iter__(self) -> Iterator[Layer]:
@@ -257,6 +272,7 @@ class Calibration:
     def prepare(self, layer: Layer, stats: hessian.Stats, G_OO: Tensor | None, shared: dict) -> None:
         device, smooth = self.device(layer), self.cfg.smooth and layer.kind == "w4a4"
         layer.stats, layer.w_OK = stats, layer.weight(device)
+        layer.w_OK = quant.rotate_taps(layer.w_OK, layer.taps) if layer.rotated else layer.w_OK
         if smooth:
             wmax_I = layer.w_OK.abs().unflatten(1, (layer.taps, -1)).amax((0, 1))
             layer.smooth_I = quant.smoothing_factors(stats.xmax_I.to(device), wmax_I, self.cfg.smooth)

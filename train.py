@@ -81,6 +81,7 @@ class Config:
     weights: str = option("", "random: the full-size network with random weights, to rehearse", ("", "random"), public=True)
     cm: str = option("", "consistency LoRA; default assets/MODEL-cm.safetensors; public models: diffusers' format, or self")
     cm_scale: float = option(1.0, "strength of --cm, as fuse_lora(lora_scale=..) in the LoRA's own example", public=True)
+    outliers: bool = option(False, "embedded models: the same function with outlier channels, see models/outliers.py")
     resolution: int = option(0, "pixels; 0: the base's own", public=True)
     seed: int = option(0, "seed of everything random", least=0)
     steps: int = option(40, "updates; 0 packs and measures the initialisation", least=0)
@@ -100,6 +101,8 @@ class Config:
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
     group_x: int = option(16, "activations that share a multiplier", quant.GROUPS)
     smooth: float = option(0.0, "SmoothQuant's exponent a; 0: off")
+    rotate: bool = option(False, "activations are rotated in blocks of 16 channels before they are rounded")
+    centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias")
     rounding: str = option("gptq", "how weights are rounded, see quant.py", quant.ROUNDINGS)
     # initialisation
     init: str = option("hgs", "how W ~ Q + B A is found, see hgs_lora.py", hgs_lora.METHODS)
@@ -213,11 +216,14 @@ def validate(cfg: Config) -> None:
     n = process_count()
     require(cfg.batch % n == 0, f"--batch {cfg.batch} does not divide among {n} processes")
     require(cfg.calibration >= n, f"--calibration {cfg.calibration} leaves some of {n} processes without a caption: give more")
+    require(not (cfg.rotate and cfg.smooth), "--smooth scales channels, --rotate mixes them: leave one of them out")
     validate_objective(cfg)
     gpus = f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"
     require(cfg.device in ("cpu", "cuda"), gpus)
     require(cfg.device == "cpu" or cfg.dry_run or torch.cuda.is_available(), "torch finds no CUDA device: give --device cpu")
     require(not cfg.embedded or cfg.eval_n >= 2, "--eval-n must be at least 2: a Frechet distance needs a covariance")
+    students = "--outliers is for 4-bit students of the models in assets/: leave it out"
+    require(not cfg.outliers or (cfg.embedded and cfg.bits == 4 and cfg.stage == "student"), students)
     require(not cfg.embedded or not cfg.export, "--export lora needs a model with public weights: leave it out")
     public = f"--stage teacher trains the models of assets/: {cfg.model} has a public teacher"
     require(cfg.embedded or cfg.stage == "student", public)

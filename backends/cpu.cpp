@@ -265,6 +265,22 @@ static void smoothed(const T* x, const float* inv, int64_t I, float* out) {
     for (int64_t k = 0; k < I; k++) out[k] = to_float(x[k]);
 }
 
+// quant.rotate of every block of 16: pairs 8 apart, then 4, 2 and 1, become sum and difference
+static void rotate(float* x, int64_t I) {
+  const V8 four{4, 5, 6, 7, 0, 1, 2, 3}, two{2, 3, 0, 1, 6, 7, 4, 5}, one{1, 0, 3, 2, 5, 4, 7, 6};
+  const F8 sign4{1, 1, 1, 1, -1, -1, -1, -1}, sign2{1, 1, -1, -1, 1, 1, -1, -1}, sign1{1, -1, 1, -1, 1, -1, 1, -1};
+  for (int64_t k = 0; k < I; k += 16) {
+    const F8 low = load<F8>(x + k), high = load<F8>(x + k + 8);
+    F8 v[2] = {low + high, low - high};
+    UNROLL for (int i = 0; i < 2; i++) {
+      v[i] = __builtin_shuffle(v[i], four) + v[i] * sign4;
+      v[i] = __builtin_shuffle(v[i], two) + v[i] * sign2;
+      v[i] = (__builtin_shuffle(v[i], one) + v[i] * sign1) * 0.25f;
+    }
+    memcpy(x + k, v, sizeof v);
+  }
+}
+
 static float scale_of(float bound) {
   float s = bound * (1 / 16.f);
   return s < INFINITY ? std::max(s, TINY) : NAN;
@@ -408,10 +424,10 @@ static Tensor output(at::IntArrayRef size, const at::TensorOptions& options) {
 struct Call {  // the arguments of w4a4, those that have one type only as pointers, and the sizes that follow from them
   const Tensor& x;
   const uint8_t *codes, *mult;
-  const float *scale, *bias, *inv_smooth;
+  const float *scale, *bias, *inv_smooth, *shift;
   const optional<Tensor>&A, &B;
   const int64_t group, group_x;
-  const bool per_sample;
+  const bool rotated, per_sample;
   const Shape s;
   const int64_t O, K;
   const int64_t taps = s.kh * s.kw, C = K / taps, rank = A ? A->size(0) : 0;
@@ -446,13 +462,15 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
 
   Rows branch_rows() const { return s.rows(as_is ? (const void*)x : branch, Cl * sizeof(Low)); }
 
-  // each(pixel, x' (Ix), bounds of its groups, the largest of them); after(i) when pixels i MR .. (i + 1) MR are done
+  // each(pixel, z (Ix), bounds of its groups, the largest of them); after(i) when pixels i MR .. (i + 1) MR are done
   template <class Each, class After> void for_pixels(Each each, After after) const {
     at::parallel_for(0, up(pixels, MR) / MR, 1, [&](int64_t i0, int64_t i1) {
       std::vector<float> row(Ix), b(2 * up(Gx, 8));
       for (int64_t i = i0; i < i1; i++) {
         for (int64_t p = i * MR; p < std::min((i + 1) * MR, pixels); p++) {
           smoothed(x + p * s.I, inv, s.I, row.data());
+          for (int64_t k = 0; k < s.I && call.shift; k++) row[k] -= call.shift[k];
+          if (call.rotated) rotate(row.data(), s.I);
           each(p, row.data(), b.data(), bounds(row.data(), Gx, call.group_x, b.data()));
         }
         after(i);
@@ -469,10 +487,11 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
     for (int64_t k = 0; k < Cx && !VNNI; k += chunk) mult[at * chunks + k / chunk] = (int32_t)b[k / call.group_x] * 0x10001;
   }
 
-  void keep_for_branch(int64_t p, const float* row) const {
+  void keep_for_branch(int64_t p) const {
+    const T* from = x + p * s.I;
     Low* to = branch + s.padded(p) * Cl;
-    if (!inv) convert(x + p * s.I, s.I, to);
-    for (int64_t k = 0; k < s.I && inv; k++) to[k] = rounded<T, Low>(row[k]);
+    if (!inv) convert(from, s.I, to);
+    for (int64_t k = 0; k < s.I && inv; k++) to[k] = rounded<T, Low>(to_float(from[k]) * inv[k]);
   }
 
   void share_scales() const {  // from a bound for every pixel to the scale of its sample
@@ -488,7 +507,7 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
     const auto first = [&](int64_t p, const float* row, float* b, float bound) {
       scale[p] = call.per_sample ? bound : scale_of(bound);
       if (!call.per_sample) quantize_pixel(p, row, b);
-      if (branch) keep_for_branch(p, row);
+      if (branch) keep_for_branch(p);
     };
     for_pixels(first, after);
     if (!call.per_sample) return;
@@ -711,13 +730,14 @@ template <class T, class Low, class Dot> static Tensor run(const Call& call) {
 
 // x (N, H, W, I) contiguous -> (N, H', W', O) in x's dtype. The arguments are those of backends/cpu.py, A and B in x's dtype.
 static Tensor w4a4(const Tensor& x, const Tensor& codes, const Tensor& mult, const Tensor& scale, const optional<Tensor>& bias,
-                   const optional<Tensor>& A, const optional<Tensor>& B, const optional<Tensor>& inv_smooth, int64_t group,
-                   int64_t group_x, bool per_sample, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
+                   const optional<Tensor>& A, const optional<Tensor>& B, const optional<Tensor>& inv_smooth,
+                   const optional<Tensor>& shift, int64_t group, int64_t group_x, bool rotated, bool per_sample,
+                   at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
   const Shape s{x.size(0), x.size(1), x.size(2), x.size(3), kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
   const auto floats = [](const optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; };
   const Call call{x, codes.const_data_ptr<uint8_t>(), mult.const_data_ptr<uint8_t>(),
-                  floats(scale), floats(bias), floats(inv_smooth),
-                  A, B, group, group_x, per_sample, s, codes.size(0), codes.size(1) * 2};
+                  floats(scale), floats(bias), floats(inv_smooth), floats(shift),
+                  A, B, group, group_x, rotated, per_sample, s, codes.size(0), codes.size(1) * 2};
   if (x.scalar_type() == at::kFloat) return run<float, float, Float>(call);
   if (x.scalar_type() == at::kHalf) return run<at::Half, float, Float>(call);
   TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16, "x must be float32, bfloat16 or float16, got ", x.scalar_type());
@@ -730,7 +750,7 @@ static Tensor w4a4(const Tensor& x, const Tensor& codes, const Tensor& mult, con
 
 TORCH_LIBRARY_FRAGMENT(cmquant, m) {
   m.def(
-      "w4a4(Tensor x, Tensor codes, Tensor mult, Tensor scale, Tensor? bias, Tensor? A, Tensor? B, Tensor? inv_smooth, int group, "
-      "int group_x, bool per_sample, int[2] kernel, int[2] stride, int[2] padding) -> Tensor");
+      "w4a4(Tensor x, Tensor codes, Tensor mult, Tensor scale, Tensor? bias, Tensor? A, Tensor? B, Tensor? inv_smooth, Tensor? shift, "
+      "int group, int group_x, bool rotated, bool per_sample, int[2] kernel, int[2] stride, int[2] padding) -> Tensor");
   m.impl("w4a4", c10::DispatchKey::CPU, w4a4);
 }

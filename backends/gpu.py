@@ -102,13 +102,38 @@ def _load(x, inv_smooth, t, c, ok, I):
 
 
 @jit
-def _rows(x, inv_smooth, X, s, first, t_end, I, C, partial, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-          PARTS: tl.constexpr):  # fmt: skip
+def _pairs(v, N: tl.constexpr, HALF: tl.constexpr):
+    """(N, 2 HALF): values HALF apart become their sum and their difference."""
+    a, b = tl.split(tl.permute(tl.reshape(v, [N, 2, HALF]), [0, 2, 1]))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [N, 2 * HALF])
+
+
+@jit
+def _grid_input(x, inv_smooth, shift, t, c, ok, I, ROWS: tl.constexpr, BLOCK: tl.constexpr, ROTATED: tl.constexpr):
+    """z of rows t (ROWS, 1) and channels c (1, BLOCK), float32 (ROWS, BLOCK), 0 where there is none; sums as in quant.rotate."""
+    v = _load(x, inv_smooth, t, c, ok, I)
+    if shift is not None:
+        v = tl.where(ok, v - tl.load(shift + c, mask=c < I, other=0), 0.0)
+    if ROTATED:
+        N: tl.constexpr = ROWS * BLOCK // 16
+        v = tl.reshape(v, [N, 16])
+        v = tl.reshape(_pairs(v, N, 8), [2 * N, 8])
+        v = tl.reshape(_pairs(v, 2 * N, 4), [4 * N, 4])
+        v = tl.reshape(_pairs(v, 4 * N, 2), [8 * N, 2])
+        v = tl.reshape(_pairs(v, 8 * N, 1), [ROWS, BLOCK]) * 0.25
+    return v
+
+
+@jit
+def _rows(x, inv_smooth, shift, X, s, first, t_end, I, C, partial, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+          PARTS: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """Quantizes rows first .. first + ROWS. Their scales are their own, or that of the sample whose bounds are `partial`."""
     t = first + tl.arange(0, ROWS)
+    t2 = t[:, None]
+    v = _grid_input(x, inv_smooth, shift, t2, tl.arange(0, BLOCK)[None, :], t2 < t_end, I, ROWS, BLOCK, ROTATED)
+    v = tl.reshape(v, [ROWS, BLOCK // GROUP, GROUP])
     c = tl.arange(0, BLOCK // GROUP)[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     t3 = t[:, None, None]
-    v = _load(x, inv_smooth, t3, c, t3 < t_end, I)
     bits = tl.max(_bound(v), 2)
     if PARTS:
         s_T = tl.zeros([ROWS], tl.float32) + _scale(tl.max(tl.load(partial + tl.arange(0, PARTS)), 0))
@@ -119,13 +144,14 @@ def _rows(x, inv_smooth, X, s, first, t_end, I, C, partial, BLOCK: tl.constexpr,
 
 
 @jit
-def _part(x, inv_smooth, partial, first, t_end, step, I, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _part(x, inv_smooth, shift, partial, first, t_end, step, I, BLOCK: tl.constexpr, ROWS: tl.constexpr, ROTATED: tl.constexpr):
     """Bits of the bound of pixels first .. first + step of a sample that ends at t_end."""
     c = tl.arange(0, BLOCK)[None, :]
     bits = tl.zeros([ROWS, BLOCK], tl.int32)
     for i in range(0, step, ROWS):
         t = i + tl.arange(0, ROWS)[:, None]
-        bits = tl.maximum(bits, _bound(_load(x, inv_smooth, first + t, c, (t < step) & (first + t < t_end), I)))
+        ok = (t < step) & (first + t < t_end)
+        bits = tl.maximum(bits, _bound(_grid_input(x, inv_smooth, shift, first + t, c, ok, I, ROWS, BLOCK, ROTATED)))
     tl.store(partial, tl.max(tl.max(bits, 1), 0))
 
 
@@ -186,10 +212,10 @@ def _low(x, inv_smooth, A, low, first, part, T, I, rank, parts, windows, KW: tl.
 
 
 @jit(do_not_specialize=["T", "M", "O", "G", "rank", "parts", "lows", "unpacks", *WINDOWS])
-def prepare(x, inv_smooth, codes, mult, A, X, s, W8, low, partial, T, M, I, O, G, Cp, C, rank, parts, H, W, Ho, Wo, stride_y,
+def prepare(x, inv_smooth, shift, codes, mult, A, X, s, W8, low, partial, T, M, I, O, G, Cp, C, rank, parts, H, W, Ho, Wo, stride_y,
             stride_x, pad_y, pad_x, lows, unpacks, KW: tl.constexpr, TAPS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
             BLOCK: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, LOW_ROWS: tl.constexpr, LOW_BLOCK: tl.constexpr,
-            CHUNK: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
+            CHUNK: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """Programs 0 .. lows - 1: low; the next `unpacks`: unpack; others: rows."""
     pid = tl.program_id(0)
     if pid < lows:
@@ -206,18 +232,18 @@ def prepare(x, inv_smooth, codes, mult, A, X, s, W8, low, partial, T, M, I, O, G
             sample, part = pid // PARTS, pid % PARTS
             step = tl.cdiv(H * W, PARTS)
             first = sample * H * W
-            _part(x, inv_smooth, partial + pid, first + part * step, first + H * W, step, I, BLOCK, ROWS)
+            _part(x, inv_smooth, shift, partial + pid, first + part * step, first + H * W, step, I, BLOCK, ROWS, ROTATED)
         else:
-            _rows(x, inv_smooth, X, s, pid * ROWS, T, I, C, partial, BLOCK, GROUP, ROWS, 0)
+            _rows(x, inv_smooth, shift, X, s, pid * ROWS, T, I, C, partial, BLOCK, GROUP, ROWS, 0, ROTATED)
 
 
 @jit(do_not_specialize=["HW"])
-def pixels(x, inv_smooth, X, s, partial, I, C, HW, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-           PARTS: tl.constexpr):  # fmt: skip
+def pixels(x, inv_smooth, shift, X, s, partial, I, C, HW, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+           PARTS: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """Rows of a convolution's x, with the scale of their sample."""
     n = tl.program_id(1)
     first = n * HW + tl.program_id(0) * ROWS
-    _rows(x, inv_smooth, X, s, first, n * HW + HW, I, C, partial + n * PARTS, BLOCK, GROUP, ROWS, PARTS)
+    _rows(x, inv_smooth, shift, X, s, first, n * HW + HW, I, C, partial + n * PARTS, BLOCK, GROUP, ROWS, PARTS, ROTATED)
 
 
 # ------------------------------------------------------------------------------------------------ product
@@ -408,11 +434,12 @@ def _gpu(device: torch.device) -> tuple[bool, int]:
 class Sizes:
     """Of one call. A linear layer's rows are N pictures of one pixel."""
 
-    def __init__(self, x_NHWC, y_NHWO, codes_OP, A_rK, group: int, group_x: int, per_sample: bool, kernel, stride, padding):
+    def __init__(self, x_NHWC, y_NHWO, codes_OP, A_rK, group: int, group_x: int, rotated: bool, per_sample: bool, *geometry):
         (self.N, self.H, self.W, self.I), (_, self.Ho, self.Wo, self.O) = x_NHWC.shape, y_NHWO.shape
         self.T, self.M = self.N * self.H * self.W, self.N * self.Ho * self.Wo  # rows of x and of y
-        self.group, self.group_x, self.per_sample = group, group_x, per_sample
-        self.kernel, self.stride, self.padding, self.taps = kernel, stride, padding, kernel[0] * kernel[1]
+        self.group, self.group_x, self.rotated, self.per_sample = group, group_x, rotated, per_sample
+        self.kernel, self.stride, self.padding = kernel, stride, padding = geometry
+        self.taps = kernel[0] * kernel[1]
         self.windows = (self.H, self.W, self.Ho, self.Wo, *stride, *padding)  # WINDOWS
         self.Cp = 2 * codes_OP.shape[1] // self.taps  # channels of a tap of the packed weight
         self.C = _blocks(self.Cp, 64) * 64  # of X and W8
@@ -423,7 +450,7 @@ class Sizes:
         self.parts = _blocks(self.taps * _blocks(self.I, self.low_block), CHUNK) if few else 1
 
 
-def _prepare(x, codes, mult, A, inv_smooth, size: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _prepare(x, codes, mult, A, inv_smooth, shift, size: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Launches 1 and 2: X int8 (T, C), W8 int8 (O, taps C), s float32 (T,), low float32 (parts, M, RP)."""
     X, W8 = (x.new_empty(n * size.C, dtype=torch.int8) for n in (size.T, size.O * size.taps))
     s = x.new_empty(size.T, dtype=torch.float32)
@@ -435,15 +462,16 @@ def _prepare(x, codes, mult, A, inv_smooth, size: Sizes) -> tuple[Tensor, Tensor
     halves, row_groups = UNPACK_BYTES // half, size.Cp * size.taps // size.group
     lows = _blocks(size.M, LOW_ROWS) * size.parts if size.RP else 0
     unpacks, others = _blocks(size.O * row_groups, halves), size.N * PARTS if size.per_sample else _blocks(size.T, rows)
-    options = dict(GROUP=size.group_x, BLOCK=block, ROWS=rows, num_warps=8 if block > 4096 else 4, enable_fp_fusion=False)
+    options = dict(GROUP=size.group_x, ROTATED=size.rotated, BLOCK=block, ROWS=rows)
+    options |= dict(num_warps=8 if block > 4096 else 4, enable_fp_fusion=False)
     prepare[(lows + unpacks + others,)](
-        x, inv_smooth, codes, mult, A, X, s, W8, low, partial, size.T, size.M, size.I, size.O, row_groups, size.Cp, size.C,
+        x, inv_smooth, shift, codes, mult, A, X, s, W8, low, partial, size.T, size.M, size.I, size.O, row_groups, size.Cp, size.C,
         size.rank, size.parts, *size.windows, lows, unpacks, KW=size.kernel[1], TAPS=size.taps, HALF=half, RP=size.RP,
         LOW_ROWS=LOW_ROWS, LOW_BLOCK=size.low_block, CHUNK=CHUNK, PARTS=PARTS if size.per_sample else 0, HALVES=halves, **options,
     )  # fmt: skip
     if size.per_sample:
         HW = size.H * size.W
-        pixels[(_blocks(HW, rows), size.N)](x, inv_smooth, X, s, partial, size.I, size.C, HW, PARTS=PARTS, **options)
+        pixels[(_blocks(HW, rows), size.N)](x, inv_smooth, shift, X, s, partial, size.I, size.C, HW, PARTS=PARTS, **options)
     return X, W8, s, low
 
 
@@ -479,15 +507,15 @@ def _empty(x_NHWC: Tensor, codes_OP: Tensor, *others) -> Tensor:
 
 def _run(
     x_NHWC: Tensor, codes_OP: Tensor, mult_P: Tensor, scale_O: Tensor, bias: Tensor | None, A_rK: Tensor | None,
-    B_Or: Tensor | None, inv_smooth_I: Tensor | None, group: int, group_x: int, per_sample: bool, kernel: list[int],
-    stride: list[int], padding: list[int],
+    B_Or: Tensor | None, inv_smooth_I: Tensor | None, shift_I: Tensor | None, group: int, group_x: int, rotated: bool,
+    per_sample: bool, kernel: list[int], stride: list[int], padding: list[int],
 ) -> Tensor:  # fmt: skip
     """(N, H', W', O); operands contiguous."""
     y = _empty(x_NHWC, codes_OP, kernel, stride, padding)
     if y.numel() > 0:
-        size = Sizes(x_NHWC, y, codes_OP, A_rK, group, group_x, per_sample, kernel, stride, padding)
+        size = Sizes(x_NHWC, y, codes_OP, A_rK, group, group_x, rotated, per_sample, kernel, stride, padding)
         with torch.cuda.device_of(x_NHWC):
-            X, W8, s, low = _prepare(x_NHWC, codes_OP, mult_P, A_rK, inv_smooth_I, size)
+            X, W8, s, low = _prepare(x_NHWC, codes_OP, mult_P, A_rK, inv_smooth_I, shift_I, size)
             _multiply(X, W8, s, low, scale_O, bias, B_Or, y, size)
     return y
 

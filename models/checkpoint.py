@@ -35,7 +35,8 @@ def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
         if row["kind"] == "16bit":
             continue
         layer, shape = net.get_submodule(name), (row["rank"], row["group_w"], row["group_x"], row["smooth"], row.get("lora", 16))
-        net.set_submodule(name, packed_class(row["kind"], layer)(layer, *shape))
+        younger = {key: row.get(key, False) for key in ("rotated", "centred")}  # than some folders
+        net.set_submodule(name, packed_class(row["kind"], layer)(layer, *shape, **younger))
 
 
 def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> Denoiser:
@@ -82,7 +83,7 @@ def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of a state_dict as model.safetensors has it."""
     if key.endswith(".scale_O") and tensor.dtype == torch.float32:
         return kernels.pack_scales(tensor)
-    narrow = tensor.dtype == torch.float32 and not key.endswith((".inv_smooth", ".lora_scale"))
+    narrow = tensor.dtype == torch.float32 and not key.endswith((".inv_smooth", ".shift", ".lora_scale"))
     return tensor.bfloat16() if narrow else tensor
 
 

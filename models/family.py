@@ -24,7 +24,7 @@ Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import tiny
+from models import outliers, tiny
 from run import files
 from tdpt import FlowPath, VPPath
 
@@ -62,6 +62,7 @@ class Family:
     embedded: bool = False  # weights in assets/, scenes as data, whose closing report is judged by the classifier of scenes
     text: Callable[[], nn.Module] | None = None  # the text encoder inside of the denoiser
     prepare: Callable[[nn.Module], None] = lambda net: None  # what a new network needs beside its configuration
+    transfers: Callable[[nn.Module, nn.Module], Iterator] | None = None  # (network, text encoder) -> see outliers.py
     # public families
     base: str = ""  # hub id of the official base
     part: str = ""  # the denoiser's name in a pipeline and in its folder
@@ -278,6 +279,7 @@ TINY = Family(  # 6.9 M parameters
     is_one=lambda config: config.get("in_channels") == tiny.LATENT[0],
     scalar=lambda t, s, guidance: s,  # timestep_cond, made for the guidance scale, carries the time that a jump goes to
     path=lambda scheduler, latent: VPPath.from_betas("v_prediction", zero_terminal_snr=True),
+    transfers=outliers.unet_transfers,
     **UNET,
     **EMBEDDED,
 )
@@ -286,6 +288,7 @@ TINY_FLUX = Family(  # 5.2 M parameters
     is_one=lambda config: config.get("in_channels") == 4 * tiny.LATENT[0],
     scalar=lambda t, s, guidance: torch.zeros_like(t) if s is None else s,  # the input for guidance carries it here
     path=lambda scheduler, latent: FlowPath(),
+    transfers=outliers.flux_transfers,
     classifier_free=True,
     **FLUX,
     **EMBEDDED,

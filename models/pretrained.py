@@ -33,6 +33,7 @@ from torch.distributed.fsdp import fully_shard
 
 from models.denoiser import Denoiser, LoRA, add_lora, is_plain_lora, lora_layers, random_denoiser, transformer_blocks
 from models.family import FACTOR, FAMILIES, Family, family_of, family_of_network
+from models.outliers import add_outliers
 from run import files
 from run.common import UserError
 
@@ -347,7 +348,10 @@ def load_embedded_cm(name: str, teacher: str = "", cm: str = "") -> Denoiser:
 def open_cm(cfg, dtype: torch.dtype) -> Denoiser:
     """The teacher with its switchable consistency LoRA, on the CPU (random weights: where they are drawn)."""
     if FAMILIES[cfg.model].embedded:
-        return load_embedded_cm(cfg.model, cfg.teacher, cfg.cm).to(dtype)
+        denoiser = load_embedded_cm(cfg.model, cfg.teacher, cfg.cm)
+        if cfg.outliers:
+            add_outliers(denoiser)
+        return denoiser.to(dtype)
     denoiser = _open_network(cfg, dtype)
     if cfg.cm:
         add_cm(denoiser, cfg.cm, cfg.cm_scale)

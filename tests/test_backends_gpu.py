@@ -106,17 +106,19 @@ def intermediates(monkeypatch, call):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-29, 1e-42, 3e37])
-@pytest.mark.parametrize("I,group_x,dtype", [(100, 16, torch.float32), (64, 8, torch.bfloat16), (200, 128, torch.float16)])
+@pytest.mark.parametrize("I,group_x,dtype", [(100, 16, torch.float32), (64, 8, torch.bfloat16), (208, 128, torch.float16)])
 def test_codes_scales_and_weights_equal_eager_bit_for_bit(monkeypatch, size, I, group_x, dtype):
-    """Catches rounding half away from zero, division by a reciprocal, a multiply-add, a straddling group, a floor that is lost."""
+    """Catches rounding half away from zero, division by a reciprocal, a multiply-add, a straddling group, a floor that is lost, a
+    rotation that adds in another order, a shift of channels beyond the last."""
     x = torch.randn(7, I, generator=gen(1)) * size
     x[0], x[1] = 0, (torch.arange(I) % 16 - 8) / 2  # ties
     x, (pw, ours) = x.to(dtype), packed(10, I, 8)
     inv = torch.rand(I, generator=gen(2)) + 0.5
-    for inv_smooth in (None, inv):
-        x1 = x.float() if inv_smooth is None else x.float() * inv_smooth
-        X_TK, s_T = quant.activation_int8(x1, group_x)
-        args = x.to(DEVICE), ours, None, None, None, *on_device(inv_smooth), group_x
+    for inv_smooth, shift, rotated in ((None, None, False), (inv, None, False), (None, inv * size, I % quant.TURN == 0)):
+        z = x.float() if inv_smooth is None else x.float() * inv_smooth
+        z = z if shift is None else z - shift
+        X_TK, s_T = quant.activation_int8(quant.rotate(z) if rotated else z, group_x)
+        args = x.to(DEVICE), ours, None, None, None, *on_device(inv_smooth), group_x, *on_device(shift), rotated
         _, seen = intermediates(monkeypatch, lambda args=args: linear(*args))
         good = s_T.isfinite()
         C, width = seen["C"], min(X_TK.shape[1], seen["C"])
@@ -168,14 +170,15 @@ def test_conv_equals_eager(geometry, I, rank, dtype, memory_format):
     b, A, B, inv = layer(O, I, taps, rank, torch.float32)
     x = torch.randn(2, I, 5, 4, generator=gen(4)) * torch.tensor([1.0, 30.0])[:, None, None, None]
     x = x.to(dtype, memory_format=memory_format)
-    y = conv2d(*on_device(x), ours, *on_device(b, A, B, inv), 16, *geometry)
+    rotated = I % quant.TURN == 0
+    y = conv2d(*on_device(x), ours, *on_device(b, A, B, inv), 16, *geometry, rotated)
     assert y.is_contiguous(memory_format=torch.channels_last)
     size = 0
     if rank:
         A_rIhw = A.unflatten(1, (*geometry[0], -1)).permute(0, 3, 1, 2).abs()
         low = torch.nn.functional.conv2d((x.float() * inv[:, None, None]).abs(), A_rIhw, None, *geometry[1:])
         size = branch_size(low.permute(0, 2, 3, 1), B).permute(0, 3, 1, 2)
-    assert_close(y, kernels.w4a4_conv2d(x, pw, b, A, B, inv, 16, *geometry), size, dtype)
+    assert_close(y, kernels.w4a4_conv2d(x, pw, b, A, B, inv, 16, *geometry, rotated), size, dtype)
 
 
 def test_sums_are_exact_at_the_extremes():
@@ -288,6 +291,7 @@ def test_the_first_launch_compiles_for_small_gpus_at_any_rank(RP):
 
     known = dict(KW=1, TAPS=1, HALF=32, GROUP=16, BLOCK=2048, ROWS=2, RP=RP, LOW_ROWS=gpu.LOW_ROWS)
     known |= dict(LOW_BLOCK=128 if RP <= 64 else 32, CHUNK=gpu.CHUNK, PARTS=0, HALVES=128, inv_smooth=None, partial=None)
+    known |= dict(shift=None, ROTATED=True)
     known |= {} if RP else {"A": None, "low": None}
     types = dict(x="*bf16", codes="*u8", mult="*u8", A="*fp32", X="*i8", s="*fp32", W8="*i8", low="*fp32")
     made = compiled(gpu.prepare, ASTSource, known, types, ("I", "Cp", "C"), 89, 4)

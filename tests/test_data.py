@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks import emoji
 from data import scenes, sources
 from models import tiny
 from models.denoiser import random_denoiser
@@ -480,3 +481,29 @@ def test_data_that_cannot_serve_are_one_sentence(hub, tmp_path, case, says):
     with pytest.raises(UserError, match=says) as caught:
         case(hub, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_emoji_of_a_package_become_captioned_pictures(tmp_path):
+    """Catches transparent pixels that turn black, a variation without its tone, an entry that has no picture."""
+    entries = [
+        {"name": "WAVING HAND", "short_name": "wave", "image": "a.png", "has_img_google": True, "skin_variations": {
+            "1F3FB-1F3FE": {"image": "b.png", "has_img_google": True}, "1F3FF": {"image": "c.png", "has_img_google": False}}},
+        {"name": None, "short_name": "red_ball", "image": "d.png", "has_img_google": True},
+    ]  # fmt: skip
+    clear = io.BytesIO()
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(clear, "png")
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as package:
+        contents = {f"img/google/64/{name}.png": clear.getvalue() for name in "abd"} | {"emoji.json": json.dumps(entries).encode()}
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            package.addfile(member, io.BytesIO(content))
+    emoji.main(["--package", str(tmp_path / "package.tgz"), "--out", str(tmp_path / "out")])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    said = {"a.png": "waving hand", "b.png": "waving hand, light and medium-dark skin tone", "d.png": "red ball"}
+    assert {line["file_name"]: line["text"] for line in lines} == said
+    pictures, captions = sources.source(str(tmp_path / "out")).batch(4, torch.Generator().manual_seed(0))
+    assert (pictures == 1).all() and set(captions) <= set(said.values())
+    (tmp_path / "other.tgz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="is not emoji-datasource-google: make it with npm pack"):
+        emoji.main(["--package", str(tmp_path / "other.tgz")])

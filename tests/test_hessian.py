@@ -396,6 +396,31 @@ def test_rounding_noise_is_what_the_activation_grid_loses(name):
     assert not calibrate(model, batches, [name])[name].noise_I.any()
 
 
+def test_statistics_of_what_a_layer_makes_of_its_input():
+    """Catches: H or noise of the input itself, channels of a convolution on another axis, layers of one input that share a Hessian
+    although only one of them changes it."""
+    torch.manual_seed(0)
+    model, batches = Block(), [torch.randn(16, 16) + 2, 3 * torch.randn(16, 16)]
+    c = torch.randn(16)
+    inputs = dict.fromkeys(("q", "v", "conv"), lambda x: quant.rotate(x - c))
+    made = calibrate(model, batches, LAYERS, group_x=8, inputs=inputs)
+    plain = calibrate(model, [quant.rotate(x - c) for x in batches], LAYERS, group_x=8)
+    for name in ("q", "conv"):
+        assert torch.allclose(made[name].H_KK, plain[name].H_KK, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(made[name].noise_I, plain[name].noise_I, rtol=1e-5)
+    as_they_are = calibrate(model, batches, LAYERS)
+    assert all(torch.equal(made[name].H_KK, as_they_are[name].H_KK) for name in ("k", "conv2", "down"))
+    assert made["q"] is made["v"] and made["k"] is not made["q"] and made["conv2"] is not made["conv"]
+
+
+def test_means_are_those_of_all_rows():
+    """Catches: a mean of means of unequal batches, a keyword argument that is not seen."""
+    torch.manual_seed(0)
+    model, batches = Block(), [torch.randn(16, 16), torch.randn(8, 16) + 5]
+    found = hessian.means(model, ["q", "k"], lambda set_bin: [model(x) for x in batches])
+    assert torch.allclose(found["q"], torch.cat(batches).mean(0), atol=1e-6) and torch.equal(found["q"], found["k"])
+
+
 def _share(_, index: int, folder: str) -> None:
     """What one of two processes collects from its half of the samples."""
     patience = datetime.timedelta(seconds=60)

@@ -153,24 +153,31 @@ def test_int32_sums_are_exact_at_the_extremes(product, a, b):
 @backends
 @given(
     st.integers(0, 20), st.integers(1, 40), st.integers(1, 150), groups, groups, dtypes,
-    st.booleans(), ranks, st.booleans(), seeds,
+    st.booleans(), ranks, st.booleans(), st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
-@example(5, 8, 100, 64, 128, torch.float32, True, 4, True, 0)
-@example(5, 8, 100, 128, 8, torch.float32, True, 1, True, 0)
-@example(9, 20, 70, 64, 16, torch.bfloat16, False, 3, True, 0)
-def test_linear_equals_the_product_of_its_dequantized_operands(backend, T, O, I, group, group_x, dtype, bias, rank, smooth, seed):
-    """Catches swapped scales, a branch on the quantized or unsmoothed input, bias added before scaling, smoothing by lambda
-    in place of 1 / lambda, misaligned groups when the two group sizes differ, a rank that is not padded."""
+@example(5, 8, 100, 64, 128, torch.float32, True, 4, True, False, False, 0)
+@example(5, 8, 100, 128, 8, torch.float32, True, 1, True, True, True, 0)
+@example(9, 20, 70, 64, 16, torch.bfloat16, False, 3, True, True, False, 0)
+def test_linear_equals_the_product_of_its_dequantized_operands(
+    backend, T, O, I, group, group_x, dtype, bias, rank, smooth, rotated, centred, seed
+):
+    """Catches swapped scales, a branch on the quantized, unsmoothed or centred input, bias added before scaling, smoothing by
+    lambda in place of 1 / lambda, misaligned groups when two group sizes differ, a rank that is not padded, a shift after the
+    rotation."""
+    I = -(-I // quant.TURN) * quant.TURN if rotated else I
+    shift = torch.randn(I, generator=gen(seed + 2)) if centred else None
     gw = grid_weight(O, I, group, seed=seed)
     x = torch.randn(T, I, generator=gen(seed)).to(dtype)
     b, A, B, inv = operands(O, I, rank=rank, seed=seed)
     b, inv = b if bias else None, inv if smooth else None
     linear, _ = on(backend)
-    y = linear(x, kernels.pack(gw), b, A, B, inv, group_x)
+    y = linear(x, kernels.pack(gw), b, A, B, inv, group_x, shift, rotated)
     assert y.dtype == dtype and y.shape == (T, O)
 
     x1 = x.float() * inv if smooth else x.float()
-    x_hat = quant.dequantize_activation(*quant.quantize_activation(x1, group_x), I).double()
+    z = x1 - shift if centred else x1
+    z = quant.rotate(z) if rotated else z
+    x_hat = quant.dequantize_activation(*quant.quantize_activation(z, group_x), I).double()
     main = x_hat @ quant.dequantize(gw).double().t()
     b = b.double() if bias else torch.zeros(O).double()
     branch, size = (
@@ -251,28 +258,30 @@ geometries = st.tuples(
 
 @backends
 @given(
-    geometries, st.integers(0, 3), st.integers(1, 12), st.integers(1, 70), groups, groups, dtypes, ranks, st.booleans(), seeds,
+    geometries, st.integers(0, 3), st.integers(1, 12), st.integers(1, 70), groups, groups, dtypes, ranks, st.booleans(),
+    st.booleans(), seeds,
 )  # fmt: skip
-@example(((3, 3), (1, 1), (1, 1)), 2, 8, 64, 64, 16, torch.float32, 4, True, 0)
-@example(((3, 3), (2, 2), (1, 1)), 2, 8, 12, 64, 16, torch.bfloat16, 3, False, 0)
-@example(((1, 1), (2, 2), (0, 0)), 2, 8, 64, 64, 16, torch.float32, 1, True, 0)
-@example(((3, 1), (1, 2), (0, 2)), 1, 8, 65, 8, 128, torch.float16, 5, True, 0)
+@example(((3, 3), (1, 1), (1, 1)), 2, 8, 64, 64, 16, torch.float32, 4, True, True, 0)
+@example(((3, 3), (2, 2), (1, 1)), 2, 8, 12, 64, 16, torch.bfloat16, 3, False, False, 0)
+@example(((1, 1), (2, 2), (0, 0)), 2, 8, 64, 64, 16, torch.float32, 1, True, False, 0)
+@example(((3, 1), (1, 2), (0, 2)), 1, 8, 65, 8, 128, torch.float16, 5, True, True, 0)
 def test_conv_equals_the_convolution_of_its_dequantized_operands(
-    backend, geometry, N, O, I, group, group_x, dtype, rank, smooth, seed
+    backend, geometry, N, O, I, group, group_x, dtype, rank, smooth, rotated, seed
 ):
     """Catches taps or kernel axes in another order than the weight's, padding by something else than zero, swapped strides,
     a scale of another sample, a branch on the quantized input."""
     kernel_size, stride, padding = geometry
-    taps = kernel_size[0] * kernel_size[1]
+    taps, I = kernel_size[0] * kernel_size[1], -(-I // quant.TURN) * quant.TURN if rotated else I
     gw = grid_weight(O, I, group, taps, seed)
     x = torch.randn(N, I, 5, 4, generator=gen(seed)).to(dtype)
     b, A, B, inv = operands(O, I, taps, rank, seed)
     inv = inv if smooth else None
     _, conv2d = on(backend)
-    y = conv2d(x, kernels.pack(gw), b, A, B, inv, group_x, *geometry)
+    y = conv2d(x, kernels.pack(gw), b, A, B, inv, group_x, *geometry, rotated)
 
     x1 = x.permute(0, 2, 3, 1).float() * (inv if smooth else 1)
-    x_hat = quant.dequantize_activation(*quant.quantize_activation(x1, group_x, per_sample=True), I).double()
+    z = quant.rotate(x1) if rotated else x1
+    x_hat = quant.dequantize_activation(*quant.quantize_activation(z, group_x, per_sample=True), I).double()
 
     def conv(x_NHWC, w_OK):
         w = quant.unflatten_conv(w_OK.double(), kernel_size)
@@ -343,24 +352,28 @@ def test_conv_samples_do_not_depend_on_their_batch_or_memory_format(backend):
 
 @given(
     geometries, st.integers(1, 3), st.integers(1, 70), st.integers(1, 150), groups, groups, dtypes, st.booleans(),
-    st.sampled_from([1e-42, 1e-38, 1e-3, 1, 1e4, 1e30]), seeds,
+    st.sampled_from([1e-42, 1e-38, 1e-3, 1, 1e4, 1e30]), st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
-@example(((3, 3), (1, 1), (1, 1)), 1, 8, 120, 8, 8, torch.float32, False, 1, 0)
-@example(((3, 3), (1, 1), (1, 1)), 1, 70, 120, 8, 16, torch.float32, False, 1e-42, 0)
-@example(((3, 3), (1, 1), (1, 1)), 1, 70, 120, 8, 16, torch.bfloat16, True, 1e30, 0)
-def test_native_codes_sums_and_scaling_equal_eager_bit_for_bit(geometry, N, O, I, group, group_x, dtype, smooth, size, seed):
+@example(((3, 3), (1, 1), (1, 1)), 1, 8, 120, 8, 8, torch.float32, False, 1, True, True, 0)
+@example(((3, 3), (1, 1), (1, 1)), 1, 70, 120, 8, 16, torch.float32, False, 1e-42, False, False, 0)
+@example(((3, 3), (1, 1), (1, 1)), 1, 70, 120, 8, 16, torch.bfloat16, True, 1e30, True, False, 0)
+def test_native_codes_sums_and_scaling_equal_eager_bit_for_bit(
+    geometry, N, O, I, group, group_x, dtype, smooth, size, rotated, centred, seed
+):
     """Catches rounding half away from zero, a contracted multiply-add, a group across the middle of a packed row, a column
-    beyond the last full panel, sums without the offset of the codes."""
+    beyond the last full panel, sums without the offset of the codes, a rotation that adds in another order."""
     linear, conv2d = on("native")
+    I = -(-I // quant.TURN) * quant.TURN if rotated else I
+    shift = torch.randn(I, generator=gen(seed + 2)) * size if centred else None
     b, _, _, inv = operands(O, I, seed=seed)
     x = (torch.randn(N, I, 5, 4, generator=gen(seed)) * size).to(dtype)
     ops = (b, None, None, inv if smooth else None, group_x)
     pw = kernels.pack(grid_weight(O, I, group, seed=seed))
     tokens = x.flatten(2).mT
     same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)  # float16 has no 1e30: rows of NaN
-    same(linear(tokens, pw, *ops), kernels.w4a4_linear(tokens, pw, *ops))
+    same(linear(tokens, pw, *ops, shift, rotated), kernels.w4a4_linear(tokens, pw, *ops, shift, rotated))
     pw = kernels.pack(grid_weight(O, I, group, geometry[0][0] * geometry[0][1], seed))
-    same(conv2d(x, pw, *ops, *geometry), kernels.w4a4_conv2d(x, pw, *ops, *geometry))
+    same(conv2d(x, pw, *ops, *geometry, rotated), kernels.w4a4_conv2d(x, pw, *ops, *geometry, rotated))
 
 
 @pytest.mark.parametrize("group_x", [8, 32, 128])

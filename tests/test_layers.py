@@ -36,36 +36,41 @@ from layers import (
 
 
 def make_layer(kind: str, seed: int = 0, rank: int = 3, smooth: bool = True, bias: bool = True, I: int = 20, O: int = 12):
-    """(float layer, its packed twin with a trained-looking branch, an input batch)."""
+    """(float layer, its packed twin with a trained-looking branch, an input batch). A rotated linear layer is centred too."""
+    rotated = "rotated" in kind
+    I = 32 if rotated else I
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layer = nn.Conv2d(I, O, 3, stride=2, padding=1, bias=bias) if kind == "conv" else nn.Linear(I, O, bias=bias)
-    x = torch.randn(*((2, I, 7, 6) if kind == "conv" else (2, 5, I)), generator=generator)
-    x.select(1 if kind == "conv" else 2, 0).mul_(15)
+        layer = nn.Conv2d(I, O, 3, stride=2, padding=1, bias=bias) if "conv" in kind else nn.Linear(I, O, bias=bias)
+    x = torch.randn(*((2, I, 7, 6) if "conv" in kind else (2, 5, I)), generator=generator)
+    x.select(1 if "conv" in kind else 2, 0).mul_(15)
     w = layer.weight.detach()
-    w_OK, taps = (quant.flatten_conv(w), 9) if kind == "conv" else (w, 1)
+    w_OK, taps = (quant.flatten_conv(w), 9) if "conv" in kind else (w, 1)
     lam = torch.rand(I, generator=generator) + 0.5 if smooth else None
     w_OK = w_OK * lam.repeat(taps) if smooth else w_OK
+    w_OK = quant.rotate_taps(w_OK, taps) if rotated else w_OK
+    shift = torch.randn(I, generator=generator) if kind == "rotated" else None
     gw, A, B = hgs_lora.decompose(w_OK, torch.eye(len(w_OK[0])), rank, group=16, taps=taps, rounding="rtn", iters=2)
-    cls = {"linear": W4A4Linear, "conv": W4A4Conv2d, "w4a16": W4A16Linear}[kind]
-    return layer, cls.from_float(layer, gw, A, B, lam, group_x=8), x
+    cls = W4A4Conv2d if "conv" in kind else W4A16Linear if kind == "w4a16" else W4A4Linear
+    return layer, cls.from_float(layer, gw, A, B, lam, 8, rotated, shift), x
 
 
 def deployed(kind: str, layer, x):
     """The kernel, called as a deployment would call it."""
     branch = (layer.lora_A, layer.lora_B) if layer.rank else (None, None)
     with torch.no_grad():
-        if kind == "conv":
-            args = (layer.inv_smooth, layer.group_x, (3, 3), (2, 2), (1, 1))
+        if "conv" in kind:
+            args = (layer.inv_smooth, layer.group_x, (3, 3), (2, 2), (1, 1), layer.rotated)
             return kernels.w4a4_conv2d(x, layer.packed, layer.bias, *branch, *args)
-        if kind == "linear":
-            return kernels.w4a4_linear(x, layer.packed, layer.bias, *branch, layer.inv_smooth, layer.group_x)
+        if kind != "w4a16":
+            args = (layer.inv_smooth, layer.group_x, layer.shift, layer.rotated)
+            return kernels.w4a4_linear(x, layer.packed, layer.bias, *branch, *args)
         x = x if layer.inv_smooth is None else (x.float() * layer.inv_smooth).to(x.dtype)
         return kernels.w4a16_linear(x, layer.packed, layer.bias, *branch)
 
 
-KINDS = ["linear", "conv", "w4a16"]
+KINDS = ["linear", "conv", "w4a16", "rotated", "rotated conv"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,10 +92,11 @@ def test_training_layer_equals_the_packed_layer_bit_for_bit(kind, dtype, rank, s
 def surrogate(kind: str, layer, x, A, B):
     """float64 straight-through surrogate: the quantizer of activations replaced by the identity."""
     w = kernels.dequantize(layer.packed).double()
+    w = quant.rotate_taps(w, layer.taps) if layer.rotated else w
     inv = torch.ones(layer.channels).double() if layer.inv_smooth is None else layer.inv_smooth.double()
     weight = w + B @ A if layer.rank else w
     bias = None if layer.bias is None else layer.bias.double()
-    if kind != "conv":
+    if "conv" not in kind:
         return F.linear(x * inv, weight, bias)
     return F.conv2d(x * inv[:, None, None], weight.reshape(layer.out, 3, 3, -1).permute(0, 3, 1, 2), bias, 2, 1)
 
@@ -159,9 +165,10 @@ def test_state_dict_through_safetensors_restores_the_layer_bit_for_bit(kind):
     """Catches: state outside of buffers (scale, smoothing), non-contiguous tensors, an anchor in the deployed checkpoint."""
     layer, packed, x = make_layer(kind)
     state = packed.state_dict()
-    assert set(state) == {"codes_OP", "mult_P", "scale_O", "inv_smooth", "bias", "lora_A", "lora_B"}
+    centred = {"shift"} if kind == "rotated" else set()
+    assert set(state) == {"codes_OP", "mult_P", "scale_O", "inv_smooth", "bias", "lora_A", "lora_B"} | centred
     assert state["codes_OP"].dtype == state["mult_P"].dtype == torch.uint8
-    twin = type(packed)(layer, rank=3, group=16, group_x=8, smooth=True)
+    twin = type(packed)(layer, rank=3, group=16, group_x=8, smooth=True, rotated=packed.rotated, centred=bool(centred))
     twin.load_state_dict(load(save(state)))
     assert torch.equal(twin(x), packed(x))
 
@@ -342,12 +349,13 @@ def test_deployed_form_is_the_kernel_with_factors_in_8_bits(kind, rank, smooth, 
     state = stored.state_dict()
     lora = {"lora_A", "lora_B", "lora_scale"} if rank else set()
     optional = ({"inv_smooth"} if smooth else set()) | ({"bias"} if bias else set())
+    optional |= {"shift", "bias"} if kind == "rotated" else set()
     assert set(state) == {"codes_OP", "mult_P", "scale_O"} | lora | optional
     assert state["scale_O"].dtype == torch.uint8 and all(state[k].dtype == torch.int8 for k in lora - {"lora_scale"})
-    twin = type(stored)(layer, rank, 16, 8, smooth, lora_bits=8)
+    twin = type(stored)(layer, rank, 16, 8, smooth, 8, stored.rotated, kind == "rotated")
     twin.load_state_dict(load(save(state)))
     assert torch.equal(twin(x), stored(x))
-    on_meta = type(stored)(copy.deepcopy(layer).to("meta"), rank, 16, 8, smooth, lora_bits=8).state_dict()
+    on_meta = type(stored)(copy.deepcopy(layer).to("meta"), rank, 16, 8, smooth, 8, stored.rotated, kind == "rotated").state_dict()
     assert {k: (v.shape, v.dtype) for k, v in on_meta.items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
 
 
@@ -417,6 +425,28 @@ def test_native_backend_runs_the_deployed_form_at_any_rank(rank):
         assert torch.allclose(layer(x), eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["rotated", "rotated conv"])
+def test_a_rotated_and_centred_layer_computes_the_layer_that_it_was_made_of(kind, bias, rank):
+    """Catches: a constant W c of the rotated, smoothed or quantized weight, of the branch too, a branch that is not turned back."""
+    torch.manual_seed(1)
+    x = torch.randn(64, 32, 6, 6) if "conv" in kind else torch.randn(512, 32) + 20 * torch.randn(32)
+    layer = nn.Conv2d(32, 24, 3, padding=1, bias=bias) if "conv" in kind else nn.Linear(32, 24, bias=bias)
+    lam = torch.rand(32) + 0.5
+    w_OK, taps = (quant.flatten_conv(layer.weight), 9) if "conv" in kind else (layer.weight, 1)
+    w_OK = quant.rotate_taps((w_OK * lam.repeat(taps)).detach(), taps)
+    gw, A, B = hgs_lora.decompose(w_OK, torch.eye(len(w_OK[0])), rank, group=16, taps=taps)
+    cls, shift = (W4A4Conv2d, None) if "conv" in kind else (W4A4Linear, x.mean(0) / lam)
+    packed = cls.from_float(layer, gw, A, B, lam, 8, True, shift)
+    with torch.no_grad():
+        exact = layer(x)
+        for made in (packed, merged_layer(packed)):
+            assert (made(x) - exact).norm() < 0.2 * (exact - exact.mean(0)).norm()
+        w_hat = quant.rotate_taps(quant.dequantize(gw), taps) + (packed.lora_B @ packed.lora_A if rank else 0)
+        assert torch.allclose(packed.merged_weight(*packed.factors()), w_hat, atol=1e-5)
+
+
 def test_replace_finds_nested_and_numbered_modules_and_names_a_missing_one():
     """Catches: setattr with dots in the name, a typo that adds a new module."""
     model = nn.Sequential(nn.ModuleDict({"to_q": nn.Linear(20, 12)}), nn.Linear(12, 2))
@@ -464,7 +494,8 @@ def test_set_backend_selects_the_kernel_in_training_and_inference(monkeypatch):
             layer(x)
         set_backend(layer, "eager")
         layer(x)
-    assert used == ["w4a4_linear"] * 2 + ["w4a4_conv2d"] * 2 + ["w4a16_linear"] * 2
+    kernels_of_kinds = ("w4a4_linear", "w4a4_conv2d", "w4a16_linear", "w4a4_linear", "w4a4_conv2d")
+    assert used == [kernel for kernel in kernels_of_kinds for _ in range(2)]
 
 
 @pytest.mark.slow

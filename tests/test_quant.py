@@ -356,3 +356,35 @@ def test_the_grid_for_comparison_is_plain_absmax(kind, O, I, group, seed):
     assert ((w - deq).abs() <= scale / 2 * (1 + 1e-5)).all() and ((deq / scale).round() * scale == deq).all()
     by_group = torch.cat([quant.absmax_grid(part) for part in w.split(group, 1)], 1)
     assert torch.equal(quant.absmax_grid(w, group), by_group)
+
+
+# ------------------------------------------------------------------------------------------------ rotation
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**16))
+def test_rotation_is_the_hadamard_matrix_of_each_block_and_its_own_inverse(T, blocks, seed):
+    """Catches: a block that reaches into its neighbour, a matrix that is not orthogonal or not symmetric, a lost root."""
+    x = torch.randn(T, 16 * blocks, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    H = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(4):
+        H = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), H)
+    expected = (x.view(T, blocks, 16) @ H / 4).view(T, -1)
+    assert torch.allclose(quant.rotate(x), expected, atol=1e-12) and torch.allclose(quant.rotate(quant.rotate(x)), x, atol=1e-12)
+    w = torch.cat([x, 2 * x], 1)
+    assert torch.allclose(quant.rotate_taps(w, 2), torch.cat([expected, 2 * expected], 1), atol=1e-12)
+
+
+def test_rotation_keeps_what_an_outlier_would_round_away():
+    """Catches a rotation that leaves its group: with one channel of 30 times the others in each, the error halves."""
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    x[:, ::16] *= 30
+    error = {}
+    for name, z in (("plain", x), ("rotated", quant.rotate(x))):
+        back = quant.dequantize_activation(*quant.quantize_activation(z), 64)
+        error[name] = ((quant.rotate(back) if name == "rotated" else back) - x).norm()
+    assert error["rotated"] < 0.5 * error["plain"]
+
+
+def test_rotation_refuses_a_width_without_whole_blocks():
+    with pytest.raises(ValueError, match="24 channels do not divide into blocks of 16"):
+        quant.rotate(torch.zeros(2, 24))

@@ -18,6 +18,7 @@ import hessian
 import hgs_lora
 import layers
 import qra
+import quant
 import student
 import train
 from benchmarks import bench
@@ -141,10 +142,11 @@ def test_layers_of_one_input_share_a_whitener_and_none_outlives_its_layer(monkey
     assert peak <= 2 and not alive, "the one of the caption waits for the second cross-attention"
 
 
-@pytest.mark.parametrize("smooth", [0.0, 0.5])
-def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smooth):
-    """Catches W, H or N of another smoothing, and statistics and factors that pile up in the list of layers."""
-    cfg = train.parse(f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --smooth {smooth}".split())
+@pytest.mark.parametrize("smooth,rotate", [(0.0, False), (0.5, False), (0.0, True)])
+def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smooth, rotate):
+    """Catches W, H or N of another smoothing or rotation, and statistics and factors that pile up in the list of layers."""
+    flags = f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --smooth {smooth} --{'' if rotate else 'no-'}rotate"
+    cfg = train.parse(flags.split())
     base, before = denoiser(), None
     chosen = student.layers_to_quantize(cfg, base)
     cond = {"tokens": torch.randn(1, 77, base.net.text)}
@@ -155,7 +157,8 @@ def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smoot
         lam_I = layer.smooth_I if smoothed else torch.ones(layer.shape[1] // layer.taps)
         assert (layer.smooth_I is not None) == smoothed and layer.white.R_OO is not None
         W = layer.module.weight if layer.module.weight.dim() == 2 else layer.module.weight.permute(0, 2, 3, 1).flatten(1)
-        assert torch.equal(layer.w_OK, W * lam_I.repeat(layer.taps))
+        W = quant.rotate_taps(W, layer.taps) if rotate and layer.kind == "w4a4" else W
+        assert torch.equal(layer.w_OK, W * lam_I.repeat(layer.taps)) and layer.rotated == (rotate and layer.kind == "w4a4")
         assert torch.equal(layer.white.H_KK, hessian.damp(hessian.smooth(layer.stats.H_KK, lam_I)))
         if layer.kind == "w4a4":
             torch.testing.assert_close(layer.white.noise_K, (layer.stats.noise_I / lam_I.square()).repeat(layer.taps).double())
@@ -195,6 +198,15 @@ def test_a_rule_of_ones_own_with_its_own_statistic_is_one_row_each(monkeypatch):
     _, table = student.build(cfg, base, cond, torch.randn(1, 4, 8, 8))
     assert sorted(measured) == sorted(table) and len({row["rank"] for row in table.values()}) > 1
     build("--ranks uniform")  # asks for none
+
+
+@pytest.mark.parametrize("flags", ["--rotate", "--centre", "--rotate --centre"])
+def test_rotated_and_centred_layers_compute_the_network_that_they_were_made_of(whole, flags):
+    """Catches statistics, split or branch of unlike inputs: the error would be several times that of plain layers."""
+    packed, table = build(f"{FULL} {flags}")
+    assert any(row["rotated"] for row in table.values()) == ("--rotate" in flags)
+    assert any(row["centred"] for row in table.values()) == ("--centre" in flags)
+    assert distance(packed, NARROW) < 2 * distance(whole[0], NARROW)
 
 
 def test_a_small_budget_leaves_layers_without_a_branch(whole):
