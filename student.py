@@ -1,7 +1,7 @@
 """The W4A4 student of a consistency model, before training: statistics, ranks, split. Steps 1 to 3 of the method.
 
     1. H = E[x x^T] of what each layer reads, G = E[g g^T] of the gradients that reach its output       hessian.py
-    2. a LoRA rank for each layer under one budget                                                     qra.py
+    2. a LoRA rank for each layer under one budget, or (--keep-16bit) no grid for it                   qra.py
     3. W ~ Q + B A                                                                                     hgs_lora.py
 
 `build` is these three steps. `Calibration` makes them possible on a real model [O]: all H of SDXL take 60 GB in float64, all G
@@ -56,7 +56,8 @@ def unusable_statistics():
 @unusable_statistics()
 @torch.no_grad()
 def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[Denoiser, dict[str, dict]]:
-    """The consistency model as a plain network -> its packed twin with LoRA, in place, and the table of layers.
+    """The consistency model as a plain network -> its packed twin with LoRA, in place, and the table of layers. Layers that stay in
+    16 bits (--keep-16bit) are left as they are, and their rows of the table are of the kind 16bit.
 
     cond, x_T: this process' calibration captions, encoded, and their noises, on the network's device. cfg: train.Config.
     UserError for a rank or a budget that the layers have no room for, and for statistics of which nothing can be made."""
@@ -64,18 +65,22 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
     calibration = Calibration(cfg, base, layers, cond, x_T)
 
     # 1. Statistics: H and G of each layer, and what the rule for ranks reads from them
-    reads, statistics = qra.METHODS[cfg.ranks].reads, {}
+    reads, statistics = rank_statistics(cfg), {}
     for layer in calibration if reads else ():
         statistics[layer.name] = {name: STATISTICS[name](layer, cfg) for name in reads}
 
     # 2. Ranks: QRA
     shapes = {layer.name: layer.shape for layer in layers}
-    ranks = qra.allocate(shapes, of_all_processes(statistics), cfg.ranks, cfg.rank, *rank_bounds(cfg), seed=cfg.seed)
+    about_ranks = dict(seed=cfg.seed, price=rank_price(cfg))
+    ranks = qra.allocate(shapes, of_all_processes(statistics), cfg.ranks, cfg.rank, *rank_bounds(cfg), **about_ranks)
 
     # 3. Split: W ~ Q + B A, HGS-LoRA
     packed, table = {}, {}
     for layer in tqdm(calibration, f"split ({cfg.init}, {cfg.rounding})", total=len(layers), disable=process_index() > 0):
         rank, gen = ranks[layer.name], step_generator(cfg.seed, layer.index, stream=2)
+        if rank is None:
+            table[layer.name] = {"kind": "16bit", "shape": layer.shape, "rank": 0}
+            continue
         grid = dict(group=cfg.group_w, taps=layer.taps, rounding=cfg.rounding)
         gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, cfg.init, iters=cfg.iters, generator=gen, **grid)
         about_x = dict(smooth_I=layer.smooth_I, group_x=cfg.group_x, rotated=layer.rotated, shift_I=layer.shift_I)
@@ -91,7 +96,8 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
         if process_count() > 1:
             dist.broadcast_object_list(held, src=layer.owner)  # fills `held` in place
         twin, table[layer.name] = held
-        replace_layer(base.net, layer.name, twin)
+        if twin is not None:
+            replace_layer(base.net, layer.name, twin)
     return base, {layer.name: table[layer.name] for layer in layers}
 
 
@@ -175,6 +181,16 @@ def rank_bounds(cfg) -> qra.Bounds:
     return qra.bounds(cfg.rank, cfg.rank_granule, cfg.rank_least, cfg.rank_most)
 
 
+def rank_price(cfg) -> Callable:
+    """Of the ranks' budget: parameters, or stored bits where layers may stay in 16 bits."""
+    return partial(qra.bits, lora_bits=cfg.lora_bits, group=cfg.group_w) if cfg.keep_16bit else qra.parameters
+
+
+def rank_statistics(cfg) -> tuple[str, ...]:
+    """Names of what the ranks read."""
+    return (*qra.METHODS[cfg.ranks].reads, *(["whole"] if cfg.keep_16bit else []))
+
+
 def reads_gradients(cfg) -> bool:
     """Whether G is collected."""
     return hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
@@ -190,6 +206,15 @@ def spectrum(layer: Layer, cfg) -> Tensor:
     return hgs_lora.whitened_spectrum(layer.w_OK, cost_K.sqrt(), layer.white.R_OO, most).cpu()
 
 
+def whole(layer: Layer, cfg) -> float:
+    """All that the grid costs: the Frobenius norm of the matrix of which `spectrum` has the first singular values."""
+    gw = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps)
+    if layer.white.R_OO is None:
+        return hgs_lora.split_error(layer.w_OK, layer.white.L_KK, gw) ** 0.5
+    cost_K = hgs_lora.grid_cost(layer.w_OK, layer.white, gw)
+    return float((layer.white.R_OO @ layer.w_OK.double() * cost_K.sqrt()).norm())
+
+
 def energy(layer: Layer, cfg) -> float:
     """QRA's E_l: the energy of the layer's output, or 1 where gradients put all layers in the picture's units."""
     return 1.0 if layer.white.R_OO is not None else float((layer.w_OK.double() @ layer.white.L_KK).square().sum())
@@ -201,7 +226,12 @@ def variation(layer: Layer, cfg) -> tuple[float, float]:
 
 
 # What rules of qra.METHODS may read, each from a layer as Calibration hands it out: change this to add yours
-STATISTICS: dict[str, Callable] = {"spectrum": spectrum, "energy": energy, "variation": variation}
+STATISTICS: dict[str, Callable] = {
+    "spectrum": spectrum,
+    "whole": whole,  # where layers may stay in 16 bits
+    "energy": energy,
+    "variation": variation,
+}
 
 
 # ---------------------------------------------------------------- slices, shared factors, devices
