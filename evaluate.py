@@ -15,7 +15,10 @@ Key: B pictures, P = 5 places, 4 attributes of an object.
 """
 
 import argparse
+import contextlib
 import json
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,8 +27,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import tdpt
 from data import scenes, sources
+from layers import PackedLayer, packed_layers
 from models import checkpoint, pretrained
-from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher
+from models.denoiser import FAST, Denoiser, as_cm, draw, float_layers, guided_teacher
 from models.family import FAMILIES
 from run import files
 from run.common import UserError, run_script, step_generator
@@ -158,12 +162,35 @@ def network_report(network: Denoiser, config: dict, cm: bool) -> dict[str, dict[
     return rows
 
 
-def write_report(out: Path, student: Denoiser, steps: int, n: int, scores: dict, said: str) -> float:
-    """The size of a checkpoint and its scores, printed (the scores as `said`) and in report.json -> packed size / that in bf16."""
-    s = checkpoint.packed_size(student)
+@contextlib.contextmanager
+def counted_rows(net: nn.Module) -> Iterator[Counter]:
+    """Inside, {layer: rows (tokens or pixels) that went through it} of every packed, Linear and Conv2d layer of `net`."""
+    layers, rows = dict(packed_layers(net)) | float_layers(net), Counter()
+
+    def hook(name: str, outputs: int) -> Callable:
+        return lambda layer, args, y: rows.update({name: y.numel() // outputs})
+
+    outputs = {name: layer.out if isinstance(layer, PackedLayer) else len(layer.weight) for name, layer in layers.items()}
+    handles = [layer.register_forward_hook(hook(name, outputs[name])) for name, layer in layers.items()]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int, scores: dict, said: str) -> float:
+    """Size and composition (with `rows` of its layers) of a checkpoint and its scores, printed (the scores as `said`) and in
+    report.json -> packed size / that in bf16."""
+    s = checkpoint.packed_size(student) | checkpoint.composition(student, rows)
     ratio = s["mb"] / s["mb_bf16"]
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
     print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
+    print(
+        f"4-bit weights and activations: {s['w4a4_parameters']:.1%} of the parameters, {s['w4a4_products']:.1%} of the products of "
+        f"linear and convolution layers\nbranches add {s['branch_parameters']:.2%} to the parameters; "
+        f"{s['layers_without_branch']:.0%} of the packed layers have none"
+    )
     print(said)
     with files.atomic(out / "report.json") as file:
         file.write_text(json.dumps({"steps": steps, "n": n, **s, **scores}, indent=1))
@@ -175,15 +202,19 @@ def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     student, _ = checkpoint.load_checkpoint(out)
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
         captions = sources.source(config["data"]).captions(config["eval_n"], step_generator(4321, 0))
-        drawn = [draw(m, d, captions, 4, 4321) for m, d in ((as_cm(network), network), (student, student))]
-        rows = {"w4a4": {"psnr_to_fp": psnr(*drawn)}}
-        said = f"{len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model"
+        fp = draw(as_cm(network), network, captions, 4, 4321)
+        with counted_rows(student.net) as rows:
+            psnr_to_fp = psnr(fp, draw(student, student, captions, 4, 4321))
+        scores = {"w4a4": {"psnr_to_fp": psnr_to_fp}}
+        said = f"{len(captions)} of the folder's captions: {psnr_to_fp:.2f} dB to the fp model"
     else:
         judge = Judge(config["eval_n"], 4321, reference=2048)
         fp = judge.draw("fp", as_cm(network), network, 4)
-        rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
-        said = f"{config['eval_n']} pictures\n{table(rows)}"
-    write_report(out, student, 4, config["eval_n"], rows, f"4 steps, {said}")
+        with counted_rows(student.net) as rows:
+            drawn = judge.draw("w4a4", student, student, 4)
+        scores = {"fp": judge.score(fp), "w4a4": judge.score(drawn, fp)}
+        said = f"{config['eval_n']} pictures\n{table(scores)}"
+    write_report(out, student, rows, 4, config["eval_n"], scores, f"4 steps, {said}")
 
 
 @torch.no_grad()
@@ -203,10 +234,11 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
     if not leader:
         return
     student, _ = checkpoint.load_checkpoint(out)
-    drawn = draw(student.to(config["device"]), student)
+    with counted_rows(student.net) as rows:
+        drawn = draw(student.to(config["device"]), student)
     snr = 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
     said = f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model"
-    print(f"memory_ratio: {write_report(out, student, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
+    print(f"memory_ratio: {write_report(out, student, rows, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
 
 
 def main(argv: list[str]) -> None:

@@ -258,7 +258,7 @@ def means(model: nn.Module, layer_names: list[str], run: Callable) -> dict[str, 
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(add, name), with_kwargs=True))
         run(lambda bin: None)
-    exchange(*(sums[name] for name in layers if name in sums))
+    exchange(*sums.values())
     return {name: (total[:-1] / total[-1]).float() for name, total in sums.items()}
 
 

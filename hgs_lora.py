@@ -131,14 +131,19 @@ def whitened_svd(E_OK: Tensor, L_KK: Tensor | None, rank: int, R_OO: Tensor | No
     return up[:, None] * Vt_rK, (M_OK @ basis) * down
 
 
+def whitened(E_OK: Tensor, L_KK: Tensor, R_OO: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """R E L (O, K) in `dtype`; L is as in whitened_svd."""
+    E_OK, L_KK = E_OK.to(dtype), L_KK.to(dtype)
+    return _times(E_OK if R_OO is None else R_OO.to(dtype) @ E_OK, L_KK)
+
+
 def whitened_spectrum(
     E_OK: Tensor, L_KK: Tensor, R_OO: Tensor | None = None, rank: int | None = None, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Singular values of R E L, the first `rank` (at most min(O, K)) or all of them, descending, float64: what QRA weighs, with
     E = W or the residual W - Q. L is as in whitened_svd. dtype: of the products, which take most of the time; float32 moves the 256
     strongest of 3,072 values by 2e-7."""
-    E_OK, L_KK = E_OK.to(dtype), L_KK.to(dtype)
-    M = _times(E_OK if R_OO is None else R_OO.to(dtype) @ E_OK, L_KK)
+    M = whitened(E_OK, L_KK, R_OO, dtype)
     gram = (M @ M.mT if M.shape[0] <= M.shape[1] else M.mT @ M).double()
     return strongest(gram, len(gram) if rank is None else min(rank, len(gram)))[0].clamp_min(0).sqrt()
 

@@ -55,7 +55,6 @@ import quant
 from backends import cpu, gpu
 from backends.cpu import CPU
 from quant import SCALE_SHIFT, ZERO, GridWeight, activation_int8, dequantize_activation, quantize_activation, quantize_weight
-from quant import dequantize as dequantize_grid
 
 SCALE_BIAS = (127 - 26) << (23 - SCALE_SHIFT)  # code 0 is quant.SCALE_MIN = 2^-26
 EXACT = 1024  # columns whose products sum exactly in float32
@@ -125,7 +124,7 @@ def unpack(pw: PackedWeight) -> GridWeight:
 
 def dequantize(pw: PackedWeight) -> Tensor:
     """float32 (O, K), padding removed."""
-    return dequantize_grid(unpack(pw))
+    return quant.dequantize(unpack(pw))
 
 
 def weight_int8(pw: PackedWeight) -> Tensor:
@@ -322,9 +321,11 @@ def native_conv2d(
     x_NCHW, pw, bias=None, lora_A_rK=None, lora_B_Or=None, inv_smooth_I=None, group_x=16,
     kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), rotated=False, shift_I=None, w4a4=cpu.w4a4, per_sample=True,
 ) -> Tensor:  # fmt: skip
-    """w4a4_conv2d by w4a4, a kernel of backends/. ValueError for a wrong number of channels."""
+    """w4a4_conv2d by w4a4, a kernel of backends/. ValueError for a wrong number of channels, or one that cannot be rotated."""
     if x_NCHW.shape[1] != pw.channels:  # kernels by hand would read beyond the factors of the branch
         raise ValueError(f"x has {x_NCHW.shape[1]} channels, its weight {pw.channels}")
+    if rotated and pw.channels % quant.TURN:  # and would write beyond a row
+        raise ValueError(f"{pw.channels} channels do not divide into blocks of {quant.TURN}")
     operands = (pw.codes_OP, pw.mult_P, pw.scale_O, bias, lora_A_rK, lora_B_Or, inv_smooth_I, shift_I)
     numbers = (pw.group, group_x, rotated, per_sample, kernel_size, stride, padding)
     return w4a4(x_NCHW.permute(0, 2, 3, 1), *operands, *numbers).permute(0, 3, 1, 2)

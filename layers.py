@@ -162,7 +162,7 @@ class PackedLayer(nn.Module):
         shift_I: Tensor | None = None,
     ):
         """The packed twin of `layer`: grid weight and factors from `decompose`, of W * smooth_I if it is smoothed, of W R if it is
-        rotated. shift_I: c, for a linear layer."""
+        rotated. shift_I: c, the mean of x', for a linear layer. These may be on another device than the layer."""
         rank, smooth, centred = 0 if A_rK is None else len(A_rK), smooth_I is not None, shift_I is not None
         new = cls(layer, rank, gw.group, group_x, smooth, rotated=rotated, centred=centred)
         if (gw.channels, gw.taps, len(gw.scale_O)) != (new.channels, new.taps, new.out):
@@ -171,9 +171,9 @@ class PackedLayer(nn.Module):
             A_rK = quant.rotate_taps(A_rK, gw.taps)
         bias = layer.bias
         if shift_I is not None:
-            constant_O = layer.weight.float() @ (shift_I if smooth_I is None else shift_I * smooth_I)
-            constant_O = constant_O if A_rK is None else constant_O - B_Or @ (A_rK @ shift_I)
-            bias = constant_O if bias is None else bias + constant_O
+            constant_O = layer.weight.to(shift_I) @ (shift_I if smooth_I is None else shift_I * smooth_I.to(shift_I))
+            constant_O = constant_O if A_rK is None else constant_O - (B_Or @ (A_rK @ shift_I.to(A_rK))).to(shift_I)
+            bias = constant_O if bias is None else bias.to(shift_I) + constant_O
         known = kernels.pack(gw)._asdict() | {"bias": bias, "lora_A": A_rK, "lora_B": B_Or, "shift": shift_I}
         known["inv_smooth"] = None if smooth_I is None else 1.0 / smooth_I
         new.load_state_dict({key: known[key] for key in new.state_dict()})

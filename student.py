@@ -1,7 +1,7 @@
 """The W4A4 student of a consistency model, before training: statistics, ranks, split. Steps 1 to 3 of the method.
 
     1. H = E[x x^T] of what each layer reads, G = E[g g^T] of the gradients that reach its output       hessian.py
-    2. a LoRA rank for each layer under one budget                                                     qra.py
+    2. a LoRA rank for each layer under one budget, or (--keep-16bit) no grid for it                   qra.py
     3. W ~ Q + B A                                                                                     hgs_lora.py
 
 `build` is these three steps. `Calibration` makes them possible on a real model [O]: all H of SDXL take 60 GB in float64, all G
@@ -56,7 +56,8 @@ def unusable_statistics():
 @unusable_statistics()
 @torch.no_grad()
 def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[Denoiser, dict[str, dict]]:
-    """The consistency model as a plain network -> its packed twin with LoRA, in place, and the table of layers.
+    """The consistency model as a plain network -> its packed twin with LoRA, in place, and the table of layers. Layers that stay in
+    16 bits (--keep-16bit) are left as they are, and their rows of the table are of the kind 16bit.
 
     cond, x_T: this process' calibration captions, encoded, and their noises, on the network's device. cfg: train.Config.
     UserError for a rank or a budget that the layers have no room for, and for statistics of which nothing can be made."""
@@ -64,18 +65,22 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
     calibration = Calibration(cfg, base, layers, cond, x_T)
 
     # 1. Statistics: H and G of each layer, and what the rule for ranks reads from them
-    reads, statistics = qra.METHODS[cfg.ranks].reads, {}
+    reads, statistics = rank_statistics(cfg), {}
     for layer in calibration.for_ranks() if reads else ():
         statistics[layer.name] = {name: STATISTICS[name](layer, cfg) for name in reads}
 
     # 2. Ranks: QRA
     shapes = {layer.name: layer.shape for layer in layers}
-    ranks = qra.allocate(shapes, of_all_processes(statistics), cfg.ranks, cfg.rank, *rank_bounds(cfg), seed=cfg.seed)
+    about_ranks = dict(seed=cfg.seed, price=rank_price(cfg))
+    ranks = qra.allocate(shapes, of_all_processes(statistics), cfg.ranks, cfg.rank, *rank_bounds(cfg), **about_ranks)
 
     # 3. Split: W ~ Q + B A, HGS-LoRA
     packed, table = {}, {}
     for layer in tqdm(calibration, f"split ({cfg.init}, {cfg.rounding})", total=len(layers), disable=process_index() > 0):
         rank, gen = ranks[layer.name], step_generator(cfg.seed, layer.index, stream=2)
+        if rank is None:
+            table[layer.name] = {"kind": "16bit", "shape": layer.shape, "rank": 0}
+            continue
         grid = dict(group=cfg.group_w, taps=layer.taps, rounding=cfg.rounding)
         gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, cfg.init, iters=cfg.iters, generator=gen, **grid)
         about_x = dict(smooth_I=layer.smooth_I, group_x=cfg.group_x, rotated=layer.rotated, shift_I=layer.shift_I)
@@ -91,7 +96,8 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
         if process_count() > 1:
             dist.broadcast_object_list(held, src=layer.owner)  # fills `held` in place
         twin, table[layer.name] = held
-        replace_layer(base.net, layer.name, twin)
+        if twin is not None:
+            replace_layer(base.net, layer.name, twin)
     return base, {layer.name: table[layer.name] for layer in layers}
 
 
@@ -116,7 +122,7 @@ class Layer:
     kind: str  # w4a4 or w4a16 (Family.precision)
     index: int  # in the network's order
     rotated: bool = False  # --rotate, where its channels divide into blocks
-    shift_I: Tensor | None = None  # --centre: the mean of its input
+    mean_I: Tensor | None = None  # --centre: of its input
     stats: hessian.Stats | None = None  # of what it quantizes, z of layers.py before smoothing
     w_OK: Tensor | None = None  # float32, tap-major, times smooth_I, rotated
     white: hgs_lora.Whitener | None = None  # of z, with R and N where gradients are collected
@@ -140,9 +146,14 @@ class Layer:
         w_OIhw = self.module.weight[..., None, None] if self.module.weight.dim() == 2 else self.module.weight
         return quant.flatten_conv(w_OIhw).float().to(device)
 
+    @property
+    def shift_I(self) -> Tensor | None:
+        """The mean of x', its smoothed input."""
+        return self.mean_I if self.mean_I is None or self.smooth_I is None else self.mean_I.to(self.smooth_I) / self.smooth_I
+
     def grid_input(self, x: Tensor) -> Tensor:
         """z of x (.., I), float32, without smoothing."""
-        z = x.float() if self.shift_I is None else x.float() - self.shift_I
+        z = x.float() if self.mean_I is None else x.float() - self.mean_I
         return quant.rotate(z) if self.rotated else z
 
     def let_go(self) -> None:
@@ -170,21 +181,38 @@ def rank_bounds(cfg) -> qra.Bounds:
     return qra.bounds(cfg.rank, cfg.rank_granule, cfg.rank_least, cfg.rank_most)
 
 
+def rank_price(cfg) -> Callable:
+    """Of the ranks' budget: parameters, or stored bits where layers may stay in 16 bits."""
+    return partial(qra.bits, lora_bits=cfg.lora_bits, group=cfg.group_w) if cfg.keep_16bit else qra.parameters
+
+
+def rank_statistics(cfg) -> tuple[str, ...]:
+    """Names of what the ranks read."""
+    return (*qra.METHODS[cfg.ranks].reads, *(["whole"] if cfg.keep_16bit else []))
+
+
 def reads_gradients(cfg) -> bool:
     """Whether G is collected."""
     return hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
 
 
-def spectrum(layer: Layer, cfg) -> Tensor:
-    """QRA's sigma_l, as many as a layer may have ranks: of what the grid costs, in the picture's units, or, where gradients are not
-    collected, of the residual W - Q."""
-    most = rank_bounds(cfg).most
+def weighed(layer: Layer, cfg) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(E, L, R): of the energy of R E L a rank wins back what its singular value has. It is what the grid costs, in the picture's
+    units, or, where gradients are not collected, the residual W - Q."""
     if layer.white.R_OO is not None:
-        weighed = layer.w_OK, hgs_lora.grid_cost(layer.white).sqrt(), layer.white.R_OO
-    else:
-        gw = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps)
-        weighed = layer.w_OK - quant.dequantize(gw), layer.white.L_KK, None
-    return hgs_lora.whitened_spectrum(*weighed, most, dtype=torch.float32).cpu()
+        return layer.w_OK, hgs_lora.grid_cost(layer.white).sqrt(), layer.white.R_OO
+    gw = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps)
+    return layer.w_OK - quant.dequantize(gw), layer.white.L_KK, None
+
+
+def spectrum(layer: Layer, cfg) -> Tensor:
+    """QRA's sigma_l, the strongest singular values of R E L, as many as a layer may have ranks."""
+    return hgs_lora.whitened_spectrum(*weighed(layer, cfg), rank_bounds(cfg).most, dtype=torch.float32).cpu()
+
+
+def whole(layer: Layer, cfg) -> float:
+    """||R E L||_F: the root of the sum of the squares of all singular values of which `spectrum` has the first."""
+    return float(hgs_lora.whitened(*weighed(layer, cfg)).norm())
 
 
 def energy(layer: Layer, cfg) -> float:
@@ -197,8 +225,13 @@ def variation(layer: Layer, cfg) -> tuple[float, float]:
     return hessian.variation(layer.stats, layer.module.weight)
 
 
-# What rules of qra.METHODS may read, each from a layer as Calibration hands it out: change this to add yours
-STATISTICS: dict[str, Callable] = {"spectrum": spectrum, "energy": energy, "variation": variation}
+# What rules of qra.METHODS may read, each from a layer as Calibration.for_ranks hands it out: change this to add yours
+STATISTICS: dict[str, Callable] = {
+    "spectrum": spectrum,
+    "whole": whole,  # where layers may stay in 16 bits
+    "energy": energy,
+    "variation": variation,
+}
 
 
 # ---------------------------------------------------------------- slices, shared factors, devices
@@ -217,13 +250,12 @@ class Calibration:
         backward = backward if reads_gradients(cfg) else None
         sums = (8 * sum(side**2 for side in sides) for sides in zip(*(layer.shape for layer in layers), strict=True))
         self.diagonals = backward is not None and max(sums) > self.half  # what the ranks are given of H
-        w4a4 = [layer for layer in layers if layer.kind == "w4a4"]
         if cfg.centre:
-            linear = [layer.name for layer in w4a4 if isinstance(layer.module, nn.Linear)]
+            linear = [layer.name for layer in layers if layer.kind == "w4a4" and isinstance(layer.module, nn.Linear)]
             for name, mean_I in hessian.means(base.net, linear, forward).items():
-                self.layers[name].shift_I = mean_I
-        changed = {layer.name: layer.grid_input for layer in w4a4 if layer.rotated or layer.shift_I is not None}
-        about_inputs = {"group_x": cfg.group_x, "inputs": changed}  # others stay in 16 bits, which is exact and faster on a GPU
+                self.layers[name].mean_I = mean_I
+        changed = {layer.name: layer.grid_input for layer in layers if layer.rotated or layer.mean_I is not None}
+        about_inputs = {"group_x": cfg.group_x, "inputs": changed}
         self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, **about_inputs)
         self.everything: dict | None = None  # a slice that holds all layers
 

@@ -70,8 +70,7 @@ def _empty(x_NHWC: Tensor, codes_OP: Tensor, *others) -> Tensor:
 def w4a4(
     x_NHWC: Tensor, codes_OP: Tensor, mult_P: Tensor, scale_O: Tensor, bias: Tensor | None, lora_A_rK: Tensor | None,
     lora_B_Or: Tensor | None, inv_smooth_I: Tensor | None, shift_I: Tensor | None, group: int, group_x: int, rotated: bool,
-    per_sample: bool,
-    kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+    per_sample: bool, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     """(N, H, W, I) -> (N, H', W', O) in x's dtype, as kernels.w4a4_conv2d (one scale per sample of x) and, where per_sample is
     False, as kernels.w4a4_linear of N rows that are pictures of one pixel. codes, mult, scale, group: a kernels.PackedWeight."""

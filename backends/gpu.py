@@ -109,18 +109,18 @@ def _pairs(v, N: tl.constexpr, HALF: tl.constexpr):
 
 
 @jit
-def _grid_input(x, inv_smooth, shift, t, c, ok, I, ROWS: tl.constexpr, BLOCK: tl.constexpr, ROTATED: tl.constexpr):
-    """z of rows t (ROWS, 1) and channels c (1, BLOCK), float32 (ROWS, BLOCK), 0 where there is none; sums as in quant.rotate."""
+def _grid_input(x, inv_smooth, shift, t, c, ok, I, ROTATED: tl.constexpr):
+    """z of rows t and channels c, float32, in the shape that these broadcast to, channels last; 0 where there is none. Sums as in
+    quant.rotate."""
     v = _load(x, inv_smooth, t, c, ok, I)
     if shift is not None:
         v = tl.where(ok, v - tl.load(shift + c, mask=c < I, other=0), 0.0)
     if ROTATED:
-        N: tl.constexpr = ROWS * BLOCK // 16
-        v = tl.reshape(v, [N, 16])
-        v = tl.reshape(_pairs(v, N, 8), [2 * N, 8])
-        v = tl.reshape(_pairs(v, 2 * N, 4), [4 * N, 4])
-        v = tl.reshape(_pairs(v, 4 * N, 2), [8 * N, 2])
-        v = tl.reshape(_pairs(v, 8 * N, 1), [ROWS, BLOCK]) * 0.25
+        N: tl.constexpr = v.numel // 16
+        z = tl.reshape(_pairs(tl.reshape(v, [N, 16]), N, 8), [2 * N, 8])
+        z = tl.reshape(_pairs(z, 2 * N, 4), [4 * N, 4])
+        z = tl.reshape(_pairs(z, 4 * N, 2), [8 * N, 2])
+        v = tl.reshape(_pairs(z, 8 * N, 1), v.shape) * 0.25
     return v
 
 
@@ -129,11 +129,9 @@ def _rows(x, inv_smooth, shift, X, s, first, t_end, I, C, partial, BLOCK: tl.con
           PARTS: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """Quantizes rows first .. first + ROWS. Their scales are their own, or that of the sample whose bounds are `partial`."""
     t = first + tl.arange(0, ROWS)
-    t2 = t[:, None]
-    v = _grid_input(x, inv_smooth, shift, t2, tl.arange(0, BLOCK)[None, :], t2 < t_end, I, ROWS, BLOCK, ROTATED)
-    v = tl.reshape(v, [ROWS, BLOCK // GROUP, GROUP])
     c = tl.arange(0, BLOCK // GROUP)[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     t3 = t[:, None, None]
+    v = _grid_input(x, inv_smooth, shift, t3, c, t3 < t_end, I, ROTATED)
     bits = tl.max(_bound(v), 2)
     if PARTS:
         s_T = tl.zeros([ROWS], tl.float32) + _scale(tl.max(tl.load(partial + tl.arange(0, PARTS)), 0))
@@ -151,7 +149,7 @@ def _part(x, inv_smooth, shift, partial, first, t_end, step, I, BLOCK: tl.conste
     for i in range(0, step, ROWS):
         t = i + tl.arange(0, ROWS)[:, None]
         ok = (t < step) & (first + t < t_end)
-        bits = tl.maximum(bits, _bound(_grid_input(x, inv_smooth, shift, first + t, c, ok, I, ROWS, BLOCK, ROTATED)))
+        bits = tl.maximum(bits, _bound(_grid_input(x, inv_smooth, shift, first + t, c, ok, I, ROTATED)))
     tl.store(partial, tl.max(tl.max(bits, 1), 0))
 
 

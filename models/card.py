@@ -68,7 +68,7 @@ def write_card(folder: str | Path) -> Path:
     tags = ["cmquant", "consistency-model", "w4a4", "quantized"]
     front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin)
     size, twin = _sizes(weights, layers)
-    groups = sorted({(row["group_w"], row["group_x"]) for row in layers.values()})
+    groups = sorted({(row["group_w"], row["group_x"]) for row in layers.values() if row["kind"] != "16bit"})
     kinds = Counter(row["kind"] for row in layers.values())
     template = (files.ASSETS / "card.md").read_text()
     text = template.format(
@@ -77,7 +77,7 @@ def write_card(folder: str | Path) -> Path:
         base=base,
         licence=in_words,
         groups=" and ".join(f"groups of {w} (weights), {x} (activations)" for w, x in groups),
-        kinds=", ".join(f"{n} layers {kind.upper()}" for kind, n in sorted(kinds.items())),
+        kinds=", ".join(f"{n} layers {kind.upper().replace('BIT', ' bit')}" for kind, n in sorted(kinds.items())),
         network=network,
         mb=size / 1e6,
         twin_mb=twin / 1e6,

@@ -13,6 +13,7 @@ from torch import nn
 
 import kernels
 from layers import (
+    W4A16Linear,
     anchor_state,
     load_anchor_state,
     merged_layer,
@@ -22,14 +23,17 @@ from layers import (
     set_backend,
     store_8bit,
 )
-from models.denoiser import FAST, Denoiser, blueprint, from_blueprint, random_denoiser
+from models.denoiser import FAST, Denoiser, blueprint, float_layers, from_blueprint, random_denoiser
 from run import files
 from run.common import UserError
 
 
 def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
-    """Packed layers, contents uninitialised, where `table` says so. ValueError or AttributeError if it is not this network's."""
+    """Packed layers, contents uninitialised, where `table` says so; those of the kind 16bit stay as they are. ValueError or
+    AttributeError if it is not this network's."""
     for name, row in table.items():
+        if row["kind"] == "16bit":
+            continue
         layer, shape = net.get_submodule(name), (row["rank"], row["group_w"], row["group_x"], row["smooth"], row.get("lora", 16))
         younger = {key: row.get(key, False) for key in ("rotated", "centred")}  # than some folders
         net.set_submodule(name, packed_class(row["kind"], layer)(layer, *shape, **younger))
@@ -128,3 +132,27 @@ def packed_size(student: Denoiser) -> dict[str, float]:
     codes, lora = sizes["codes_OP"] + sizes["mult_P"] + sizes["scale_O"], sizes["lora_A"] + sizes["lora_B"] + sizes["lora_scale"]
     mb, mb_bf16 = sizes.total() / 1e6, (2 * values + sizes["rest"]) / 1e6
     return {"bits_per_weight": 8 * codes / values, "mb": mb, "mb_bf16": mb_bf16, "mb_lora": lora / 1e6}
+
+
+def composition(student: Denoiser, rows: dict[str, int]) -> dict[str, float]:
+    """Four shares of a packed network: parameters, and multiply-accumulates of its Linear and Conv2d layers, that run with 4-bit
+    weights and activations; parameters of branches, over those of the network without them; packed layers without a branch.
+
+    rows {layer: rows (tokens or pixels) that went through it}: see evaluate.counted_rows."""
+    packed, sizes, products = dict(packed_layers(student.net)), Counter(), Counter()
+    for name, layer in packed.items():
+        kind = "w4a16" if isinstance(layer, W4A16Linear) else "w4a4"
+        O, K, r = layer.out, layer.taps * layer.channels, layer.rank
+        sizes += Counter({kind: O * K, "branch": r * (O + K)})
+        products += Counter({kind: rows[name] * O * K, "branch": rows[name] * r * (O + K)})
+    for name, layer in float_layers(student.net).items():
+        products["16bit"] += rows[name] * layer.weight.numel()
+    state = student.net.state_dict()
+    sizes["16bit"] = sum(t.numel() for k, t in state.items() if k.rpartition(".")[0] not in packed or k.endswith(".bias"))
+    network = sizes.total() - sizes["branch"]
+    return {
+        "w4a4_parameters": sizes["w4a4"] / network,
+        "w4a4_products": products["w4a4"] / products.total(),
+        "branch_parameters": sizes["branch"] / network,
+        "layers_without_branch": sum(not layer.rank for layer in packed.values()) / len(packed),
+    }

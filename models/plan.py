@@ -198,7 +198,8 @@ def dry_run(cfg) -> None:
     the memory ratio. UserError, after the table, if training does not fit --memory-limit."""
     family, net = FAMILIES[cfg.model], skeleton_of(cfg)
     rows, merged = (layer_table(family, net, rank, cfg.lora_bits, cfg.group_w) for rank in (cfg.rank, 0))
-    print(f"{cfg.model}, rank {cfg.rank}, groups of {cfg.group_w}\n\n{format_table(rows, cfg.lora_bits)}")
+    paid = " (layers that the run leaves in 16 bits are paid with ranks)" if cfg.keep_16bit else ""
+    print(f"{cfg.model}, rank {cfg.rank}{paid}, groups of {cfg.group_w}\n\n{format_table(rows, cfg.lora_bits)}")
     print(f"{'merged, without a branch':30s}{'':15s} {ratio(merged):8.2%}\n")
     fp = footprint_of(cfg)
     cfg, made = choices(cfg, fp)

@@ -651,6 +651,8 @@ def closing_report(out: Path, patch) -> None:
     patch.setattr(sample, "draw", lambda *args: torch.zeros(1, 3, 32, 32))
     patch.setattr(sample, "compare", lambda *args: sheet)
     patch.setattr(checkpoint, "packed_size", lambda *args: dict.fromkeys(("bits_per_weight", "mb", "mb_bf16", "mb_lora"), 1.0))
+    shares = ("w4a4_parameters", "w4a4_products", "branch_parameters", "layers_without_branch")
+    patch.setattr(checkpoint, "composition", lambda *args: dict.fromkeys(shares, 1.0))
     config = {"seed": 0, "guidance": 1.0, "eval_n": 4, "data": ""}
     sample.closing_pictures(out, random_denoiser("tiny"), config)
     evaluate.closing_report(out, random_denoiser("tiny"), config)

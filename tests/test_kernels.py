@@ -336,6 +336,13 @@ def test_kernels_by_hand_refuse_an_input_of_another_width(channels):
 
 
 @backends
+def test_a_width_without_whole_blocks_is_not_rotated(backend):
+    """Catches a kernel by hand that rotates beyond its row: other rows' memory."""
+    with pytest.raises(ValueError, match="40 channels do not divide into blocks of 16"):
+        on(backend)[0](torch.zeros(3, 40), kernels.pack(grid_weight(8, 40, 8)), *[None] * 4, 16, None, True)
+
+
+@backends
 def test_conv_samples_do_not_depend_on_their_batch_or_memory_format(backend):
     """Catches a scale over the batch; the training batch and the deployed one must give the same picture."""
     _, conv2d = on(backend)

@@ -109,8 +109,9 @@ def test_the_printed_table_names_every_kind_and_counts_every_layer(tables):
 @pytest.mark.slow
 def test_a_dry_run_ends_with_the_ratio(capsys):
     """Catches: a last line that a script cannot read, or that is another table's."""
-    plan.dry_run(train.parse("--model tiny-flux --lora-bits 8 --micro 1 --batch 1".split()))
+    plan.dry_run(train.parse("--model tiny-flux --lora-bits 8 --micro 1 --batch 1 --rank 16 --keep-16bit".split()))
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny-flux, rank 16 (layers that the run leaves in 16 bits are paid with ranks), groups of 64"
     rows = memory.layer_table(FAMILIES["tiny-flux"], FAMILIES["tiny-flux"].build_meta())
     assert lines[-1] == f"memory_ratio: {memory.ratio(rows):.3f}"
     assert any(line.startswith("merged, without a branch") for line in lines)

@@ -33,7 +33,8 @@ PROMPT = "a large red house on the left"
 
 
 def write_run(folder: Path, name: str, base: Path) -> Path:
-    """What train.py would leave: layers rounded to nearest, random A, B of ranks 0 to 5, each third layer smoothed."""
+    """What train.py would leave: layers rounded to nearest, random A, B of ranks 0 to 5, each third layer smoothed, each ninth one
+    kept in 16 bits, of the others half rotated, and centred where they are linear."""
     gen = torch.Generator().manual_seed(0)
     pipe = diffusers.DiffusionPipeline.from_pretrained(base)
     net, table = denoiser_of(pipe), {}
@@ -45,11 +46,18 @@ def write_run(folder: Path, name: str, base: Path) -> Path:
             continue
         w_OK = quant.flatten_conv(layer.weight[..., None, None] if layer.weight.dim() == 2 else layer.weight).detach()
         (O, K), taps, rank = w_OK.shape, layer.weight[0, 0].numel(), (2, 3, 0, 5)[i % 4]
+        if i % 9 == 8:
+            table[key] = {"kind": "16bit", "shape": [O, K], "rank": 0}
+            continue
         lam = torch.rand(K // taps, generator=gen) + 0.5 if i % 3 == 0 else None
-        gw = quant.quantize_weight(w_OK if lam is None else w_OK * lam.repeat(taps), 64, taps)
+        rotated = kind == "w4a4" and i % 3 == 1 and K // taps % quant.TURN == 0
+        shift = torch.randn(K, generator=gen) if rotated and isinstance(layer, torch.nn.Linear) else None
+        w_OK = w_OK if lam is None else w_OK * lam.repeat(taps)
+        gw = quant.quantize_weight(quant.rotate_taps(w_OK, taps) if rotated else w_OK, 64, taps)
         A, B = torch.randn(rank, K, generator=gen) / K**0.5, 0.1 * torch.randn(O, rank, generator=gen)
-        net.set_submodule(key, packed_class(kind, layer).from_float(layer, gw, A, B, lam, 16))
+        net.set_submodule(key, packed_class(kind, layer).from_float(layer, gw, A, B, lam, 16, rotated, shift))
         table[key] = {"kind": kind, "shape": [O, K], "rank": rank, "smooth": lam is not None, "group_w": 64, "group_x": 16}
+        table[key] |= {"rotated": rotated, "centred": shift is not None} if rotated else {}  # older tables know neither
     denoiser = from_blueprint(plan)
     denoiser.net = net
     folder.mkdir()
@@ -477,6 +485,7 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
             and "- cmquant\n" in front
         )
         assert "- snr: 24.500\n" in text and "| w4a4 | 31.250 |" in text and "groups of 64 (weights), 16 (activations)" in text
+        assert "layers 16 bit, " in text and " layers W4A4" in text
         assert base.startswith("someone") == ("see someone/else" in text)
         size = sum(v.nbytes for v in load_file(folder / "model.safetensors").values())
         floats = 2 * sum(p.numel() for p in miniature.sdxl().unet.parameters())

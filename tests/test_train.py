@@ -472,8 +472,11 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--sampling-steps 1,x", "--sampling-steps 1,x must be numbers"),
         ("--sampling-steps 1,40 --grid 48 --trajectory teacher", "--sampling-steps 1,40 must be numbers from 1 to 24"),
         ("--tdpt-phases 9 --grid 8", "--tdpt-phases 9 is more than the 8 points"),
-        ("--rank-granule -1", "--rank-granule must be at least 0"),
-        ("--rank-least 9", "--rank-least 9 must be from 0 to --rank 8"),
+        ("--rank-granule 0", "--rank-granule must be at least 1"),
+        ("--rank-least -1", "--rank-least must be at least 0"),
+        ("--rank-least 9", "--rank-least 9 must be at most --rank 8"),
+        ("--keep-16bit --ranks uniform", "--ranks uniform does not weigh what the grid costs"),
+        ("--keep-16bit --ranks qra --deploy merged", "--deploy merged is strict W4A4: leave out --keep-16bit"),
         ("--rank-most 7", "--rank-most 7 must be at least --rank 8"),
         ("--dtype half", "invalid choice: 'half'"),
         ("--teacher none.safetensors", "none.safetensors does not exist: make it with"),
@@ -609,7 +612,7 @@ def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, fi
     with pytest.raises(UserError, match="another sampling_steps: choose another --out"):
         run(weights, old, "--sampling-steps 1")
     with pytest.raises(UserError, match="another rank_least: choose another --out"):  # that version had no such flag
-        run(weights, old, "--rank-least 0")
+        run(weights, old, "--rank-least 1")
 
 
 @pytest.mark.slow
