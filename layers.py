@@ -106,6 +106,7 @@ class PackedLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, rank: int, group: int = 64, group_x: int = 16, smooth: bool = False, lora_bits: int = 16):
         """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
+        group_x: activations that share a multiplier, or quant.EIGHT_BITS: they have 8 bits and none.
         lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
         if lora_bits not in (8, 16):
             raise ValueError(f"LoRA factors are kept in 8 or 16 bits, not {lora_bits}")
@@ -113,7 +114,8 @@ class PackedLayer(nn.Module):
         if not 0 <= rank <= min(O, K):
             raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
         quant.check_group(group)
-        quant.check_group(group_x)
+        if group_x != quant.EIGHT_BITS:
+            quant.check_group(group_x)
         super().__init__()
         self.channels, self.out, self.taps, self.group, self.group_x, self.rank = I, O, taps, group, group_x, rank
         self.backend, self.use_anchor = "eager", False
@@ -199,7 +201,8 @@ class PackedLayer(nn.Module):
             self.anchor_A = self.anchor_B = None
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, group_x={self.group_x}"
+        activations = "8-bit activations" if self.group_x == quant.EIGHT_BITS else f"group_x={self.group_x}"
+        return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, {activations}"
 
 
 # ---------------------------------------------------------------- the three layers

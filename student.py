@@ -78,11 +78,12 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
         rank, gen = ranks[layer.name], step_generator(cfg.seed, layer.index, stream=2)
         grid = dict(group=cfg.group_w, taps=layer.taps, rounding=cfg.rounding)
         gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, cfg.init, iters=cfg.iters, generator=gen, **grid)
-        twin = packed_class(layer.kind, layer.module).from_float(layer.module, gw, A_rK, B_Or, layer.smooth_I, cfg.group_x)
+        group_x = activation_group(cfg) if layer.kind == "w4a4" else cfg.group_x  # W4A16 rounds no activations
+        twin = packed_class(layer.kind, layer.module).from_float(layer.module, gw, A_rK, B_Or, layer.smooth_I, group_x)
         packed[layer.name] = twin.cpu()
         error = hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)
         table[layer.name] = {"kind": layer.kind, "shape": layer.shape, "rank": rank, "smooth": layer.smooth_I is not None}
-        table[layer.name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x, "error": error}
+        table[layer.name] |= {"group_w": cfg.group_w, "group_x": group_x, "error": error}
 
     # The packed layers take the float layers' places
     for layer in layers:
@@ -161,6 +162,11 @@ def rank_bounds(cfg) -> qra.Bounds:
     return qra.bounds(cfg.rank, cfg.rank_granule, cfg.rank_least, cfg.rank_most)
 
 
+def activation_group(cfg) -> int:
+    """group_x of W4A4 layers: --group-x, or quant.EIGHT_BITS."""
+    return quant.EIGHT_BITS if cfg.bits_x == 8 else cfg.group_x
+
+
 def reads_gradients(cfg) -> bool:
     """Whether G is collected."""
     return hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
@@ -204,7 +210,7 @@ class Calibration:
         forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
         _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
         backward = backward if reads_gradients(cfg) else None
-        self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, cfg.group_x)
+        self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, activation_group(cfg))
         self.everything: dict | None = None  # a slice that holds all layers
 
     def __iter__(self) -> Iterator[Layer]:

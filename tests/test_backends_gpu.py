@@ -28,6 +28,7 @@ CASES = [  # rows, inputs, outputs, rank, group, group_x, dtype of x and of what
     (34, 200, 70, 3, 8, 128, torch.float32, torch.bfloat16),
     (33, 136, 70, None, 8, 32, torch.float32, torch.float32),
     (9, 136, 8, 130, 128, 16, torch.float16, torch.float16),
+    (7, 100, 40, 3, 8, quant.EIGHT_BITS, torch.float16, torch.float32),
 ]  # fmt: skip
 GEOMETRIES = [
     ((3, 3), (1, 1), (1, 1)),
@@ -106,7 +107,10 @@ def intermediates(monkeypatch, call):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-29, 1e-42, 3e37])
-@pytest.mark.parametrize("I,group_x,dtype", [(100, 16, torch.float32), (64, 8, torch.bfloat16), (200, 128, torch.float16)])
+@pytest.mark.parametrize(
+    "I,group_x,dtype",
+    [(100, 16, torch.float32), (64, 8, torch.bfloat16), (200, 128, torch.float16), (100, quant.EIGHT_BITS, torch.float32)],
+)
 def test_codes_scales_and_weights_equal_eager_bit_for_bit(monkeypatch, size, I, group_x, dtype):
     """Catches rounding half away from zero, division by a reciprocal, a multiply-add, a straddling group, a floor that is lost."""
     x = torch.randn(7, I, generator=gen(1)) * size
@@ -154,28 +158,29 @@ def test_linear_equals_eager(T, I, O, rank, group, group_x, dtype, other):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize(
-    "I,rank,dtype,memory_format",
+    "I,rank,group_x,dtype,memory_format",
     [
-        (40, 3, torch.float16, torch.contiguous_format),
-        pytest.param(64, 0, torch.bfloat16, torch.channels_last, marks=pytest.mark.slow),
-        pytest.param(70, 16, torch.float32, torch.channels_last, marks=pytest.mark.slow),
+        (40, 3, 16, torch.float16, torch.contiguous_format),
+        (40, 0, quant.EIGHT_BITS, torch.float32, torch.contiguous_format),
+        pytest.param(64, 0, 16, torch.bfloat16, torch.channels_last, marks=pytest.mark.slow),
+        pytest.param(70, 16, 16, torch.float32, torch.channels_last, marks=pytest.mark.slow),
     ],
 )
-def test_conv_equals_eager(geometry, I, rank, dtype, memory_format):
+def test_conv_equals_eager(geometry, I, rank, group_x, dtype, memory_format):
     """Catches a window that is not cut at the edges, swapped strides, a scale of the neighbouring sample, taps in another order."""
     O, taps = 24, geometry[0][0] * geometry[0][1]
     pw, ours = packed(O, I, 16, taps)
     b, A, B, inv = layer(O, I, taps, rank, torch.float32)
     x = torch.randn(2, I, 5, 4, generator=gen(4)) * torch.tensor([1.0, 30.0])[:, None, None, None]
     x = x.to(dtype, memory_format=memory_format)
-    y = conv2d(*on_device(x), ours, *on_device(b, A, B, inv), 16, *geometry)
+    y = conv2d(*on_device(x), ours, *on_device(b, A, B, inv), group_x, *geometry)
     assert y.is_contiguous(memory_format=torch.channels_last)
     size = 0
     if rank:
         A_rIhw = A.unflatten(1, (*geometry[0], -1)).permute(0, 3, 1, 2).abs()
         low = torch.nn.functional.conv2d((x.float() * inv[:, None, None]).abs(), A_rIhw, None, *geometry[1:])
         size = branch_size(low.permute(0, 2, 3, 1), B).permute(0, 3, 1, 2)
-    assert_close(y, kernels.w4a4_conv2d(x, pw, b, A, B, inv, 16, *geometry), size, dtype)
+    assert_close(y, kernels.w4a4_conv2d(x, pw, b, A, B, inv, group_x, *geometry), size, dtype)
 
 
 def test_sums_are_exact_at_the_extremes():
