@@ -24,6 +24,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import tdpt
 from data import scenes, sources
+from layers import number_format
 from models import checkpoint, pretrained
 from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher
 from models.family import FAMILIES
@@ -173,15 +174,16 @@ def write_report(out: Path, student: Denoiser, steps: int, n: int, scores: dict,
 def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
     student, _ = checkpoint.load_checkpoint(out)
+    name = number_format(student).lower()
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
         captions = sources.source(config["data"]).captions(config["eval_n"], step_generator(4321, 0))
         drawn = [draw(m, d, captions, 4, 4321) for m, d in ((as_cm(network), network), (student, student))]
-        rows = {"w4a4": {"psnr_to_fp": psnr(*drawn)}}
-        said = f"{len(captions)} of the folder's captions: {rows['w4a4']['psnr_to_fp']:.2f} dB to the fp model"
+        rows = {name: {"psnr_to_fp": psnr(*drawn)}}
+        said = f"{len(captions)} of the folder's captions: {rows[name]['psnr_to_fp']:.2f} dB to the fp model"
     else:
         judge = Judge(config["eval_n"], 4321, reference=2048)
         fp = judge.draw("fp", as_cm(network), network, 4)
-        rows = {"fp": judge.score(fp), "w4a4": judge.score(judge.draw("w4a4", student, student, 4), fp)}
+        rows = {"fp": judge.score(fp), name: judge.score(judge.draw(name, student, student, 4), fp)}
         said = f"{config['eval_n']} pictures\n{table(rows)}"
     write_report(out, student, 4, config["eval_n"], rows, f"4 steps, {said}")
 
@@ -238,7 +240,8 @@ def main(argv: list[str]) -> None:
         rows["teacher_same_steps"] = judge.score(judge.draw("teacher", teacher, network, args.steps)) | {"steps": args.steps}
     fp = judge.draw("fp", as_cm(network), network, args.steps)
     rows["fp"] = judge.score(fp) | {"steps": args.steps}
-    rows["w4a4"] = judge.score(judge.draw("w4a4", student, student, args.steps), fp) | {"steps": args.steps}
+    name = number_format(student).lower()
+    rows[name] = judge.score(judge.draw(name, student, student, args.steps), fp) | {"steps": args.steps}
     print(f"{args.n} pictures, seed {args.seed}\n{table(rows)}")
     if args.json:
         with files.atomic(Path(args.json)) as file:

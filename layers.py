@@ -284,6 +284,11 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
 
 
+def number_format(model: nn.Module) -> str:
+    """W4A4 or W4A8 (quant.number_format)."""
+    return quant.number_format(layer.group_x for _, layer in packed_layers(model))
+
+
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` where the module `name` ("mid.attn.to_q") is. ValueError if there is no such module."""
     if name not in dict(model.named_modules()):

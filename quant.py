@@ -48,6 +48,7 @@ Left out on purpose: zero points, FP4, static activation scales, GPTQ's column r
 The grid, its search and the choice of groups are ours [O]; W4A4 is the paper's [A].
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,11 @@ def check_group(group: int) -> None:
     """ValueError unless group is a power of two in 8..128."""
     if group not in GROUPS:
         raise ValueError(f"group size must be a power of two from 8 to 128, got {group}")
+
+
+def number_format(groups_x: Iterable[int]) -> str:
+    """W4A4, or W4A8 where one of the layers' group_x is EIGHT_BITS."""
+    return "W4A8" if EIGHT_BITS in groups_x else "W4A4"
 
 
 @dataclass

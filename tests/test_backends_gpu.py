@@ -286,12 +286,12 @@ def test_the_product_compiles_for_hopper(tile, RP, taps, bk):
     assert made.metadata.shared <= 227 << 10
 
 
-@pytest.mark.parametrize("RP", [0, 32, 512, 1024])
-def test_the_first_launch_compiles_for_small_gpus_at_any_rank(RP):
+@pytest.mark.parametrize("RP,group_x", [(0, 16), (32, 16), (512, 16), (1024, 16), (0, quant.EIGHT_BITS)])
+def test_the_first_launch_compiles_for_small_gpus_at_any_rank(RP, group_x):
     """Without a GPU. Catches a branch of a high rank, which QRA may give, that only large GPUs have the memory for."""
     from triton.compiler import ASTSource
 
-    known = dict(KW=1, TAPS=1, HALF=32, GROUP=16, BLOCK=2048, ROWS=2, RP=RP, LOW_ROWS=gpu.LOW_ROWS)
+    known = dict(KW=1, TAPS=1, HALF=32, GROUP=group_x, BLOCK=2048, ROWS=2, RP=RP, LOW_ROWS=gpu.LOW_ROWS)
     known |= dict(LOW_BLOCK=128 if RP <= 64 else 32, CHUNK=gpu.CHUNK, PARTS=0, HALVES=128, inv_smooth=None, partial=None)
     known |= {} if RP else {"A": None, "low": None}
     types = dict(x="*bf16", codes="*u8", mult="*u8", A="*fp32", X="*i8", s="*fp32", W8="*i8", low="*fp32")
