@@ -98,7 +98,7 @@ class Config:
     dtype: str = option(str(FAST).removeprefix("torch."), "of networks; default what the CPU is fast in", ("bfloat16", "float32"))
     # number format
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
-    bits_x: int = option(4, "of activations; 8: no slower on INT8 units, twice the product's time on AVX2", (4, 8))
+    bits_x: int = option(4, "of activations; 8: as fast on INT8 units and closer to 16 bits, somewhat slower on AVX2", (4, 8))
     group_x: int = option(16, "activations that share a multiplier (4 bits)", quant.GROUPS)
     smooth: float = option(0.0, "SmoothQuant's exponent a; 0: off")
     rounding: str = option("gptq", "how weights are rounded, see quant.py", quant.ROUNDINGS)

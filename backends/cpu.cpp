@@ -17,7 +17,7 @@
 //     AVX2     rows hold q + 8 and, apart, m, because the unit's pairs of products saturate at int16: 15 x 128 twice fits. A chunk
 //              of at most 32 codes is summed in int16, beginning at -8 times the sum of its weights, and then multiplied by m.
 //              Activations in 8 bits (group_x 0) need neither m nor chunks: their codes and m q of the weight are int16 here, a
-//              lane holds 2 of each, and the sums are int32 at once. That is twice the work for each lane of 4 codes.
+//              lane holds 2 of each, and the sums are int32 at once: twice the instructions for a code, but none for multipliers.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <immintrin.h>
