@@ -416,6 +416,7 @@ def test_merged_deployment_has_no_branch_and_draws(weights, finished, tmp_path):
     assert draw(merged, merged, [sample.PROMPTS[0]], 2).isfinite().all()
 
 
+@pytest.mark.slow
 def test_activations_in_8_bits_are_named_in_the_report_and_come_back(weights, tmp_path, monkeypatch, capsys):
     """Catches a row that says w4a4, a checkpoint that is loaded with activations in 4 bits."""
     monkeypatch.setattr(evaluate, "load_classifier", lambda: evaluate.SceneClassifier().eval().requires_grad_(False))
