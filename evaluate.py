@@ -27,7 +27,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import tdpt
 from data import scenes, sources
-from layers import PackedLayer, packed_layers
+from layers import PackedLayer, number_format, packed_layers
 from models import checkpoint, pretrained
 from models.denoiser import FAST, Denoiser, as_cm, draw, float_layers, guided_teacher
 from models.family import FAMILIES
@@ -183,11 +183,11 @@ def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int
     """Size and composition (with `rows` of its layers) of a checkpoint and its scores, printed (the scores as `said`) and in
     report.json -> packed size / that in bf16."""
     s = checkpoint.packed_size(student) | checkpoint.composition(student, rows)
-    ratio = s["mb"] / s["mb_bf16"]
+    ratio, name = s["mb"] / s["mb_bf16"], number_format(student)
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
     print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
     print(
-        f"4-bit weights and activations: {s['w4a4_parameters']:.1%} of the parameters, {s['w4a4_products']:.1%} of the products of "
+        f"{name}: {s[f'{name.lower()}_parameters']:.1%} of the parameters, {s[f'{name.lower()}_products']:.1%} of the products of "
         f"linear and convolution layers\nbranches add {s['branch_parameters']:.2%} to the parameters; "
         f"{s['layers_without_branch']:.0%} of the packed layers have none"
     )
@@ -200,19 +200,20 @@ def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int
 def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py prints last, and writes to report.json: drawn from the checkpoint on disk, as sample.py would."""
     student, _ = checkpoint.load_checkpoint(out)
+    name = number_format(student).lower()
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
         captions = sources.source(config["data"]).captions(config["eval_n"], step_generator(4321, 0))
         fp = draw(as_cm(network), network, captions, 4, 4321)
         with counted_rows(student.net) as rows:
             psnr_to_fp = psnr(fp, draw(student, student, captions, 4, 4321))
-        scores = {"w4a4": {"psnr_to_fp": psnr_to_fp}}
+        scores = {name: {"psnr_to_fp": psnr_to_fp}}
         said = f"{len(captions)} of the folder's captions: {psnr_to_fp:.2f} dB to the fp model"
     else:
         judge = Judge(config["eval_n"], 4321, reference=2048)
         fp = judge.draw("fp", as_cm(network), network, 4)
         with counted_rows(student.net) as rows:
-            drawn = judge.draw("w4a4", student, student, 4)
-        scores = {"fp": judge.score(fp), "w4a4": judge.score(drawn, fp)}
+            drawn = judge.draw(name, student, student, 4)
+        scores = {"fp": judge.score(fp), name: judge.score(drawn, fp)}
         said = f"{config['eval_n']} pictures\n{table(scores)}"
     write_report(out, student, rows, 4, config["eval_n"], scores, f"4 steps, {said}")
 
@@ -270,7 +271,8 @@ def main(argv: list[str]) -> None:
         rows["teacher_same_steps"] = judge.score(judge.draw("teacher", teacher, network, args.steps)) | {"steps": args.steps}
     fp = judge.draw("fp", as_cm(network), network, args.steps)
     rows["fp"] = judge.score(fp) | {"steps": args.steps}
-    rows["w4a4"] = judge.score(judge.draw("w4a4", student, student, args.steps), fp) | {"steps": args.steps}
+    name = number_format(student).lower()
+    rows[name] = judge.score(judge.draw(name, student, student, args.steps), fp) | {"steps": args.steps}
     print(f"{args.n} pictures, seed {args.seed}\n{table(rows)}")
     if args.json:
         with files.atomic(Path(args.json)) as file:

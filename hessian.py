@@ -117,8 +117,8 @@ def mirror(total_KK: Tensor) -> Tensor:
 
 
 def rounding_noise(x_NHWC: Tensor, group_x: int) -> Tensor:
-    """Sum over pixels of (x - q(x))^2 for each channel, float64 (C,), on the 4-bit grid that the kernels use. group_x: channels
-    that share a multiplier."""
+    """Sum over pixels of (x - q(x))^2 for each channel, float64 (C,), on the grid that the kernels use. group_x: channels that
+    share a multiplier, or quant.EIGHT_BITS."""
     x_NHWC = x_NHWC.float().contiguous()
     grid = quant.quantize_activation(x_NHWC, group_x, per_sample=True)
     return (x_NHWC - quant.dequantize_activation(*grid, x_NHWC.shape[-1])).flatten(0, -2).square().sum(0).double()
@@ -142,7 +142,7 @@ class Stats:
     H_KK: Tensor  # mean of x x^T over rows, or its diagonal (K,); float32 (the float64 sum while it is accumulated)
     absmax_BinI: Tensor  # float32, max |x| per timestep bin and input channel (also for convolutions)
     calls_Bin: Tensor  # int64, forward calls seen in each bin: 0 marks a row of absmax without data
-    noise_I: Tensor  # float32, E[(x_i - q(x)_i)^2] of the 4-bit grid per channel; zeros where no group_x was given
+    noise_I: Tensor  # float32, E[(x_i - q(x)_i)^2] of the kernels' grid per channel; zeros where no group_x was given
     count: int = 0  # rows
     pixels: int = 0  # tokens or input pixels, which are not the rows where a convolution has a stride
 
@@ -151,7 +151,7 @@ class Stats:
         """max |x| per input channel over all timesteps: what smoothing needs."""
         return self.absmax_BinI.amax(0)
 
-    def add(self, x: Tensor, window: tuple, bin: int, group_x: int) -> None:
+    def add(self, x: Tensor, window: tuple, bin: int, group_x: int | None) -> None:
         """One call's input: first absmax per channel (which finds inf and nan), then the rows, in blocks."""
         x_NCHW = x if window else x.reshape(-1, x.shape[-1])[..., None, None]  # a token is a picture of one pixel
         if not x_NCHW.numel():
@@ -165,7 +165,7 @@ class Stats:
         self.pixels += len(x_NCHW) * pixels
         picture_bytes = 4 * len(self.H_KK) * pixels  # at stride 1 and "same" padding, about what its rows take
         for block in x_NCHW.split(max(1, BLOCK_BYTES["cuda" if x.is_cuda else "cpu"] // picture_bytes)):
-            if group_x:
+            if group_x is not None:
                 self.noise_I += rounding_noise(block.permute(0, 2, 3, 1), group_x)
             rows_TK = unfold(block, *window)
             if self.H_KK.dim() == 2:
@@ -266,7 +266,9 @@ class _InputPass:
     """One pass of `collect_passes`: finds out which layers share their input, and measures as many groups as the budget has room
     for, in the order of their first calls. A small group may overtake a big one that does not fit any more."""
 
-    def __init__(self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int, inputs: dict, diagonals: bool):
+    def __init__(
+        self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int | None, inputs: dict, diagonals: bool
+    ):
         self.layers, self.bins, self.group_x, self.inputs, self.diagonals = layers, bins, group_x, inputs, diagonals
         self.windows = {name: _window(layer, name) for name, layer in layers.items()}
         self.budget = self.left = budget_bytes
@@ -342,7 +344,7 @@ def collect_passes(
     run: Callable,
     budget_bytes: int = 2 << 30,
     bins: int = 4,
-    group_x: int = 0,
+    group_x: int | None = None,
     inputs: dict[str, Callable] | None = None,
     diagonals: bool = False,
 ) -> Iterator[dict[str, Stats]]:
@@ -350,7 +352,7 @@ def collect_passes(
 
     run(set_bin) drives the whole calibration set through `model` once and calls set_bin(i), 0 <= i < bins, before each
     forward to say which timestep bin it belongs to (bin 0 until it is said). It must repeat itself on each pass.
-    group_x > 0 also measures what rounding the inputs to 4 bits costs (`noise_I`), in groups of that size.
+    group_x also measures what rounding the inputs costs (`noise_I`): 4 bits in groups of that size, or quant.EIGHT_BITS.
     inputs: {name: function of x (.., I)} for layers whose statistics are those of what it returns, a tensor of the same shape, and
     not of x; layers that share their input share that.
     diagonals: of each H the diagonal alone, for which one pass is enough.

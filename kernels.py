@@ -3,6 +3,7 @@
     x'  = x * inv_smooth                                  (optional smoothing; inv_smooth = 1 / lambda is what is stored)
     z   = (x' - shift) R                                  (optional; R rotates blocks of channels, quant.rotate)
     X   = m_x q_x   int8,  s_x float32                    dynamic, groups of group_x      (quant.py: z ~= s_x m_x q_x)
+        = q_x in 8 bits where group_x is quant.EIGHT_BITS: the product is the same one
     y   = s_x s_w (X W^T)  + bias + (x' A^T) B^T          W = m_w q_w int8;  X W^T is one int8 GEMM, int32, exact
 
 The low-rank branch A (r, K), B (O, r) sees x' as it is. What a shift takes from the output is a constant, which is in the bias
@@ -170,7 +171,7 @@ def _has_branch(lora_A_rK: Tensor | None) -> bool:
 
 
 def _fit(X: Tensor, width: int) -> Tensor:
-    """Cut or zero-pad the channels of X to the weight's padding (group_x and the weight's group may differ)."""
+    """Cut or zero-pad the channels of X to the weight's padding (group_x and the weight's group may differ, 8 bits have none)."""
     return X if X.shape[-1] == width else F.pad(X, (0, width - X.shape[-1]))
 
 
@@ -195,7 +196,8 @@ def w4a4_linear(
     shift_I: Tensor | None = None,
     rotated: bool = False,
 ) -> Tensor:
-    """x (..., I) float32 / bf16 / fp16 -> (..., O) in x.dtype. bias, A, B float of any dtype. A row with NaN or inf gives NaN."""
+    """x (..., I) float32 / bf16 / fp16 -> (..., O) in x.dtype. bias, A, B float of any dtype; group_x a group size or EIGHT_BITS. A
+    row with NaN or inf gives NaN."""
     x_TI = x.flatten(0, -2) if x.dim() > 1 else x[None]
     x1_TI = _smooth(x_TI, inv_smooth_I)
     X_TK, s_T = activation_int8(_grid_input(x1_TI, shift_I, rotated), group_x)

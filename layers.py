@@ -121,6 +121,7 @@ class PackedLayer(nn.Module):
         centred: bool = False,
     ):
         """Geometry and device of the float `layer`, contents uninitialised until load_state_dict or from_float.
+        group_x: activations that share a multiplier, or quant.EIGHT_BITS: they have 8 bits and none.
         lora_bits: 16 to train (factors are float32, and 16 bits in a file), 8 for the deployed form."""
         if lora_bits not in (8, 16):
             raise ValueError(f"LoRA factors are kept in 8 or 16 bits, not {lora_bits}")
@@ -128,7 +129,8 @@ class PackedLayer(nn.Module):
         if not 0 <= rank <= min(O, K):
             raise ValueError(f"rank {rank} is outside 0..{min(O, K)} of a {O} x {K} layer")
         quant.check_group(group)
-        quant.check_group(group_x)
+        if group_x != quant.EIGHT_BITS:
+            quant.check_group(group_x)
         super().__init__()
         self.channels, self.out, self.taps, self.group, self.group_x, self.rank = I, O, taps, group, group_x, rank
         self.rotated, self.backend, self.use_anchor = rotated, "eager", False
@@ -236,7 +238,8 @@ class PackedLayer(nn.Module):
             self.anchor_A = self.anchor_B = None
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, group_x={self.group_x}, rotated={self.rotated}"
+        activations = "8-bit activations" if self.group_x == quant.EIGHT_BITS else f"group_x={self.group_x}"
+        return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, {activations}, rotated={self.rotated}"
 
 
 # ---------------------------------------------------------------- the three layers
@@ -316,6 +319,11 @@ def packed_class(kind: str, layer: nn.Module) -> type[PackedLayer]:
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     """(name, layer) of every packed layer of `model`."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
+
+
+def number_format(model: nn.Module) -> str:
+    """W4A4 or W4A8 (quant.number_format)."""
+    return quant.number_format(layer.group_x for _, layer in packed_layers(model))
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

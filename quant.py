@@ -20,6 +20,12 @@ groups of 16 by 5%. Trying a second multiplier for every group would lower it by
 the tails helps only groups of 64 (1.4% with steps of 0.94 b): neither is done. Because nothing is clipped, a
 straight-through gradient needs no mask (layers.py).
 
+Activations in 8 bits (EIGHT_BITS in place of a group size) follow the same rule with one group, one multiplier and more codes:
+
+    x[t, k] ~= s[t] * q[t, k],    q in {-128..127},    s = max(max_k x / 127.5, max_k -x / 128.5)
+
+so q itself is the int8 operand and the product stays the same one. For convolutions s is the sample's, as above.
+
 Weights have groups of 64 by default and try every m in 1..16 for the least squared error, weighted by diag H where there is a
 Hessian H. With that search the exact row scale hardly matters: trying several scales gained 0.2% and was dropped. Rounding
 the scale up to a float of 8 bits (5 of exponent, 3 of mantissa: 2^-26 .. 60) costs less than 0.1%, so the scale of a weight's
@@ -42,6 +48,7 @@ Left out on purpose: zero points, FP4, static activation scales, GPTQ's column r
 The grid, its search and the choice of groups are ours [O]; W4A4 is the paper's [A].
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +58,12 @@ from torch import Tensor
 from backends import gptq_gpu
 
 QMIN, QMAX, MMAX, ZERO = -8, 7, 16, 8  # smallest and largest code, largest multiplier; packed codes are q + ZERO
-LO, HI = QMIN - 0.5, QMAX + 0.5  # in steps: what rounds to a code without clipping
 TINY = 1e-30  # the smallest scale
 SCALE_MIN, SCALE_MAX = 2.0**-26, 1.875 * 2.0**5  # of a weight's row
 SCALE_SHIFT = 20  # low bits of a float32 that are zero in such a scale: 3 of its 23 bits of mantissa are left
 GROUPS = (8, 16, 32, 64, 128)  # group sizes
 TURN = 16  # channels that `rotate` mixes, a power of four
+EIGHT_BITS = 0  # in place of a group size of activations: codes of 8 bits without multipliers
 BLOCK = 128  # GPTQ updates the columns inside a block one by one, and everything to the right of it once per block
 
 # ------------------------------------------------------------------------------------------------ reference math
@@ -66,6 +73,11 @@ def check_group(group: int) -> None:
     """ValueError unless group is a power of two in 8..128."""
     if group not in GROUPS:
         raise ValueError(f"group size must be a power of two from 8 to 128, got {group}")
+
+
+def number_format(groups_x: Iterable[int]) -> str:
+    """W4A4, or W4A8 where one of the layers' group_x is EIGHT_BITS."""
+    return "W4A8" if EIGHT_BITS in groups_x else "W4A4"
 
 
 @dataclass
@@ -110,10 +122,10 @@ def unflatten_conv(w_OK: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     return w_OK.unflatten(1, (*kernel_size, -1)).permute(0, 3, 1, 2)
 
 
-def step_bound(x_Gg: Tensor) -> Tensor:
+def step_bound(x_Gg: Tensor, qmin: int = QMIN, qmax: int = QMAX) -> Tensor:
     """b: (..., G, group) -> (..., G), the smallest step at which no value moves by more than half a step."""
     x_gG = x_Gg.movedim(-1, 0).contiguous()  # eager reductions over a short last axis take 3 times as long
-    return torch.maximum(x_gG.amax(0) * (1 / HI), x_gG.amin(0) * (1 / LO))
+    return torch.maximum(x_gG.amax(0) * (1 / (qmax + 0.5)), x_gG.amin(0) * (1 / (qmin - 0.5)))
 
 
 # --------------------------------------------------------------------------------------------------- weights
@@ -140,7 +152,7 @@ def round_scale(scale_O: Tensor) -> Tensor:
     bits = scale_O.clamp_min(SCALE_MIN).view(torch.int32) + (1 << SCALE_SHIFT) - 1
     scale_O = (bits >> SCALE_SHIFT << SCALE_SHIFT).view(torch.float32)
     if (scale_O > SCALE_MAX).any():
-        raise ValueError(f"weights above {SCALE_MAX * MMAX * HI:.0f} in magnitude do not fit the grid")
+        raise ValueError(f"weights above {SCALE_MAX * MMAX * (QMAX + 0.5):.0f} in magnitude do not fit the grid")
     return scale_O
 
 
@@ -257,25 +269,27 @@ def _h_error(w_OGg: Tensor, q_OGg: Tensor, m_OG: Tensor, scale_O: Tensor, H_KK: 
 
 def quantize_activation(x: Tensor, group: int = 16, per_sample: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(..., T, I), any float dtype -> codes (..., T, Kp) int8, mult (..., T, G) uint8, scale (..., T) float32, per token.
+    group EIGHT_BITS: codes of 8 bits; Kp is I, G is 1 and the multiplier 1.
 
     per_sample is the grid for convolutions: multipliers per pixel and group, but one scale per sample, because a window mixes
     pixels and one GEMM can apply one scale per row only. (N, H, W, C) -> codes (N, H, W, Cp), mult (N, H, W, G), scale (N,)."""
-    x = x.float()  # bf16 / fp16 inputs are quantized in float32
+    qmin, qmax, most = (QMIN, QMAX, MMAX) if group != EIGHT_BITS else (-128, 127, 1)
+    x, group = x.float(), group or x.shape[-1]  # bf16 / fp16 inputs are quantized in float32
     if x.shape[-1] % group:
         x = F.pad(x, (0, -x.shape[-1] % group))
     x_Gg = x.unflatten(-1, (-1, group))
-    b_G = step_bound(x_Gg)
-    s = b_G.amax((-3, -2, -1) if per_sample else -1, keepdim=True) * (1 / MMAX)
+    b_G = step_bound(x_Gg, qmin, qmax)
+    s = b_G.amax((-3, -2, -1) if per_sample else -1, keepdim=True) * (1 / most)
     s = torch.where(s < torch.inf, s, torch.nan).clamp_min(TINY)  # inf becomes nan, nan stays
-    m_G = (b_G / s).ceil().clamp(1, MMAX)
-    q = (x_Gg * (1 / (s * m_G))[..., None]).round_().clamp_(QMIN, QMAX)
+    m_G = (b_G / s).ceil().clamp(1, most)
+    q = (x_Gg * (1 / (s * m_G))[..., None]).round_().clamp_(qmin, qmax)
     return q.to(torch.int8).flatten(-2), m_G.to(torch.uint8), s.flatten() if per_sample else s.squeeze(-1)
 
 
 def activation_int8(x: Tensor, group: int = 16, per_sample: bool = False) -> tuple[Tensor, Tensor]:
     """What the kernels multiply: m*q int8 (..., Kp), and the scale, for the same arguments."""
     codes, mult, scale = quantize_activation(x, group, per_sample)
-    return (codes.unflatten(-1, (-1, group)) * mult.to(torch.int8)[..., None]).flatten(-2), scale
+    return (codes.unflatten(-1, (mult.shape[-1], -1)) * mult.to(torch.int8)[..., None]).flatten(-2), scale
 
 
 def dequantize_activation(codes: Tensor, mult: Tensor, scale: Tensor, channels: int) -> Tensor:
@@ -336,6 +350,7 @@ def main() -> None:
         "two-level, 64, searched  (weights)": lambda x: dequantize(quantize_weight(x)),
         "two-level, 16, dynamic   (activations)": lambda x: dequantize_activation(*quantize_activation(x, 16), 1024),
         "two-level, 8, dynamic": lambda x: dequantize_activation(*quantize_activation(x, 8), 1024),
+        "8 bits, one scale, dynamic": lambda x: dequantize_activation(*quantize_activation(x, EIGHT_BITS), 1024),
     }
     print(f"{'relative error':42s}{'Gaussian':>14s}{'heavy tail':>14s}{'20x outliers':>14s}")
     for name, grid in grids.items():

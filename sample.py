@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data import sources
-from layers import packed_layers
+from layers import number_format, packed_layers
 from models import checkpoint, pipeline, pretrained
 from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher, start_noise
 from models.family import family_of_network
@@ -46,7 +46,7 @@ def compare(student: Denoiser, network: Denoiser, prompts: list[str], steps: int
     rows = {
         "teacher\n25 steps": draw(guided_teacher(network, guidance), network, prompts, 25, seed),
         f"16-bit CM\n{steps} steps": draw(as_cm(network), network, prompts, steps, seed),
-        f"W4A4 CM\n{steps} steps": draw(student, student, prompts, steps, seed),
+        f"{number_format(student)} CM\n{steps} steps": draw(student, student, prompts, steps, seed),
     }
     return grid(rows)
 
@@ -115,7 +115,8 @@ def main_pipeline(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
         else:
             rows["16-bit base\n25 steps"] = draw_with_pipeline(twin, prompts, 25, args.seed, guidance)
             del twin
-    rows[f"W4A4\n{args.steps} steps" if rows else ""] = draw_with_pipeline(pipe, prompts, args.steps, args.seed)
+    name = f"{number_format(pipeline.denoiser_of(pipe))}\n{args.steps} steps" if rows else ""
+    rows[name] = draw_with_pipeline(pipe, prompts, args.steps, args.seed)
     return grid(rows, scale=1)
 
 

@@ -83,12 +83,13 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
             continue
         grid = dict(group=cfg.group_w, taps=layer.taps, rounding=cfg.rounding)
         gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, cfg.init, iters=cfg.iters, generator=gen, **grid)
-        about_x = dict(smooth_I=layer.smooth_I, group_x=cfg.group_x, rotated=layer.rotated, shift_I=layer.shift_I)
+        group_x = activation_group(cfg) if layer.kind == "w4a4" else cfg.group_x  # W4A16 rounds no activations
+        about_x = dict(smooth_I=layer.smooth_I, group_x=group_x, rotated=layer.rotated, shift_I=layer.shift_I)
         packed[layer.name] = packed_class(layer.kind, layer.module).from_float(layer.module, gw, A_rK, B_Or, **about_x).cpu()
         error = hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)
         table[layer.name] = {"kind": layer.kind, "shape": layer.shape, "rank": rank, "smooth": layer.smooth_I is not None}
         table[layer.name] |= {"rotated": layer.rotated, "centred": layer.shift_I is not None}
-        table[layer.name] |= {"group_w": cfg.group_w, "group_x": cfg.group_x, "error": error}
+        table[layer.name] |= {"group_w": cfg.group_w, "group_x": group_x, "error": error}
 
     # The packed layers take the float layers' places
     for layer in layers:
@@ -181,6 +182,11 @@ def rank_bounds(cfg) -> qra.Bounds:
     return qra.bounds(cfg.rank, cfg.rank_granule, cfg.rank_least, cfg.rank_most)
 
 
+def activation_group(cfg) -> int:
+    """group_x of W4A4 layers: --group-x, or quant.EIGHT_BITS."""
+    return quant.EIGHT_BITS if cfg.bits_x == 8 else cfg.group_x
+
+
 def rank_price(cfg) -> Callable:
     """Of the ranks' budget: parameters, or stored bits where layers may stay in 16 bits."""
     return partial(qra.bits, lora_bits=cfg.lora_bits, group=cfg.group_w) if cfg.keep_16bit else qra.parameters
@@ -255,7 +261,7 @@ class Calibration:
             for name, mean_I in hessian.means(base.net, linear, forward).items():
                 self.layers[name].mean_I = mean_I
         changed = {layer.name: layer.grid_input for layer in layers if layer.rotated or layer.mean_I is not None}
-        about_inputs = {"group_x": cfg.group_x, "inputs": changed}
+        about_inputs = {"group_x": activation_group(cfg), "inputs": changed}
         self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, **about_inputs)
         self.everything: dict | None = None  # a slice that holds all layers
 

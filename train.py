@@ -99,7 +99,8 @@ class Config:
     dtype: str = option(str(FAST).removeprefix("torch."), "of networks; default what the CPU is fast in", ("bfloat16", "float32"))
     # number format
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
-    group_x: int = option(16, "activations that share a multiplier", quant.GROUPS)
+    bits_x: int = option(4, "of activations; 8: as fast on INT8 units and closer to 16 bits, somewhat slower on AVX2", (4, 8))
+    group_x: int = option(16, "activations that share a multiplier (4 bits)", quant.GROUPS)
     smooth: float = option(0.0, "SmoothQuant's exponent a; 0: off")
     rotate: bool = option(False, "activations are rotated in blocks of 16 channels before they are rounded")
     centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias")

@@ -16,6 +16,8 @@
 //     VNNI     rows hold m q + 128; 128 times the sum of each weight row is taken off again.
 //     AVX2     rows hold q + 8 and, apart, m, because the unit's pairs of products saturate at int16: 15 x 128 twice fits. A chunk
 //              of at most 32 codes is summed in int16, beginning at -8 times the sum of its weights, and then multiplied by m.
+//              Activations in 8 bits (group_x 0) need neither m nor chunks: their codes and m q of the weight are int16 here, a
+//              lane holds 2 of each, and the sums are int32 at once: twice the instructions for a code, but none for multipliers.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <immintrin.h>
@@ -35,14 +37,14 @@ using std::optional;
 
 #ifdef __AVX512VNNI__
 constexpr bool VNNI = true;
-constexpr int OFFSET = 128, LANES = 16, NR = 4;  // 24 accumulators of 32 registers
+constexpr int LANES = 16, NR = 4;  // 24 accumulators of 32 registers
 #else
 constexpr bool VNNI = false;
-constexpr int OFFSET = 8, LANES = 8, NR = 2;  // 12 of 16
+constexpr int LANES = 8, NR = 2;  // 12 of 16
 #endif
 constexpr int MR = 6, WIDTH = NR * LANES;
 constexpr int64_t BLOCK = 1024;  // values of a weight row that are unpacked at a time, in the L1 cache
-constexpr float HI = 1 / 7.5, LO = 1 / 8.5, TINY = 1e-30f, MAGIC = 12582912.f;  // 1.5 2^23: adding it rounds to an integer
+constexpr float TINY = 1e-30f, MAGIC = 12582912.f;  // 1.5 2^23: adding it rounds to an integer
 
 typedef int32_t V __attribute__((vector_size(4 * LANES)));  // a register; casts between vectors keep the bits
 typedef float F __attribute__((vector_size(4 * LANES)));
@@ -64,6 +66,11 @@ static inline int32_t largest(V8 v) {
   return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0b10110001)));
 }
 
+struct Grid {  // of activations (quant.py): codes, largest multiplier, and how rows hold m q or, on AVX2, q
+  int qmin, qmax, most, offset, bytes;
+};
+constexpr Grid FOUR_BITS{-8, 7, 16, VNNI ? 128 : 8, 1}, EIGHT_BITS{-128, 127, 1, VNNI ? 128 : 0, VNNI ? 1 : 2};
+
 // dot: acc += a . b in every lane. zip: a0 b0 a1 b1 .. in two registers. look_up: table[byte] for every byte.
 #ifdef __AVX512VNNI__
 struct Float {  // lane of one float32
@@ -73,6 +80,7 @@ struct Codes {  // lane of four codes
   static V dot(V acc, V a, V b) { return (V)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
   static V minus(V sums) { return -sums; }
 };
+using Whole = Codes;  // sums over all of K at once
 static inline void zip(V a, V b, V* out) {
   const V low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   out[0] = (V)_mm512_permutex2var_epi32((__m512i)a, (__m512i)low, (__m512i)b);
@@ -86,6 +94,9 @@ struct Float {
 struct Codes {  // sums of two products in int16
   static V dot(V acc, V a, V b) { return (V)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)a, (__m256i)b)); }
   static V minus(V sums) { return (V)_mm256_sub_epi16(__m256i{}, (__m256i)sums); }
+};
+struct Whole {  // lane of two words, sums in int32
+  static V dot(V acc, V a, V b) { return acc + (V)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 };
 static inline void zip(V a, V b, V* out) {
   const __m256i low = _mm256_unpacklo_epi32((__m256i)a, (__m256i)b), high = _mm256_unpackhi_epi32((__m256i)a, (__m256i)b);
@@ -173,34 +184,37 @@ struct Panel {  // WIDTH columns: codes, what takes the offset off (AVX2: from e
   bool stream;  // outputs go past the caches
 };
 
-// M x WIDTH outputs: sums of codes, scaled, bias, branch, rounded to T. AVX2: STEPS lanes in a chunk.
+// M x WIDTH outputs: sums of codes, scaled, bias, branch, rounded to T. AVX2 with multipliers: STEPS lanes in a chunk, else 0.
 template <class T, class Dot, int STEPS, int M>
 static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows& in_mult, const Rows& in_low, T* y, int64_t O) {
   V acc[M][NR];
-#ifdef __AVX512VNNI__
-  UNROLL for (int i = 0; i < M; i++) {
-    UNROLL for (int j = 0; j < NR; j++) acc[i][j] = p.minus[j];
-  }
-  tile<Codes, M, NR>(w.codes, in, p.codes, acc);
-#else
-  const V *codes = p.codes, *minus = p.minus;
-  memset(acc, 0, sizeof acc);
-  for (int64_t run = 0; run < in.runs; run++) {
-    const int32_t *a[M], *m[M];
-    for (int i = 0; i < M; i++) {
-      a[i] = (const int32_t*)(w.codes[i] + run * in.stride);
-      m[i] = (const int32_t*)(w.mult[i] + run * in_mult.stride);
+  if constexpr (STEPS == 0) {
+    UNROLL for (int i = 0; i < M; i++) {
+      UNROLL for (int j = 0; j < NR; j++) acc[i][j] = p.minus[j];
     }
-    for (int64_t chunk = 0; chunk < in_mult.steps; chunk++, minus += NR, codes += STEPS * NR) {
-      UNROLL for (int i = 0; i < M; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
-        V sum[NR];
-        for (int j = 0; j < NR; j++) sum[j] = minus[j];
-        UNROLL for (int k = 0; k < STEPS; k++) {
-          const V ai = broadcast(a[i][chunk * STEPS + k]);
-          for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], ai, codes[k * NR + j]);
+    tile<Whole, M, NR>(w.codes, in, p.codes, acc);
+  }
+#ifndef __AVX512VNNI__
+  else {
+    const V *codes = p.codes, *minus = p.minus;
+    memset(acc, 0, sizeof acc);
+    for (int64_t run = 0; run < in.runs; run++) {
+      const int32_t *a[M], *m[M];
+      for (int i = 0; i < M; i++) {
+        a[i] = (const int32_t*)(w.codes[i] + run * in.stride);
+        m[i] = (const int32_t*)(w.mult[i] + run * in_mult.stride);
+      }
+      for (int64_t chunk = 0; chunk < in_mult.steps; chunk++, minus += NR, codes += STEPS * NR) {
+        UNROLL for (int i = 0; i < M; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
+          V sum[NR];
+          for (int j = 0; j < NR; j++) sum[j] = minus[j];
+          UNROLL for (int k = 0; k < STEPS; k++) {
+            const V ai = broadcast(a[i][chunk * STEPS + k]);
+            for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], ai, codes[k * NR + j]);
+          }
+          const __m256i mi = (__m256i)broadcast(m[i][chunk]);
+          for (int j = 0; j < NR; j++) acc[i][j] += (V)_mm256_madd_epi16((__m256i)sum[j], mi);
         }
-        const __m256i mi = (__m256i)broadcast(m[i][chunk]);
-        for (int j = 0; j < NR; j++) acc[i][j] += (V)_mm256_madd_epi16((__m256i)sum[j], mi);
       }
     }
   }
@@ -227,7 +241,11 @@ static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows
 
 template <class T, class Dot, int M> static auto outputs_of(int64_t chunk) {
   if constexpr (VNNI) return outputs<T, Dot, 0, M>;
-  else return chunk == 32 ? outputs<T, Dot, 8, M> : chunk == 16 ? outputs<T, Dot, 4, M> : outputs<T, Dot, 2, M>;
+  else
+    return chunk == 0    ? outputs<T, Dot, 0, M>
+           : chunk == 32 ? outputs<T, Dot, 8, M>
+           : chunk == 16 ? outputs<T, Dot, 4, M>
+                         : outputs<T, Dot, 2, M>;
 }
 
 // ---------------------------------------------------------------------------------------------------- geometry
@@ -281,19 +299,20 @@ static void rotate(float* x, int64_t I) {
   }
 }
 
-static float scale_of(float bound) {
-  float s = bound * (1 / 16.f);
+static float scale_of(float bound, const Grid& grid) {
+  float s = bound * (1.f / grid.most);
   return s < INFINITY ? std::max(s, TINY) : NAN;
 }
 
 // quant.step_bound of every group (a multiple of 8); returns the largest. NaN wins every maximum, as bits of a positive number do.
-static float bounds(const float* x, int64_t G, int64_t group, float* b) {
+static float bounds(const float* x, int64_t G, int64_t group, const Grid& grid, float* b) {
+  const F8 up = F8{} + float(1 / (grid.qmax + 0.5)), down = F8{} + float(1 / (0.5 - grid.qmin));
   V8 all{};
   for (int64_t g = 0; g < G; g++) {
     V8 most{};
     for (int64_t k = 0; k < group; k += 8) {
       const F8 v = load<F8>(x + g * group + k);
-      const V8 bound = (V8)(v * (v < 0 ? F8{} + LO : F8{} + HI)) & 0x7fffffff;
+      const V8 bound = (V8)(v * (v < 0 ? down : up)) & 0x7fffffff;
       most = bound > most ? bound : most;
     }
     b[g] = bits<float>(largest(most));
@@ -313,19 +332,22 @@ static void multipliers(float* b, float s, int64_t G, float* inv) {
   }
 }
 
-// The first n codes of a row, as rows hold them; next: the next row of x, not read yet
-template <class Vec, class Float>
-static void quantize(const float* x, const float* m, const float* inv, int64_t n, int64_t group, uint8_t* out, const char* next) {
+// The first n codes of a row, as rows hold them (Code: unsigned bytes or words); next: the next row of x, not read yet
+template <class Vec, class Float, class Code>
+static void quantize(const float* x, const float* m, const float* inv, int64_t n, int64_t group, const Grid& grid, void* to,
+                     const char* next) {
   constexpr int64_t step = sizeof(Vec) / 4;
-  typedef uint8_t Bytes __attribute__((vector_size(step)));
+  typedef Code Out __attribute__((vector_size(step * sizeof(Code))));
+  const Vec qmin = Vec{} + grid.qmin, qmax = Vec{} + grid.qmax, offset = Vec{} + grid.offset;
+  Code* const out = (Code*)to;
   for (int64_t k0 = 0; k0 < n; k0 += group, m++, inv++) {
     __builtin_prefetch(out + k0 + 4096, 1);  // stores would wait for their cache lines
     __builtin_prefetch(next + 2 * k0);  // (bfloat16 rows are not waited for)
     for (int64_t k = k0; k < std::min(k0 + group, n); k += step) {
       Vec q = (Vec)(load<Float>(x + k) * *inv + MAGIC) - bits<int32_t>(MAGIC);
-      q = q < -8 ? Vec{} - 8 : q;
-      q = q > 7 ? Vec{} + 7 : q;
-      const Bytes code = __builtin_convertvector(q * (VNNI ? (int32_t)*m : 1) + OFFSET, Bytes);
+      q = q < qmin ? qmin : q;
+      q = q > qmax ? qmax : q;
+      const Out code = __builtin_convertvector(q * (VNNI ? (int32_t)*m : 1) + offset, Out);
       memcpy(out + k, &code, sizeof code);
     }
   }
@@ -431,6 +453,8 @@ struct Call {  // the arguments of w4a4, those that have one type only as pointe
   const Shape s;
   const int64_t O, K;
   const int64_t taps = s.kh * s.kw, C = K / taps, rank = A ? A->size(0) : 0;
+  const Grid& grid = group_x ? FOUR_BITS : EIGHT_BITS;
+  const bool chunked = !VNNI && group_x;
 };
 
 // Steps 1 and 2 fill this: codes of x, multipliers of their chunks (AVX2), scales, and x' for the branch, in padded pictures
@@ -438,23 +462,25 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
   const Call& call;
   const Shape& s = call.s;
   const int64_t pixels = s.N * s.H * s.W, padded_pixels = s.N * s.Hp() * s.Wp();
-  const int64_t Ix = up(s.I, call.group_x), Gx = Ix / call.group_x;  // channels in whole groups
+  const Grid& grid = call.grid;
+  const int64_t group = call.group_x ? call.group_x : 64;  // (8 bits: their multipliers are 1 in groups of any size)
+  const int64_t Ix = up(s.I, group), Gx = Ix / group;                // channels in whole groups
   const int64_t Cx = std::min(Ix, call.C);                           // of which the product reads these
   const int64_t Cl = up(s.I, 4 / (int64_t)sizeof(Low));              // channels in whole lanes of the branch
-  const int64_t chunk = (call.group_x | call.C | 32) & -(call.group_x | call.C | 32);  // largest power of two in all three
-  const int64_t chunks = VNNI ? 0 : call.C / chunk;
+  const int64_t chunk = call.chunked ? (group | call.C | 32) & -(group | call.C | 32) : 0;  // largest power of two in all three
+  const int64_t chunks = chunk ? call.C / chunk : 0;
   const bool border = s.ph || s.pw;
   const T* const x = call.x.const_data_ptr<T>();
   const float* const inv = call.inv_smooth;
   const bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
-  uint8_t* const codes = scratch<uint8_t>(CODES, padded_pixels * call.C);
+  uint8_t* const codes = scratch<uint8_t>(CODES, padded_pixels * call.C * grid.bytes);
   int32_t* const mult = scratch<int32_t>(CHUNKS, padded_pixels * chunks);
   float* const scale = scratch<float>(SCALES, pixels);
   Low* const branch = call.rank && !as_is ? scratch<Low>(BRANCH, padded_pixels * Cl) : nullptr;
 
   explicit Input(const Call& c) : call(c) {
     if (border || call.C > Ix) {
-      std::fill_n(codes, padded_pixels * call.C, OFFSET);
+      std::fill_n(codes, padded_pixels * call.C * grid.bytes, grid.offset);
       std::fill_n(mult, padded_pixels * chunks, 0);
     }
     if (branch && (border || Cl > s.I)) std::fill_n(branch, padded_pixels * Cl, Low(0.f));
@@ -471,7 +497,7 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
           smoothed(x + p * s.I, inv, s.I, row.data());
           for (int64_t k = 0; k < s.I && call.shift; k++) row[k] -= call.shift[k];
           if (call.rotated) rotate(row.data(), s.I);
-          each(p, row.data(), b.data(), bounds(row.data(), Gx, call.group_x, b.data()));
+          each(p, row.data(), b.data(), bounds(row.data(), Gx, group, grid, b.data()));
         }
         after(i);
       }
@@ -482,9 +508,10 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
     const int64_t at = s.padded(p);
     float* inv_m = b + up(Gx, 8);
     multipliers(b, scale[p], Gx, inv_m);
-    const auto quantize_row = (call.group_x | Cx) % LANES ? quantize<V8, F8> : quantize<V, F>;
-    quantize_row(row, b, inv_m, Cx, call.group_x, codes + at * call.C, (const char*)(x + (p + 1) * s.I));
-    for (int64_t k = 0; k < Cx && !VNNI; k += chunk) mult[at * chunks + k / chunk] = (int32_t)b[k / call.group_x] * 0x10001;
+    const auto as_bytes = (group | Cx) % LANES ? quantize<V8, F8, uint8_t> : quantize<V, F, uint8_t>;
+    const auto quantize_row = grid.bytes == 1 ? as_bytes : quantize<V8, F8, int16_t>;
+    quantize_row(row, b, inv_m, Cx, group, grid, codes + at * call.C * grid.bytes, (const char*)(x + (p + 1) * s.I));
+    for (int64_t k = 0; k < Cx && chunk; k += chunk) mult[at * chunks + k / chunk] = (int32_t)b[k / group] * 0x10001;
   }
 
   void keep_for_branch(int64_t p) const {
@@ -499,13 +526,13 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
     for (int64_t n = 0; n < s.N; n++) {
       uint32_t most = 0;
       for (int64_t p = n * size; p < (n + 1) * size; p++) most = std::max(most, bits<uint32_t>(scale[p]));
-      std::fill_n(scale + n * size, size, scale_of(bits<float>(most)));
+      std::fill_n(scale + n * size, size, scale_of(bits<float>(most), grid));
     }
   }
 
   template <class After> void quantize_all(After after) const {
     const auto first = [&](int64_t p, const float* row, float* b, float bound) {
-      scale[p] = call.per_sample ? bound : scale_of(bound);
+      scale[p] = call.per_sample ? bound : scale_of(bound, grid);
       if (!call.per_sample) quantize_pixel(p, row, b);
       if (branch) keep_for_branch(p);
     };
@@ -580,7 +607,7 @@ static void quantize_and_project(const Input<T, Low>& in, const Projection<T, Lo
 // Step 3: the panels of a thread, of at most `wide` times WIDTH columns, which fit its L2 cache
 template <class T, class Low> struct Panels {
   const Call& call;
-  const int64_t lanes = call.K / 4, lanes_low, chunk_lanes, chunks = lanes / chunk_lanes;
+  const int64_t bytes = call.grid.bytes, lanes = call.K * bytes / 4, lanes_low, chunk_lanes, chunks = lanes / chunk_lanes;
   const int64_t wide = std::max<int64_t>(1, (256 << 10) / (lanes * 4 * WIDTH));
   V* const codes = scratch<V>(W_PANEL, wide * lanes * NR);
   V* const minus = scratch<V>(W_MINUS, wide * chunks * NR);
@@ -588,7 +615,7 @@ template <class T, class Low> struct Panels {
   float* const scale = scratch<float>(W_SCALES, wide * WIDTH);
   float* const bias = scratch<float>(W_BIAS, wide * WIDTH);
   const T* const from_B = call.rank ? call.B->const_data_ptr<T>() : nullptr;
-  int8_t* const rows = scratch<int8_t>(W_ROWS, LANES * BLOCK);
+  int8_t* const rows = scratch<int8_t>(W_ROWS, LANES * BLOCK * bytes);
   Low* const rows_B = scratch<Low>(B_ROWS, LANES * lanes_low * (4 / sizeof(Low)));
 
   Panels(const Call& c, int64_t lanes_low, int64_t chunk_lanes) : call(c), lanes_low(lanes_low), chunk_lanes(chunk_lanes) {}
@@ -610,10 +637,13 @@ template <class T, class Low> struct Panels {
   void load_codes(int64_t o0, V* to) const {
     for (int64_t k = 0; k < call.K; k += BLOCK) {
       const int64_t n = std::min(BLOCK, call.K - k);
-      if (o0 + LANES > call.O) std::fill_n(rows, LANES * n, 0);
-      for (int64_t i = 0; i < std::min<int64_t>(LANES, call.O - o0); i++)
-        unpack(call.codes, call.mult, o0 + i, call.K, call.group, k, k + n, rows + i * n);
-      interleave(rows, n / 4, to + k / 4 * NR, NR);
+      if (o0 + LANES > call.O) std::fill_n(rows, LANES * n * bytes, 0);
+      for (int64_t i = 0; i < std::min<int64_t>(LANES, call.O - o0); i++) {
+        int8_t m_q[BLOCK], *row = rows + i * n * bytes;
+        unpack(call.codes, call.mult, o0 + i, call.K, call.group, k, k + n, bytes == 1 ? row : m_q);
+        if (bytes == 2) std::copy_n(m_q, n, (int16_t*)row);
+      }
+      interleave(rows, n * bytes / 4, to + k * bytes / 4 * NR, NR);
     }
   }
 
@@ -625,10 +655,10 @@ template <class T, class Low> struct Panels {
     interleave(rows_B, lanes_low, to, NR);
   }
 
-  void sum_offsets(const V* panel, V* to) const {  // what codes that are stored with OFFSET add to the sums of a chunk
+  void sum_offsets(const V* panel, V* to) const {  // what codes that are stored with an offset add to the sums of a chunk
     V sum[NR] = {};
     for (int64_t k = 0; k < chunk_lanes; k++)
-      UNROLL for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], broadcast(OFFSET * 0x01010101u), panel[k * NR + j]);
+      UNROLL for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], broadcast(call.grid.offset * 0x01010101u), panel[k * NR + j]);
     for (int j = 0; j < NR; j++) to[j] = Codes::minus(sum[j]);
   }
 };
@@ -654,7 +684,7 @@ template <class T, class Low, class Dot> struct Product {
   T* const y;
   const Shape& s = call.s;
   const int64_t chunks = input.chunks, lanes_low = projection.Rp / (4 / (int64_t)sizeof(Low));
-  const Rows codes = s.rows(input.codes, call.C), mult = s.rows(input.mult, chunks * 4);
+  const Rows codes = s.rows(input.codes, call.C * call.grid.bytes), mult = s.rows(input.mult, chunks * 4);
   const Rows low{(const char*)projection.low, 1, lanes_low, 0};
   const int64_t row_bytes = call.O * sizeof(T);
   const bool stream = s.T() * row_bytes > (16 << 20) && row_bytes % 64 == 0;  // no cache keeps y for its reader
@@ -665,7 +695,7 @@ template <class T, class Low, class Dot> struct Product {
     const int64_t threads = at::get_num_threads();
     const Split split(up(s.T(), MR) / MR, up(call.O, WIDTH) / WIDTH, threads);
     at::parallel_for(0, threads, 1, [&](int64_t w0, int64_t w1) {
-      const Panels<T, Low> panels(call, lanes_low, VNNI ? call.K / 4 : input.chunk / 4);
+      const Panels<T, Low> panels(call, lanes_low, (input.chunk ? input.chunk : call.K * call.grid.bytes) / 4);
       for (int64_t w = w0; w < w1; w++) {
         const int64_t wr = w / split.by_columns, wc = w % split.by_columns;
         const int64_t t0 = split.tiles * wr / split.by_rows, t1 = split.tiles * (wr + 1) / split.by_rows;
@@ -706,7 +736,7 @@ template <class T, class Low, class Dot> struct Product {
     w.count = std::min<int64_t>(MR, s.T() - i * MR);
     for (int64_t m = 0; m < MR; m++) {
       const int64_t t = std::min(i * MR + m, s.T() - 1);
-      w.codes[m] = codes.data + pixel[m] * call.C;
+      w.codes[m] = codes.data + pixel[m] * call.C * call.grid.bytes;
       w.mult[m] = mult.data + pixel[m] * chunks * 4;
       w.low[m] = low.data + t * projection.Rp * sizeof(Low);
       w.scale[m] = input.scale[call.per_sample ? t / (s.Ho() * s.Wo()) * s.H * s.W : t];

@@ -23,6 +23,8 @@ A row's result does not depend on the rows beside it; a tile's size changes neit
 The order of quantization, for x >= 0 and x < 0 alike: b = max(x / 7.5, -x / 8.5) >= 0, and the bits of floats >= 0 are ordered as
 integers are, with inf above all numbers and NaN above inf. Maxima are taken of these integers: none loses a NaN.
 
+Activations in 8 bits (group_x 0, EIGHT below) are one group a row, with 127.5 and 128.5 and the multiplier 1; launch 3 is the same.
+
 Left out on purpose: unpacking inside of the product, a cache of unpacked weights, tiles chosen by trying (the two of TILES were
 within 5% of the best of ten on an H200, but for 320 outputs, and every other one has to be compiled for each rank).
 Kernels that are launched take every number by itself, because Triton compiles anew for the numbers inside of a tuple, whatever
@@ -71,26 +73,28 @@ def is_available() -> bool:
 
 
 @jit
-def _bound(x):
+def _bound(x, EIGHT: tl.constexpr):
     """Bits of max(x / 7.5, -x / 8.5)."""
-    return tl.where(x > 0, x * (1 / 7.5), x * (-1 / 8.5)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    up, down = (1 / 127.5, -1 / 128.5) if EIGHT else (1 / 7.5, -1 / 8.5)
+    return tl.where(x > 0, x * up, x * down).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
-def _scale(bits):
-    """s = b / 16, at least 1e-30; NaN for inf and NaN."""
-    s = bits.to(tl.float32, bitcast=True) * 0.0625
+def _scale(bits, EIGHT: tl.constexpr):
+    """s = b / 16 (8 bits: b), at least 1e-30; NaN for inf and NaN."""
+    s = bits.to(tl.float32, bitcast=True) * (1.0 if EIGHT else 0.0625)
     return tl.where(s < float("inf"), tl.maximum(s, 1e-30), float("nan"))
 
 
 @jit
-def _codes(x_TGg, bits_TG, s_T):
+def _codes(x_TGg, bits_TG, s_T, EIGHT: tl.constexpr):
     """m q, int8: m = ceil(b / s), q = round(x / (s m)) to even, by adding 1.5 * 2^23 (not to be fused with the product)."""
     m = tl.ceil(tl.div_rn(bits_TG.to(tl.float32, bitcast=True), s_T[:, None]))
     m = tl.minimum(tl.maximum(m, 1.0), 16.0)
     step = tl.div_rn(1.0, s_T[:, None] * m)
     q = (x_TGg * step[:, :, None] + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    return (tl.minimum(tl.maximum(q, -8), 7) * m.to(tl.int32)[:, :, None]).to(tl.int8)
+    qmin, qmax = (-128, 127) if EIGHT else (-8, 7)
+    return (tl.minimum(tl.maximum(q, qmin), qmax) * m.to(tl.int32)[:, :, None]).to(tl.int8)
 
 
 @jit
@@ -128,28 +132,31 @@ def _grid_input(x, inv_smooth, shift, t, c, ok, I, ROTATED: tl.constexpr):
 def _rows(x, inv_smooth, shift, X, s, first, t_end, I, C, partial, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
           PARTS: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """Quantizes rows first .. first + ROWS. Their scales are their own, or that of the sample whose bounds are `partial`."""
+    EIGHT: tl.constexpr = GROUP == 0
+    WIDTH: tl.constexpr = BLOCK if EIGHT else GROUP  # of a group
     t = first + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK // GROUP)[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    c = tl.arange(0, BLOCK // WIDTH)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     t3 = t[:, None, None]
     v = _grid_input(x, inv_smooth, shift, t3, c, t3 < t_end, I, ROTATED)
-    bits = tl.max(_bound(v), 2)
+    bits = tl.max(_bound(v, EIGHT), 2)
     if PARTS:
-        s_T = tl.zeros([ROWS], tl.float32) + _scale(tl.max(tl.load(partial + tl.arange(0, PARTS)), 0))
+        s_T = tl.zeros([ROWS], tl.float32) + _scale(tl.max(tl.load(partial + tl.arange(0, PARTS)), 0), EIGHT)
     else:
-        s_T = _scale(tl.max(bits, 1))
-    tl.store(X + t3.to(tl.int64) * C + c, _codes(v, bits, s_T), mask=(t3 < t_end) & (c < C))
+        s_T = _scale(tl.max(bits, 1), EIGHT)
+    tl.store(X + t3.to(tl.int64) * C + c, _codes(v, bits, s_T, EIGHT), mask=(t3 < t_end) & (c < C))
     tl.store(s + t, s_T, mask=t < t_end)
 
 
 @jit
-def _part(x, inv_smooth, shift, partial, first, t_end, step, I, BLOCK: tl.constexpr, ROWS: tl.constexpr, ROTATED: tl.constexpr):
+def _part(x, inv_smooth, shift, partial, first, t_end, step, I, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+          ROTATED: tl.constexpr):  # fmt: skip
     """Bits of the bound of pixels first .. first + step of a sample that ends at t_end."""
     c = tl.arange(0, BLOCK)[None, :]
     bits = tl.zeros([ROWS, BLOCK], tl.int32)
     for i in range(0, step, ROWS):
         t = i + tl.arange(0, ROWS)[:, None]
         ok = (t < step) & (first + t < t_end)
-        bits = tl.maximum(bits, _bound(_grid_input(x, inv_smooth, shift, first + t, c, ok, I, ROTATED)))
+        bits = tl.maximum(bits, _bound(_grid_input(x, inv_smooth, shift, first + t, c, ok, I, ROTATED), GROUP == 0))
     tl.store(partial, tl.max(tl.max(bits, 1), 0))
 
 
@@ -230,7 +237,7 @@ def prepare(x, inv_smooth, shift, codes, mult, A, X, s, W8, low, partial, T, M, 
             sample, part = pid // PARTS, pid % PARTS
             step = tl.cdiv(H * W, PARTS)
             first = sample * H * W
-            _part(x, inv_smooth, shift, partial + pid, first + part * step, first + H * W, step, I, BLOCK, ROWS, ROTATED)
+            _part(x, inv_smooth, shift, partial + pid, first + part * step, first + H * W, step, I, BLOCK, GROUP, ROWS, ROTATED)
         else:
             _rows(x, inv_smooth, shift, X, s, pid * ROWS, T, I, C, partial, BLOCK, GROUP, ROWS, 0, ROTATED)
 

@@ -99,11 +99,11 @@ class Layer:
         return copy.deepcopy(self.float)
 
 
-def ours(layer: Layer, backend: str) -> Callable:
+def ours(layer: Layer, backend: str, group_x: int = 16) -> Callable:
     if backend == "native" and not (gpu.is_available() if layer.x.is_cuda else cpu.is_available()):
         raise RuntimeError("there is no Triton" if layer.x.is_cuda else "backends/cpu.cpp cannot be built here")
     fn = kernels.BACKENDS[backend](kernels.w4a4_conv2d if layer.kind == "conv" else kernels.w4a4_linear)
-    return functools.partial(fn, layer.x, layer.packed, layer.bias, layer.A, layer.B)
+    return functools.partial(fn, layer.x, layer.packed, layer.bias, layer.A, layer.B, None, group_x)
 
 
 def ceiling(layer: Layer) -> Callable:
@@ -165,6 +165,7 @@ CPU = {
     "float32": lambda layer: functools.partial(copy.deepcopy(layer.float).float(), layer.x.float()),
     "int8_ceiling": ceiling,
     "ours": lambda layer: ours(layer, "native"),
+    "ours_w4a8": lambda layer: ours(layer, "native", quant.EIGHT_BITS),
     "ours_compile": lambda layer: ours(layer, "compile"),
     "ours_eager": lambda layer: ours(layer, "eager"),
     "sdnq_uint4": lambda layer: sdnq(layer, "uint4"),

@@ -49,7 +49,7 @@ def table(out: Path, n: int, seeds: int) -> list[str]:
     lines = [("real pictures", [first[4].get("real")]), (TEACHER, [rows_of(out / f"teacher-{n}.json").get("teacher")])]
     for label, key in ((TEACHER, "teacher_same_steps"), ("fp CM", "fp")):
         lines += [(label, [first[steps].get(key)]) for steps in (1, 2, 4)]
-    lines += [(label, [rows.get("w4a4") for rows in all_rows]) for (label, _), all_rows in scored.items()]
+    lines += [(label, [rows.get("w4a4", rows.get("w4a8")) for rows in all_rows]) for (label, _), all_rows in scored.items()]
     text = ["| | steps | Frechet | prompt accuracy | PSNR to fp, dB | seeds |", "|---|---|---|---|---|---|"]
     for label, found in lines:
         if rows := [row for row in found if row]:

@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +38,8 @@ def log_normal(n: int, what: str, gen: torch.Generator) -> Tensor:
 
 
 def measured(O: int, K: int, kind: str) -> dict:
-    """A layer of this shape: its strongest values, and seconds and megabytes that they take from W, diag H, N and G."""
+    """A layer of this shape: its strongest values, and seconds of CPU time and megabytes that they take from W, diag H, N and G,
+    for each of MOST."""
     gen, few = step_generator(O, K), min(O, 256)
     w_OK, H_K = torch.randn(O, K, generator=gen) / K**0.5, log_normal(K, "H", gen)
     F_Of = log_normal(O, "G", gen).sqrt()[:, None] * torch.randn(O, few, generator=gen) * torch.arange(1, few + 1) ** -0.5
@@ -47,16 +47,17 @@ def measured(O: int, K: int, kind: str) -> dict:
     noise_K = NOISE * H_K * log_normal(K, "N / H", gen) if kind == "w4a4" else None
     found: dict = {"seconds": []}
 
-    def spectrum(most: int) -> None:
-        began = time.perf_counter()
+    def spectra() -> None:
+        began = time.process_time()
         white = hgs_lora.Whitener(H_K).of_layer(G_OO, noise_K)
         weighed = w_OK, hgs_lora.grid_cost(white).sqrt(), white.R_OO
-        found["sigma"] = hgs_lora.whitened_spectrum(*weighed, most, dtype=torch.float32).tolist()
-        found["seconds"].append(time.perf_counter() - began)
+        common = time.process_time() - began
+        for most in MOST:
+            began = time.process_time()
+            found["sigma"] = hgs_lora.whitened_spectrum(*weighed, most, dtype=torch.float32).tolist()
+            found["seconds"].append(common + time.process_time() - began)
 
-    for most in MOST:
-        found["mb"] = peak_growth(partial(spectrum, most), cuda=False)
-    return found
+    return found | {"mb": peak_growth(spectra, cuda=False)}
 
 
 def allocated(kinds: dict[str, str], shapes: dict[str, tuple], spectra: dict[str, list[float]], model: str) -> list[str]:

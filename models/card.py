@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
+import quant
 from models.family import FAMILIES, family_of
 from run import files
 from run.common import UserError
@@ -65,19 +66,21 @@ def write_card(folder: str | Path) -> Path:
     licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     origin = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
-    tags = ["cmquant", "consistency-model", "w4a4", "quantized"]
+    number_format = quant.number_format(row["group_x"] for row in layers.values() if row["kind"] == "w4a4")
+    tags = ["cmquant", "consistency-model", number_format.lower(), "quantized"]
     front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin)
     size, twin = _sizes(weights, layers)
-    groups = sorted({(row["group_w"], row["group_x"]) for row in layers.values() if row["kind"] != "16bit"})
-    kinds = Counter(row["kind"] for row in layers.values())
+    groups = sorted({(row["group_w"], row["group_x"]) for row in layers.values() if row["kind"] == "w4a4"})
+    kinds = Counter(_kind(row) for row in layers.values())
     template = (files.ASSETS / "card.md").read_text()
     text = template.format(
         front=front.to_yaml(),
-        title=f"{Path(base).name}, W4A4 in few steps",
+        title=f"{Path(base).name}, {number_format} in few steps",
+        bits_x=number_format[-1],
         base=base,
         licence=in_words,
-        groups=" and ".join(f"groups of {w} (weights), {x} (activations)" for w, x in groups),
-        kinds=", ".join(f"{n} layers {kind.upper().replace('BIT', ' bit')}" for kind, n in sorted(kinds.items())),
+        groups=" and ".join(_groups(*pair) for pair in groups),
+        kinds=", ".join(f"{n} layers {kind}" for kind, n in sorted(kinds.items())),
         network=network,
         mb=size / 1e6,
         twin_mb=twin / 1e6,
@@ -90,6 +93,16 @@ def write_card(folder: str | Path) -> Path:
     with files.atomic(folder / "README.md") as file:
         file.write_text(text)
     return folder / "README.md"
+
+
+def _kind(row: dict) -> str:
+    return {"w4a4": quant.number_format([row.get("group_x")]), "w4a16": "W4A16", "16bit": "16 bit"}[row["kind"]]
+
+
+def _groups(group_w: int, group_x: int) -> str:
+    if group_x == quant.EIGHT_BITS:
+        return f"groups of {group_w} (weights), activations in 8 bits with one scale for each token or picture"
+    return f"groups of {group_w} (weights), {group_x} (activations)"
 
 
 def _sizes(weights: list[Path], layers: dict[str, dict]) -> tuple[int, int]:

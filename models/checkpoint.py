@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import kernels
+import quant
 from layers import (
     W4A16Linear,
     anchor_state,
@@ -135,13 +136,13 @@ def packed_size(student: Denoiser) -> dict[str, float]:
 
 
 def composition(student: Denoiser, rows: dict[str, int]) -> dict[str, float]:
-    """Four shares of a packed network: parameters, and multiply-accumulates of its Linear and Conv2d layers, that run with 4-bit
-    weights and activations; parameters of branches, over those of the network without them; packed layers without a branch.
+    """Shares of a packed network: parameters, and multiply-accumulates of its Linear and Conv2d layers, that run in W4A4 (and in
+    W4A8); parameters of branches, over those of the network without them; packed layers without a branch.
 
     rows {layer: rows (tokens or pixels) that went through it}: see evaluate.counted_rows."""
     packed, sizes, products = dict(packed_layers(student.net)), Counter(), Counter()
     for name, layer in packed.items():
-        kind = "w4a16" if isinstance(layer, W4A16Linear) else "w4a4"
+        kind = "w4a16" if isinstance(layer, W4A16Linear) else quant.number_format([layer.group_x]).lower()
         O, K, r = layer.out, layer.taps * layer.channels, layer.rank
         sizes += Counter({kind: O * K, "branch": r * (O + K)})
         products += Counter({kind: rows[name] * O * K, "branch": rows[name] * r * (O + K)})
@@ -150,9 +151,10 @@ def composition(student: Denoiser, rows: dict[str, int]) -> dict[str, float]:
     state = student.net.state_dict()
     sizes["16bit"] = sum(t.numel() for k, t in state.items() if k.rpartition(".")[0] not in packed or k.endswith(".bias"))
     network = sizes.total() - sizes["branch"]
+    both = [name for name in ("w4a4", "w4a8") if name in sizes]
     return {
-        "w4a4_parameters": sizes["w4a4"] / network,
-        "w4a4_products": products["w4a4"] / products.total(),
+        **{f"{name}_parameters": sizes[name] / network for name in both},
+        **{f"{name}_products": products[name] / products.total() for name in both},
         "branch_parameters": sizes["branch"] / network,
         "layers_without_branch": sum(not layer.rank for layer in packed.values()) / len(packed),
     }

@@ -28,6 +28,7 @@ CASES = [  # rows, inputs, outputs, rank, group, group_x, dtype of x and of what
     (34, 200, 70, 3, 8, 128, torch.float32, torch.bfloat16),
     (33, 136, 70, None, 8, 32, torch.float32, torch.float32),
     (9, 136, 8, 130, 128, 16, torch.float16, torch.float16),
+    (7, 100, 40, 3, 8, quant.EIGHT_BITS, torch.float16, torch.float32),
 ]  # fmt: skip
 GEOMETRIES = [
     ((3, 3), (1, 1), (1, 1)),
@@ -106,7 +107,10 @@ def intermediates(monkeypatch, call):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-29, 1e-42, 3e37])
-@pytest.mark.parametrize("I,group_x,dtype", [(100, 16, torch.float32), (64, 8, torch.bfloat16), (208, 128, torch.float16)])
+@pytest.mark.parametrize(
+    "I,group_x,dtype",
+    [(100, 16, torch.float32), (64, 8, torch.bfloat16), (208, 128, torch.float16), (112, quant.EIGHT_BITS, torch.float32)],
+)
 def test_codes_scales_and_weights_equal_eager_bit_for_bit(monkeypatch, size, I, group_x, dtype):
     """Catches rounding half away from zero, division by a reciprocal, a multiply-add, a straddling group, a floor that is lost, a
     rotation that adds in another order, a shift of channels beyond the last."""
@@ -156,14 +160,15 @@ def test_linear_equals_eager(T, I, O, rank, group, group_x, dtype, other):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize(
-    "I,rank,dtype,memory_format",
+    "I,rank,group_x,dtype,memory_format",
     [
-        (40, 3, torch.float16, torch.contiguous_format),
-        pytest.param(64, 0, torch.bfloat16, torch.channels_last, marks=pytest.mark.slow),
-        pytest.param(70, 16, torch.float32, torch.channels_last, marks=pytest.mark.slow),
+        (40, 3, 16, torch.float16, torch.contiguous_format),
+        (40, 0, quant.EIGHT_BITS, torch.float32, torch.contiguous_format),
+        pytest.param(64, 0, 16, torch.bfloat16, torch.channels_last, marks=pytest.mark.slow),
+        pytest.param(70, 16, 16, torch.float32, torch.channels_last, marks=pytest.mark.slow),
     ],
 )
-def test_conv_equals_eager(geometry, I, rank, dtype, memory_format):
+def test_conv_equals_eager(geometry, I, rank, group_x, dtype, memory_format):
     """Catches a window that is not cut at the edges, swapped strides, a scale of the neighbouring sample, taps in another order."""
     O, taps = 24, geometry[0][0] * geometry[0][1]
     pw, ours = packed(O, I, 16, taps)
@@ -171,14 +176,14 @@ def test_conv_equals_eager(geometry, I, rank, dtype, memory_format):
     x = torch.randn(2, I, 5, 4, generator=gen(4)) * torch.tensor([1.0, 30.0])[:, None, None, None]
     x = x.to(dtype, memory_format=memory_format)
     rotated = I % quant.TURN == 0
-    y = conv2d(*on_device(x), ours, *on_device(b, A, B, inv), 16, *geometry, rotated)
+    y = conv2d(*on_device(x), ours, *on_device(b, A, B, inv), group_x, *geometry, rotated)
     assert y.is_contiguous(memory_format=torch.channels_last)
     size = 0
     if rank:
         A_rIhw = A.unflatten(1, (*geometry[0], -1)).permute(0, 3, 1, 2).abs()
         low = torch.nn.functional.conv2d((x.float() * inv[:, None, None]).abs(), A_rIhw, None, *geometry[1:])
         size = branch_size(low.permute(0, 2, 3, 1), B).permute(0, 3, 1, 2)
-    assert_close(y, kernels.w4a4_conv2d(x, pw, b, A, B, inv, 16, *geometry, rotated), size, dtype)
+    assert_close(y, kernels.w4a4_conv2d(x, pw, b, A, B, inv, group_x, *geometry, rotated), size, dtype)
 
 
 def test_sums_are_exact_at_the_extremes():
@@ -284,12 +289,12 @@ def test_the_product_compiles_for_hopper(tile, RP, taps, bk):
     assert made.metadata.shared <= 227 << 10
 
 
-@pytest.mark.parametrize("RP", [0, 32, 512, 1024])
-def test_the_first_launch_compiles_for_small_gpus_at_any_rank(RP):
+@pytest.mark.parametrize("RP,group_x", [(0, 16), (32, 16), (512, 16), (1024, 16), (0, quant.EIGHT_BITS)])
+def test_the_first_launch_compiles_for_small_gpus_at_any_rank(RP, group_x):
     """Without a GPU. Catches a branch of a high rank, which QRA may give, that only large GPUs have the memory for."""
     from triton.compiler import ASTSource
 
-    known = dict(KW=1, TAPS=1, HALF=32, GROUP=16, BLOCK=2048, ROWS=2, RP=RP, LOW_ROWS=gpu.LOW_ROWS)
+    known = dict(KW=1, TAPS=1, HALF=32, GROUP=group_x, BLOCK=2048, ROWS=2, RP=RP, LOW_ROWS=gpu.LOW_ROWS)
     known |= dict(LOW_BLOCK=128 if RP <= 64 else 32, CHUNK=gpu.CHUNK, PARTS=0, HALVES=128, inv_smooth=None, partial=None)
     known |= dict(shift=None, ROTATED=True)
     known |= {} if RP else {"A": None, "low": None}

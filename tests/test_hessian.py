@@ -418,19 +418,20 @@ def test_bad_requests_for_output_moments_are_one_clear_sentence():
         collect_outputs(model, ["conv"], backward_run(model, x, 1))
 
 
+@pytest.mark.parametrize("group_x", [8, quant.EIGHT_BITS])
 @pytest.mark.parametrize("name", ["q", "conv", "down"])
-def test_rounding_noise_is_what_the_activation_grid_loses(name):
-    """Catches: rows of a strided or overlapping convolution counted for pixels, noise of another group size."""
+def test_rounding_noise_is_what_the_activation_grid_loses(name, group_x):
+    """Catches: rows of a strided or overlapping convolution counted for pixels, noise of another group size, or none in 8 bits."""
     torch.manual_seed(0)
     model, batches = Block(), [torch.randn(16, 16), 3 * torch.randn(16, 16)]
-    stats = calibrate(model, batches, [name], group_x=8)[name]
+    stats = calibrate(model, batches, [name], group_x=group_x)[name]
     total = 0
     for x in batches:
         if name == "q":
-            grid = quant.quantize_activation(x, 8)
+            grid = quant.quantize_activation(x, group_x)
         else:
             x = x.mT.reshape(1, 16, 4, -1).permute(0, 2, 3, 1).contiguous()
-            grid = quant.quantize_activation(x, 8, per_sample=True)
+            grid = quant.quantize_activation(x, group_x, per_sample=True)
         total = total + (x - quant.dequantize_activation(*grid, 16)).square().reshape(-1, 16).double().sum(0) / 32
     assert torch.allclose(stats.noise_I.double(), total, rtol=1e-5) and stats.noise_I.min() > 0
     assert not calibrate(model, batches, [name])[name].noise_I.any()

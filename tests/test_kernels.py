@@ -18,6 +18,7 @@ from backends import cpu
 
 seeds = st.integers(0, 2**16)
 groups = st.sampled_from([8, 16, 32, 64, 128])
+groups_x = st.sampled_from([quant.EIGHT_BITS, 8, 16, 32, 64, 128])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 ranks = st.sampled_from([None, 0, 1, 2, 3, 5, 17])  # None: no factors
 EAGER = (kernels.w4a4_linear, kernels.w4a4_conv2d)
@@ -152,12 +153,14 @@ def test_int32_sums_are_exact_at_the_extremes(product, a, b):
 
 @backends
 @given(
-    st.integers(0, 20), st.integers(1, 40), st.integers(1, 150), groups, groups, dtypes,
+    st.integers(0, 20), st.integers(1, 40), st.integers(1, 150), groups, groups_x, dtypes,
     st.booleans(), ranks, st.booleans(), st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
 @example(5, 8, 100, 64, 128, torch.float32, True, 4, True, False, False, 0)
 @example(5, 8, 100, 128, 8, torch.float32, True, 1, True, True, True, 0)
 @example(9, 20, 70, 64, 16, torch.bfloat16, False, 3, True, True, False, 0)
+@example(9, 20, 75, 8, quant.EIGHT_BITS, torch.float32, True, 3, True, False, False, 0)
+@example(9, 20, 75, 8, quant.EIGHT_BITS, torch.float32, True, 3, False, True, True, 0)
 def test_linear_equals_the_product_of_its_dequantized_operands(
     backend, T, O, I, group, group_x, dtype, bias, rank, smooth, rotated, centred, seed
 ):
@@ -211,14 +214,15 @@ def test_leading_dimensions_and_strides_do_not_matter(backend, N, T, I, dtype, s
 
 @backends
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_bad_inputs_make_their_row_or_sample_nan_and_no_other(backend, bad):
+@pytest.mark.parametrize("group_x", [16, quant.EIGHT_BITS])
+def test_bad_inputs_make_their_row_or_sample_nan_and_no_other(backend, bad, group_x):
     """Catches inf that turns into a large finite row, poison that spreads over the batch."""
     linear, conv2d = on(backend)
     x = torch.randn(4, 40, 3, 3, generator=gen(0))
     x[2, 7, 1, 1] = bad
-    y = conv2d(x, kernels.pack(grid_weight(8, 40, 16, 9)))
+    y = conv2d(x, kernels.pack(grid_weight(8, 40, 16, 9)), None, None, None, None, group_x)
     assert y.isnan().flatten(1).all(1).tolist() == [False, False, True, False] and y.isfinite().flatten(1).any(1).tolist()[3]
-    y = linear(x[..., 1, 1], kernels.pack(grid_weight(8, 40, 16)))
+    y = linear(x[..., 1, 1], kernels.pack(grid_weight(8, 40, 16)), None, None, None, None, group_x)
     assert y.isnan().all(1).tolist() == [False, False, True, False] and not y[3].isnan().any()
 
 
@@ -258,13 +262,15 @@ geometries = st.tuples(
 
 @backends
 @given(
-    geometries, st.integers(0, 3), st.integers(1, 12), st.integers(1, 70), groups, groups, dtypes, ranks, st.booleans(),
+    geometries, st.integers(0, 3), st.integers(1, 12), st.integers(1, 70), groups, groups_x, dtypes, ranks, st.booleans(),
     st.booleans(), seeds,
 )  # fmt: skip
 @example(((3, 3), (1, 1), (1, 1)), 2, 8, 64, 64, 16, torch.float32, 4, True, True, 0)
 @example(((3, 3), (2, 2), (1, 1)), 2, 8, 12, 64, 16, torch.bfloat16, 3, False, False, 0)
 @example(((1, 1), (2, 2), (0, 0)), 2, 8, 64, 64, 16, torch.float32, 1, True, False, 0)
 @example(((3, 1), (1, 2), (0, 2)), 1, 8, 65, 8, 128, torch.float16, 5, True, True, 0)
+@example(((3, 3), (2, 2), (1, 1)), 2, 8, 65, 16, quant.EIGHT_BITS, torch.float32, 3, True, False, 0)
+@example(((3, 3), (2, 2), (1, 1)), 2, 8, 65, 16, quant.EIGHT_BITS, torch.float32, 3, True, True, 0)
 def test_conv_equals_the_convolution_of_its_dequantized_operands(
     backend, geometry, N, O, I, group, group_x, dtype, rank, smooth, rotated, seed
 ):
@@ -358,12 +364,14 @@ def test_conv_samples_do_not_depend_on_their_batch_or_memory_format(backend):
 
 
 @given(
-    geometries, st.integers(1, 3), st.integers(1, 70), st.integers(1, 150), groups, groups, dtypes, st.booleans(),
+    geometries, st.integers(1, 3), st.integers(1, 70), st.integers(1, 150), groups, groups_x, dtypes, st.booleans(),
     st.sampled_from([1e-42, 1e-38, 1e-3, 1, 1e4, 1e30]), st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
 @example(((3, 3), (1, 1), (1, 1)), 1, 8, 120, 8, 8, torch.float32, False, 1, True, True, 0)
 @example(((3, 3), (1, 1), (1, 1)), 1, 70, 120, 8, 16, torch.float32, False, 1e-42, False, False, 0)
 @example(((3, 3), (1, 1), (1, 1)), 1, 70, 120, 8, 16, torch.bfloat16, True, 1e30, True, False, 0)
+@example(((3, 3), (1, 1), (1, 1)), 2, 70, 120, 8, quant.EIGHT_BITS, torch.float32, True, 1, True, True, 0)
+@example(((2, 3), (2, 1), (0, 2)), 1, 8, 33, 64, quant.EIGHT_BITS, torch.float16, False, 1e-42, False, False, 0)
 def test_native_codes_sums_and_scaling_equal_eager_bit_for_bit(
     geometry, N, O, I, group, group_x, dtype, smooth, size, rotated, centred, seed
 ):
@@ -383,9 +391,10 @@ def test_native_codes_sums_and_scaling_equal_eager_bit_for_bit(
     same(conv2d(x, pw, *ops, *geometry, rotated), kernels.w4a4_conv2d(x, pw, *ops, *geometry, rotated))
 
 
-@pytest.mark.parametrize("group_x", [8, 32, 128])
+@pytest.mark.parametrize("group_x", [8, 32, 128, quant.EIGHT_BITS])
 def test_native_sums_are_exact_at_the_extremes(group_x):
-    """Catches byte products that saturate at int16, a chunk whose sums do not fit it. Rows of x quantize to -8, 7 or both."""
+    """Catches byte products that saturate at int16, a chunk whose sums do not fit it. Rows of x quantize to the
+    smallest code, the largest or both."""
     linear, _ = on("native")
     I = 1024
     x = torch.stack([-torch.ones(I), torch.ones(I), torch.ones(I).where(torch.arange(I) % 2 == 0, torch.tensor(-1.0))])
@@ -393,7 +402,8 @@ def test_native_sums_are_exact_at_the_extremes(group_x):
     gw = quant.GridWeight(codes, torch.full((2, I // 64), 16, dtype=torch.uint8), torch.ones(2), I, 1, 64)
     pw = kernels.pack(gw)
     q, m, _ = quant.quantize_activation(x, group_x)
-    assert q[0].unique().tolist() == [-8] and q[1].unique().tolist() == [7] and (m == 16).all()
+    smallest, largest, most = (-128, 127, 1) if group_x == quant.EIGHT_BITS else (-8, 7, 16)
+    assert q[0].unique().tolist() == [smallest] and q[1].unique().tolist() == [largest] and (m == most).all()
     assert torch.equal(linear(x, pw, None, None, None, None, group_x), kernels.w4a4_linear(x, pw, None, None, None, None, group_x))
 
 

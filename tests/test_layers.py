@@ -27,6 +27,7 @@ from layers import (
     load_anchor_state,
     merged_layer,
     mix_lora,
+    number_format,
     packed_layers,
     quantize_lora,
     replace_layer,
@@ -35,7 +36,9 @@ from layers import (
 )
 
 
-def make_layer(kind: str, seed: int = 0, rank: int = 3, smooth: bool = True, bias: bool = True, I: int = 20, O: int = 12):
+def make_layer(
+    kind: str, seed: int = 0, rank: int = 3, smooth: bool = True, bias: bool = True, I: int = 20, O: int = 12, group_x: int = 8
+):
     """(float layer, its packed twin with a trained-looking branch, an input batch). A rotated linear layer is centred too."""
     rotated = "rotated" in kind
     I = 32 if rotated else I
@@ -53,7 +56,7 @@ def make_layer(kind: str, seed: int = 0, rank: int = 3, smooth: bool = True, bia
     shift = torch.randn(I, generator=generator) if kind == "rotated" else None
     gw, A, B = hgs_lora.decompose(w_OK, torch.eye(len(w_OK[0])), rank, group=16, taps=taps, rounding="rtn", iters=2)
     cls = W4A4Conv2d if "conv" in kind else W4A16Linear if kind == "w4a16" else W4A4Linear
-    return layer, cls.from_float(layer, gw, A, B, lam, 8, rotated, shift), x
+    return layer, cls.from_float(layer, gw, A, B, lam, group_x, rotated, shift), x
 
 
 def deployed(kind: str, layer, x):
@@ -75,10 +78,12 @@ KINDS = ["linear", "conv", "w4a16", "rotated", "rotated conv"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank,smooth,bias", [(3, True, True), (0, False, True), (3, False, False)])
-def test_training_layer_equals_the_packed_layer_bit_for_bit(kind, dtype, rank, smooth, bias):
+@pytest.mark.parametrize(
+    "rank,smooth,bias,group_x", [(3, True, True, 8), (0, False, True, 8), (3, False, False, 8), (3, True, True, quant.EIGHT_BITS)]
+)
+def test_training_layer_equals_the_packed_layer_bit_for_bit(kind, dtype, rank, smooth, bias, group_x):
     """Catches: fake quantization in training, autocast inside the layer, a branch on another input, another dtype."""
-    _, layer, x = make_layer(kind, rank=rank, smooth=smooth, bias=bias)
+    _, layer, x = make_layer(kind, rank=rank, smooth=smooth, bias=bias, group_x=group_x)
     x = x.to(dtype)
     expected = deployed(kind, layer, x)
     trained = layer.train()(x.clone().requires_grad_())
@@ -102,10 +107,10 @@ def surrogate(kind: str, layer, x, A, B):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank,smooth", [(3, True), (3, False), (0, True)])
-def test_gradients_equal_finite_differences_of_the_straight_through_surrogate(kind, rank, smooth):
+@pytest.mark.parametrize("rank,smooth,group_x", [(3, True, 8), (3, False, 8), (0, True, 8), (3, True, quant.EIGHT_BITS)])
+def test_gradients_equal_finite_differences_of_the_straight_through_surrogate(kind, rank, smooth, group_x):
     """Catches: smoothing forgotten or applied once in dx, A and B swapped, a tap order, a missing branch in dx."""
-    _, layer, x = make_layer(kind, rank=rank, smooth=smooth)
+    _, layer, x = make_layer(kind, rank=rank, smooth=smooth, group_x=group_x)
     generator = torch.Generator().manual_seed(9)
     x.requires_grad_()
     y = layer(x)
@@ -528,3 +533,22 @@ def test_hgs_layer_is_closer_to_the_float_layer_than_zero_init(kind):
             with torch.no_grad():
                 error[method, alpha] = float((packed(x) - layer(x)).norm() / layer(x).norm())
     assert error["hgs", None] < 0.85 * error["zero", None] and error["hgs", 0.5] < 0.7 * error["zero", 0.5], error
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_activations_in_8_bits_leave_the_error_of_the_weight(kind):
+    """Catches a layer that keeps 4 bits, a deployed or merged form that goes back to them, a name that does not say so."""
+    layer, eight, x = make_layer(kind, group_x=quant.EIGHT_BITS, smooth=False, I=64)
+    _, four, _ = make_layer(kind, group_x=16, smooth=False, I=64)
+    exact = F.conv2d(x, unflat(eight), layer.bias, 2, 1) if kind == "conv" else F.linear(x, unflat(eight), layer.bias)
+    errors = [(packed(x) - exact).norm() / exact.norm() for packed in (eight, four)]
+    assert errors[0] < 0.5 * errors[1]
+    merged = merged_layer(eight)
+    assert merged.group_x == quant.EIGHT_BITS and "8-bit activations" in repr(merged) and "group_x=16" in repr(four)
+    assert number_format(nn.Sequential(four, merged)) == "W4A8" and number_format(nn.Sequential(four)) == "W4A4"
+
+
+def unflat(packed):
+    """W^ + B A in the float layer's shape."""
+    w_OK = packed.merged_weight(*packed.factors()).detach()
+    return quant.unflatten_conv(w_OK, (3, 3)) if packed.taps == 9 else w_OK

@@ -34,7 +34,8 @@ PROMPT = "a large red house on the left"
 
 def write_run(folder: Path, name: str, base: Path) -> Path:
     """What train.py would leave: layers rounded to nearest, random A, B of ranks 0 to 5, each third layer smoothed, each ninth one
-    kept in 16 bits, of the others half rotated, and centred where they are linear."""
+    kept in 16 bits, of the others half rotated, and centred where they are linear; each fifth W4A4 layer with activations in 8
+    bits."""
     gen = torch.Generator().manual_seed(0)
     pipe = diffusers.DiffusionPipeline.from_pretrained(base)
     net, table = denoiser_of(pipe), {}
@@ -55,8 +56,9 @@ def write_run(folder: Path, name: str, base: Path) -> Path:
         w_OK = w_OK if lam is None else w_OK * lam.repeat(taps)
         gw = quant.quantize_weight(quant.rotate_taps(w_OK, taps) if rotated else w_OK, 64, taps)
         A, B = torch.randn(rank, K, generator=gen) / K**0.5, 0.1 * torch.randn(O, rank, generator=gen)
-        net.set_submodule(key, packed_class(kind, layer).from_float(layer, gw, A, B, lam, 16, rotated, shift))
-        table[key] = {"kind": kind, "shape": [O, K], "rank": rank, "smooth": lam is not None, "group_w": 64, "group_x": 16}
+        group_x = quant.EIGHT_BITS if i % 5 == 0 and kind == "w4a4" else 16
+        net.set_submodule(key, packed_class(kind, layer).from_float(layer, gw, A, B, lam, group_x, rotated, shift))
+        table[key] = {"kind": kind, "shape": [O, K], "rank": rank, "smooth": lam is not None, "group_w": 64, "group_x": group_x}
         table[key] |= {"rotated": rotated, "centred": shift is not None} if rotated else {}  # older tables know neither
     denoiser = from_blueprint(plan)
     denoiser.net = net
@@ -227,12 +229,16 @@ def test_a_run_of_a_gpu_takes_the_kernels_of_a_cpu(runs, tmp_path):
 @pytest.mark.parametrize("name", (SDXL, "flux"))
 @torch.no_grad()
 def test_saved_pipelines_come_back_bit_for_bit(runs, tmp_path, name):
-    """Catches a stored form that loses bits, torch_dtype cast onto packed tensors, a table without a field, a lost scheduler."""
+    """Catches a stored form that loses bits, torch_dtype cast onto packed tensors, a table without a field, a lost scheduler,
+    activations of other bits."""
+    groups = [row["group_x"] for row in files.read_config(runs[name])["layers"].values() if row["kind"] != "16bit"]
+    assert quant.number_format(groups) == "W4A8"
     for dtype in (torch.float32, torch.bfloat16):
         pipe = load(runs[name], dtype=dtype)
         pipeline.save_pipeline(pipe, tmp_path / str(dtype))
         again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / str(dtype), torch_dtype=dtype))
         assert type(again) is type(pipe) and same_tensors(denoiser_of(pipe), denoiser_of(again))
+        assert [layer.group_x for _, layer in packed_layers(denoiser_of(again))] == groups
         backends = {layer.backend for _, layer in packed_layers(denoiser_of(again))}
         assert backends == {"eager"}  # as the run's
         before = latents(pipe)
@@ -485,7 +491,8 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
             and "- cmquant\n" in front
         )
         assert "- snr: 24.500\n" in text and "| w4a4 | 31.250 |" in text and "groups of 64 (weights), 16 (activations)" in text
-        assert "layers 16 bit, " in text and " layers W4A4" in text
+        assert "W4A8 in few steps" in text and "activations in 8 bits" in text and "layers 16 bit, " in text
+        assert " layers W4A4, " in text and " layers W4A8" in text
         assert base.startswith("someone") == ("see someone/else" in text)
         size = sum(v.nbytes for v in load_file(folder / "model.safetensors").values())
         floats = 2 * sum(p.numel() for p in miniature.sdxl().unet.parameters())

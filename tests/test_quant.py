@@ -285,6 +285,20 @@ def test_no_activation_moves_by_more_than_half_a_step(kind, T, I, group, seed):
     assert not codes[:, I:].any()
 
 
+@given(kinds, rows, widths, st.booleans(), seeds)
+@example("negative", 1, 1, False, 0)
+def test_no_activation_of_8_bits_moves_by_more_than_half_of_the_smallest_step(kind, T, I, per_sample, seed):
+    """Catches a symmetric grid, a scale over the batch or for each pixel, codes of other than 8 bits, a multiplier."""
+    x = draw(kind, T, 2, 3, I, seed=seed) if per_sample else draw(kind, T, I, seed=seed)
+    codes, mult, scale = quant.quantize_activation(x, quant.EIGHT_BITS, per_sample)
+    x_Tn, codes_Tn = x.flatten(1).double(), codes.flatten(1).double()
+    assert codes.shape == x.shape and codes.dtype == torch.int8 and (mult == 1).all() and mult.shape == (*x.shape[:-1], 1)
+    exact = torch.maximum(x_Tn.amax(1) / 127.5, -x_Tn.amin(1) / 128.5)
+    assert torch.allclose(scale.double(), exact.clamp_min(1e-30), rtol=1e-6)
+    assert ((x_Tn - codes_Tn * scale[:, None]).abs() <= scale[:, None] / 2 * (1 + 1e-4)).all()
+    assert torch.equal(quant.dequantize_activation(codes, mult, scale, I).flatten(1), codes.flatten(1) * scale[:, None])
+
+
 @given(rows, st.sampled_from([16, 48]), seeds)
 def test_the_step_is_the_smallest_that_clips_nothing(T, I, seed):
     """Catches symmetric 7.5, a largest multiplier below 16: the grid reaches 8.5 steps down and 7.5 up."""

@@ -181,6 +181,25 @@ def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smoot
             assert layer.white.noise_K is None
 
 
+def test_activations_in_8_bits_are_those_of_w4a4_layers():
+    """Catches a table of layers that does not say so, W4A16 layers that are named, noise of the 4-bit grid in the split."""
+    flags, kinds = "--ranks uniform --rank 2 --iters 1 --group-x 32", {}
+    (eight, table), (four, _) = build(f"{flags} --bits-x 8"), build(flags)
+    for name, layer in layers.packed_layers(eight.net):
+        kinds.setdefault(table[name]["kind"], set()).add(layer.group_x)
+        assert table[name]["group_x"] == layer.group_x
+    assert kinds == {"w4a4": {quant.EIGHT_BITS}, "w4a16": {32}}
+    assert distance(eight, NARROW) < 0.7 * distance(four, NARROW)
+    noise = []
+    for bits in (4, 8):
+        cfg = train.parse(f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --bits-x {bits}".split())
+        base = denoiser()
+        cond = {"tokens": torch.randn(1, 77, base.net.text, generator=torch.Generator().manual_seed(1))}
+        calibration = student.Calibration(cfg, base, student.layers_to_quantize(cfg, base), cond, torch.ones(1, 4, 8, 8))
+        noise.append(torch.cat([layer.white.noise_K for layer in calibration if layer.kind == "w4a4"]))
+    assert 0 < noise[1].mean() < 0.1 * noise[0].mean()
+
+
 # ---------------------------------------------------------------- rules for ranks
 
 

@@ -32,6 +32,7 @@ import tdpt
 import train
 from data import scenes, sources
 from evaluate import real_pictures
+from layers import packed_layers
 from models import checkpoint
 from models.denoiser import add_lora, draw, fuse, lora_layers, random_denoiser, start_noise
 from models.pretrained import load_embedded_cm
@@ -416,6 +417,20 @@ def test_merged_deployment_has_no_branch_and_draws(weights, finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_activations_in_8_bits_are_named_in_the_report_and_come_back(weights, tmp_path, monkeypatch, capsys):
+    """Catches a row that says w4a4, a checkpoint that is loaded with activations in 4 bits."""
+    monkeypatch.setattr(evaluate, "load_classifier", lambda: evaluate.SceneClassifier().eval().requires_grad_(False))
+    run(weights, tmp_path / "r", "--steps 0 --bits-x 8")
+    rows = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert "w4a4" not in rows and f"w4a8 {rows['w4a8']['frechet']:>31.2f}" in capsys.readouterr().out
+    student, about = checkpoint.load_checkpoint(tmp_path / "r")
+    kinds = {
+        (row["kind"], layer.group_x) for row, (_, layer) in zip(about["layers"].values(), packed_layers(student.net), strict=True)
+    }
+    assert kinds == {("w4a4", quant.EIGHT_BITS), ("w4a16", 16)}
+
+
+@pytest.mark.slow
 def test_evaluate_writes_the_rows_it_prints(finished, tmp_path, monkeypatch, capsys):
     """Catches a JSON without the promised fields, and a PSNR of something else than the fp model's pictures."""
     monkeypatch.setattr(evaluate, "load_classifier", lambda: evaluate.SceneClassifier().eval().requires_grad_(False))
@@ -458,6 +473,7 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--steps many", "invalid int value"),
         ("--group-w 48", "invalid choice: 48"),
         ("--group-x 4", "invalid choice: 4"),
+        ("--bits-x 6", "invalid choice: 6"),
         ("--rank 100", "--rank 100 is larger than layer"),
         ("--hessian-mb 0", "--hessian-mb 0 has no room for layer .*: give at least"),
         ("--batch 0", "--batch must be at least 1"),
