@@ -50,19 +50,20 @@ GPTQ_STEPS = 2  # last Q-steps of hgs that round by GPTQ where that is asked for
 
 
 class Whitener:
-    """The norm in which an error of one layer is measured: damped H = L L^T (L lower) and GPTQ's factor of it, both computed where
-    they are first asked for, and what `of_layer` adds, R and N. Everything is float64.
+    """The norm in which an error of one layer is measured: damped H = L L^T (L lower) and GPTQ's factor of it, and what `of_layer`
+    adds, damped G = R^T R (R upper) and N. Factors are computed where they are first asked for. Everything is float64.
 
-    Layers that share their input (q, k, v) can share the first two: build one for each `Stats`, pass it to each `decompose`.
+    Layers that share their input (q, k, v) can share those of H: build one for each `Stats`, pass it to each `decompose`.
     H may be its diagonal (K,) alone, which is enough for `grid_cost`. ValueError for inf or nan."""
 
     def __init__(self, H_KK: Tensor):
         if not torch.isfinite(H_KK).all():
             raise ValueError("the Hessian contains inf or nan")
         self.H_KK = hessian.damp(H_KK)
-        self.R_OO: Tensor | None = None
+        self.G_OO: Tensor | None = None
         self.noise_K: Tensor | None = None
         self._factors: dict = {}  # of H, shared by the layers that read one input
+        self._R_OO: Tensor | None = None
 
     @property
     def L_KK(self) -> Tensor:
@@ -72,13 +73,19 @@ class Whitener:
 
     def of_layer(self, G_OO: Tensor, noise_K: Tensor | None = None) -> "Whitener":
         """The same H with what belongs to one of the layers that read it: the second moments G_OO of the gradients at its output,
-        G = R^T R (R upper), and noise_K, the mean squared rounding error of each input. ValueError for inf or nan."""
+        and noise_K, the mean squared rounding error of each input. ValueError for inf or nan."""
         if not torch.isfinite(G_OO).all():
             raise ValueError("the second moments of the gradients contain inf or nan")
-        new, no_influence = copy.copy(self), 1e-12 * torch.eye(len(G_OO), dtype=torch.float64, device=G_OO.device)
-        new.R_OO = torch.linalg.cholesky(hessian.damp(G_OO) if G_OO.any() else no_influence).mT
-        new.noise_K = None if noise_K is None else noise_K.double()
+        new = copy.copy(self)
+        new.G_OO = hessian.damp(G_OO) if G_OO.any() else 1e-12 * torch.eye(len(G_OO), dtype=torch.float64, device=G_OO.device)
+        new.noise_K, new._R_OO = None if noise_K is None else noise_K.double(), None
         return new
+
+    @property
+    def R_OO(self) -> Tensor | None:
+        if self._R_OO is None and self.G_OO is not None:
+            self._R_OO = torch.linalg.cholesky(self.G_OO).mT
+        return self._R_OO
 
     def gptq_factor(self, group: int, taps: int) -> tuple[Tensor, Tensor]:
         if (group, taps) not in self._factors:
@@ -131,20 +138,22 @@ def whitened_svd(E_OK: Tensor, L_KK: Tensor | None, rank: int, R_OO: Tensor | No
     return up[:, None] * Vt_rK, (M_OK @ basis) * down
 
 
-def whitened(E_OK: Tensor, L_KK: Tensor, R_OO: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
-    """R E L (O, K) in `dtype`; L is as in whitened_svd."""
-    E_OK, L_KK = E_OK.to(dtype), L_KK.to(dtype)
-    return _times(E_OK if R_OO is None else R_OO.to(dtype) @ E_OK, L_KK)
+def whitened_gram(E_OK: Tensor, L_KK: Tensor, G_OO: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """M M^T of M = R E L (O, K), or M^T M = (E L)^T G (E L) if O > K, where a Cholesky factor of G would be most of the work. L is
+    as in whitened_svd. dtype: of the products, which take most of the time; what is returned is float64."""
+    M = _times(E_OK.to(dtype), L_KK.to(dtype))
+    if len(E_OK) > E_OK.shape[1]:
+        return (M.mT @ (M if G_OO is None else G_OO.to(dtype) @ M)).double()
+    M = M if G_OO is None else torch.linalg.cholesky(G_OO).mT.to(dtype) @ M
+    return (M @ M.mT).double()
 
 
 def whitened_spectrum(
-    E_OK: Tensor, L_KK: Tensor, R_OO: Tensor | None = None, rank: int | None = None, dtype: torch.dtype = torch.float64
+    E_OK: Tensor, L_KK: Tensor, G_OO: Tensor | None = None, rank: int | None = None, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Singular values of R E L, the first `rank` (at most min(O, K)) or all of them, descending, float64: what QRA weighs, with
-    E = W or the residual W - Q. L is as in whitened_svd. dtype: of the products, which take most of the time; float32 moves the 256
-    strongest of 3,072 values by 2e-7."""
-    M = whitened(E_OK, L_KK, R_OO, dtype)
-    gram = (M @ M.mT if M.shape[0] <= M.shape[1] else M.mT @ M).double()
+    E = W or the residual W - Q. Arguments are as in whitened_gram; float32 moves the 256 strongest of 3,072 values by less than 2e-7."""
+    gram = whitened_gram(E_OK, L_KK, G_OO, dtype)
     return strongest(gram, len(gram) if rank is None else min(rank, len(gram)))[0].clamp_min(0).sqrt()
 
 
@@ -281,8 +290,8 @@ def decompose(
         raise ValueError("weights contain inf or NaN")
     if len(white.H_KK) != K:
         raise ValueError(f"the Hessian must be {K} x {K} for this weight, got {tuple(white.H_KK.shape)}")
-    if white.R_OO is not None and len(white.R_OO) != O:
-        raise ValueError(f"the second moments of the gradients must be {O} x {O}, got {tuple(white.R_OO.shape)}")
+    if white.G_OO is not None and len(white.G_OO) != O:
+        raise ValueError(f"the second moments of the gradients must be {O} x {O}, got {tuple(white.G_OO.shape)}")
     factor = None if rounding == "rtn" else white.gptq_factor(group, taps)
 
     def round_to_grid(target_OK: Tensor, nearest: bool = False) -> quant.GridWeight:

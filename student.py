@@ -203,10 +203,10 @@ def reads_gradients(cfg) -> bool:
 
 
 def weighed(layer: Layer, cfg) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(E, L, R): of the energy of R E L a rank wins back what its singular value has. It is what the grid costs, in the picture's
-    units, or, where gradients are not collected, the residual W - Q."""
-    if layer.white.R_OO is not None:
-        return layer.w_OK, hgs_lora.grid_cost(layer.white).sqrt(), layer.white.R_OO
+    """(E, L, G) with R E L, G = R^T R, of whose energy a rank wins back what its singular value has: what the grid costs, in the
+    picture's units, or, where gradients are not collected, the residual W - Q, with R = 1."""
+    if layer.white.G_OO is not None:
+        return layer.w_OK, hgs_lora.grid_cost(layer.white).sqrt(), layer.white.G_OO
     gw = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps)
     return layer.w_OK - quant.dequantize(gw), layer.white.L_KK, None
 
@@ -218,12 +218,12 @@ def spectrum(layer: Layer, cfg) -> Tensor:
 
 def whole(layer: Layer, cfg) -> float:
     """||R E L||_F: the root of the sum of the squares of all singular values of which `spectrum` has the first."""
-    return float(hgs_lora.whitened(*weighed(layer, cfg)).norm())
+    return float(hgs_lora.whitened_gram(*weighed(layer, cfg), dtype=torch.float32).trace()) ** 0.5
 
 
 def energy(layer: Layer, cfg) -> float:
     """QRA's E_l: the energy of the layer's output, or 1 where gradients put all layers in the picture's units."""
-    return 1.0 if layer.white.R_OO is not None else float((layer.w_OK.double() @ layer.white.L_KK).square().sum())
+    return 1.0 if layer.white.G_OO is not None else float((layer.w_OK.double() @ layer.white.L_KK).square().sum())
 
 
 def variation(layer: Layer, cfg) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Ranks of SDXL and FLUX at their real size: time and memory of the spectra that they follow, and what is allocated.
 
-    python -m benchmarks.spectra [--models sdxl flux] [--out runs/spectra]        --models sdxl: about half an hour on an AVX2 core
+    python -m benchmarks.spectra [--models sdxl flux] [--out runs/spectra]        a few minutes on an AVX2 core
 
 Needs no weights and no pictures. Weights are Gaussian; what the spectra read of statistics, the diagonal of H, N and G, is drawn
 with the spread that it has on `tiny` and `tiny-flux` (SPREAD). One layer of each shape is worked on at its full size, from G to the
@@ -50,7 +50,7 @@ def measured(O: int, K: int, kind: str) -> dict:
     def spectra() -> None:
         began = time.process_time()
         white = hgs_lora.Whitener(H_K).of_layer(G_OO, noise_K)
-        weighed = w_OK, hgs_lora.grid_cost(white).sqrt(), white.R_OO
+        weighed = w_OK, hgs_lora.grid_cost(white).sqrt(), white.G_OO
         common = time.process_time() - began
         for most in MOST:
             began = time.process_time()

@@ -80,7 +80,7 @@ def test_subspace_iteration_leaves_what_the_exact_eigenvectors_leave(decay, rank
 def test_a_spectrum_from_float32_products_is_that_of_float64(O, K, kind, g_kind, unit, seed):
     """Catches: eigenvalues in float32 too, and strengths of G for which float32 has no numbers."""
     white = hgs_lora.Whitener(make_H(K, kind, seed)).of_layer(unit * make_H(O, g_kind, seed + 1))
-    weighed = make_W(O, K, "normal", seed), hgs_lora.grid_cost(white).sqrt(), white.R_OO
+    weighed = make_W(O, K, "normal", seed), hgs_lora.grid_cost(white).sqrt(), white.G_OO
     exact, single = (hgs_lora.whitened_spectrum(*weighed, dtype=dtype).square() for dtype in (torch.float64, torch.float32))
     assert single.dtype == torch.float64 and (single - exact).abs().max() <= 1e-5 * exact[0]
 
@@ -97,7 +97,7 @@ def test_a_layer_of_zeros_or_on_the_grid_with_a_dead_input_has_a_split(O, on_gri
     gw, A, B = hgs_lora.decompose(W, white, 2, group=16)
     assert torch.isfinite(A).all() and torch.isfinite(B).all()
     assert hgs_lora.relative_error(W, white.L_KK, gw, A, B) < 1e-2
-    assert torch.isfinite(hgs_lora.whitened_spectrum(W, hgs_lora.grid_cost(white).sqrt(), white.R_OO, 8)).all()
+    assert torch.isfinite(hgs_lora.whitened_spectrum(W, hgs_lora.grid_cost(white).sqrt(), white.G_OO, 8)).all()
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 24), H_KINDS, st.integers(0, 999))
@@ -131,7 +131,7 @@ def test_closed_form_with_gradients_is_optimal_in_the_kronecker_norm(O, K, kind,
     damped = white.R_OO.mT @ white.R_OO
     assert not G.any() or torch.allclose(damped, hessian.damp(G, 0.01), rtol=1e-9, atol=1e-12 * unit)
     A, B = hgs_lora.whitened_svd(E, white.L_KK, rank, white.R_OO)
-    error, spectrum = gh_norm(E - B @ A, damped, white.H_KK), hgs_lora.whitened_spectrum(E, white.L_KK, white.R_OO)
+    error, spectrum = gh_norm(E - B @ A, damped, white.H_KK), hgs_lora.whitened_spectrum(E, white.L_KK, white.G_OO)
     total = gh_norm(E, damped, white.H_KK)
     assert abs(error - float(spectrum[rank:].square().sum())) <= 1e-7 * total + 1e-300
     generator = torch.Generator().manual_seed(seed)
@@ -209,7 +209,7 @@ def test_gradients_of_a_layer_without_influence_or_of_another_shape():
     """Catches a Cholesky factor of zero, and a G that belongs to another layer."""
     W, white = make_W(6, 8, "normal", 0), hgs_lora.Whitener(make_H(8, "normal", 0))
     dead = white.of_layer(torch.zeros(6, 6))
-    assert hgs_lora.whitened_spectrum(W, dead.L_KK, dead.R_OO).max() < 1e-4 and white.R_OO is None
+    assert hgs_lora.whitened_spectrum(W, dead.L_KK, dead.G_OO).max() < 1e-4 and white.R_OO is None
     assert all(torch.isfinite(part).all() for part in hgs_lora.decompose(W, dead, 2, group=8)[1:])
     with pytest.raises(ValueError, match="gradients must be 6 x 6"):
         hgs_lora.decompose(W, white.of_layer(torch.eye(5)), 2, group=8)
