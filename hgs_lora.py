@@ -152,7 +152,8 @@ def whitened_spectrum(
     E_OK: Tensor, L_KK: Tensor, G_OO: Tensor | None = None, rank: int | None = None, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Singular values of R E L, the first `rank` (at most min(O, K)) or all of them, descending, float64: what QRA weighs, with
-    E = W or the residual W - Q. Arguments are as in whitened_gram; float32 moves the 256 strongest of 3,072 values by less than 2e-7."""
+    E = W or the residual W - Q. Arguments are as in whitened_gram, where float32 moves the 256 strongest of 3,072 values by
+    less than 2e-7."""
     gram = whitened_gram(E_OK, L_KK, G_OO, dtype)
     return strongest(gram, len(gram) if rank is None else min(rank, len(gram)))[0].clamp_min(0).sqrt()
 
