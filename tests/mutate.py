@@ -49,6 +49,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("a cost of nothing", "hgs_lora.py", "max(c, 1e-12) * H_K", "c * H_K", "hgs_lora"),
     ("anchor is the moving LoRA", "layers.py", "if self.use_anchor", "if not self.use_anchor", "layers"),
     ("budget counts O only", "qra.py", "None else r * sum(shape)", "None else r * shape[0]", "qra"),
+    ("a fraction of a rank rounded up", "qra.py", "fromkeys(shapes, int(rank))", "fromkeys(shapes, math.ceil(rank))", "qra"),
     ("a least rank by default", "qra.py", "def bounds(rank, granule=1, least=0,", "def bounds(rank, granule=1, least=1,", "qra"),
     ("16 bits that pay for ranks given back", "qra.py", "there.price - here.price, there", "there.price, there", "qra"),
     ("no exchange after greedy", "qra.py", "gap <= 1e-12 * found", "gap <= found", "qra"),

@@ -100,7 +100,7 @@ def test_every_layer_is_packed_in_its_own_place(whole):
     assert distance(packed, NARROW) < 0.05
 
 
-@pytest.mark.parametrize("flags", ["", "--smooth 0.5 --hessian input"])
+@pytest.mark.parametrize("flags", ["", "--no-rotate --smooth 0.5 --hessian input"])
 def test_slices_change_nothing_but_the_number_of_passes(flags):
     """Catches a layer that is lost or measured on a network that has already changed, and sums that are all held at once."""
     built, passes = [], []
@@ -117,7 +117,9 @@ def test_slices_change_nothing_but_the_number_of_passes(flags):
     assert all(torch.equal(tensor, sliced.state_dict()[key]) for key, tensor in one.state_dict().items())
 
 
-@pytest.mark.parametrize("flags,inputs", [("--hessian input", 20), ("--hessian kron --init hgs", 20), ("--smooth 0.5", LAYERS)])
+@pytest.mark.parametrize(
+    "flags,inputs", [("--hessian input", 20), ("--hessian kron --init hgs", 20), ("--no-rotate --smooth 0.5", LAYERS)]
+)
 def test_layers_of_one_input_share_a_whitener_and_none_outlives_its_layer(monkeypatch, flags, inputs):
     """Catches a Cholesky factor for each of q, k and v, and factors that stay until the end of a slice: 24 GB on SDXL where 8 GB
     were asked for. Smoothed layers see different inputs."""
@@ -145,7 +147,7 @@ def test_layers_of_one_input_share_a_whitener_and_none_outlives_its_layer(monkey
 @pytest.mark.parametrize("smooth,rotate,centre", [(0.0, False, False), (0.5, False, True), (0.0, True, False)])
 def test_what_a_layer_is_handed_out_with_belongs_together_and_is_let_go_of(smooth, rotate, centre):
     """Catches W, H, N or mean of another smoothing or rotation, and statistics and factors that pile up in the list of layers."""
-    flags = f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --smooth {smooth}"
+    flags = f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --no-rotate --smooth {smooth}"
     cfg = train.parse([*flags.split(), *["--rotate"] * rotate, *["--centre"] * centre])
     base, before = denoiser(), None
     chosen = student.layers_to_quantize(cfg, base)
@@ -221,11 +223,11 @@ def test_a_rule_of_ones_own_with_its_own_statistic_is_one_row_each(monkeypatch):
     build("--ranks uniform")  # asks for none
 
 
-@pytest.mark.parametrize("flags", ["--rotate", "--centre", "--rotate --centre", "--centre --smooth 0.5"])
+@pytest.mark.parametrize("flags", ["", "--no-rotate --centre", "--centre", "--no-rotate --centre --smooth 0.5"])
 def test_rotated_and_centred_layers_compute_the_network_that_they_were_made_of(whole, flags):
     """Catches statistics, split or branch of unlike inputs: the error would be several times that of plain layers."""
     packed, table = build(f"{FULL} {flags}")
-    assert any(row["rotated"] for row in table.values()) == ("--rotate" in flags)
+    assert any(row["rotated"] for row in table.values()) == ("--no-rotate" not in flags)
     assert any(row["centred"] for row in table.values()) == ("--centre" in flags)
     assert distance(packed, NARROW) < 2 * distance(whole[0], NARROW)
 
@@ -253,7 +255,7 @@ def test_a_small_budget_leaves_layers_without_a_branch(whole):
 # ---------------------------------------------------------------- layers that stay in 16 bits
 
 
-@pytest.mark.parametrize("flags", ["--hessian kron", "--hessian input", "--smooth 0.5"])
+@pytest.mark.parametrize("flags", ["--hessian kron", "--hessian input", "--no-rotate --smooth 0.5"])
 def test_all_that_the_grid_costs_is_the_norm_of_the_whole_spectrum(flags):
     """Catches a gain of 16 bits in other units than the gains of ranks: without R, without the cost of the grid, not squared."""
     cfg = train.parse(f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --rank-most 9999 {flags}".split())
