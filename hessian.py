@@ -22,7 +22,8 @@ one window, tap-major with the channel fastest, so that it multiplies `w_OIhw.pe
 
 Numerics [O]. Each block of rows gives one float32 product (at most `BLOCK_BYTES` of rows; on CUDA 16-bit rows go to its tensor
 cores, which multiply them exactly and add in float32). The products are summed in float64, so the total does not depend on how
-the calibration set is cut into batches, up to the float32 rounding of one block. It is kept as float32.
+the calibration set is cut into batches, up to the float32 rounding of one block. It is kept as float32. Both matrices are
+symmetric: of wide ones only the lower triangle is computed, in strips of `STRIP` rows, and mirrored at the end.
 
 Sharing [O]. q, k and v read one tensor object, and so do the k and v of every cross-attention. At a layer's first call, "same
 object, same version, same window" puts it into the group of the layer that came first. The group has one `Stats`, so that
@@ -30,18 +31,20 @@ object, same version, same window" puts it into the group of the layer that came
 tensors part ways in a later call, that is an error and not a silently wrong H.
 
 Memory [O]. `budget_bytes` bounds the float64 totals that are alive in one pass: 8 K^2 bytes for each group, 8 O^2 for each G. What
-does not fit waits for the next pass, in which the same calibration set is driven through the model again. `collect_passes` and
-`collect_output_passes` yield each pass's layers as soon as they are ready, in float32, and `slices` joins the two, so that a big
-model can be decomposed slice by slice.
+does not fit waits for the next pass, in which the same calibration set is driven through the model again. An H that is larger than
+the whole budget is summed in main memory, strip by strip, and one at most in a pass: the sums are the same, they only travel. The
+factors of such a layer are in main memory too (student.py). `collect_passes` and `collect_output_passes` yield each pass's layers
+as soon as they are ready, in float32, and `slices` joins the two, so that a big model can be decomposed slice by slice.
 
 Where torch.distributed is initialised, each process drives its own part of the calibration set, in the same order of layers. Sums,
 counts and maxima are exchanged before a result is handed out, so that all processes get the same.
 
-Bad input: an input or gradient with inf or nan, an input whose H overflows, or a layer that was never called raises a ValueError
-that names the layer. Left out on purpose: cross moments E[q(x) x^T], grouped convolutions.
+Bad input: an input or gradient with inf or nan, an input whose H overflows, a layer that was never called, or a G that is larger
+than the budget raises a ValueError that names the layer. Left out on purpose: cross moments E[q(x) x^T], grouped convolutions.
 """
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,6 +58,7 @@ from torch.nn import functional as F
 import quant
 
 BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # rows that are unfolded at a time, in float32; changes memory, not results
+STRIP = 2048  # rows of H or G that are added at a time
 
 # ---------------------------------------------------------------- reference math
 
@@ -70,26 +74,46 @@ def unfold(x_NCHW: Tensor, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), di
     return x_NHWC.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
 
 
+def diagonal(H: Tensor) -> Tensor:
+    """(K,) of H (K, K), a view, or of its diagonal (K,), which may stand for H where nothing else of it is used."""
+    return H.diagonal() if H.dim() == 2 else H
+
+
 def damp(H_KK: Tensor, eps: float = 0.01) -> Tensor:
     """H + eps * mean(diag H) * I in float64. An all-zero H (dead input) becomes the identity, which prefers no direction."""
     H = H_KK.to(torch.float64, copy=True)
-    mean = H.diagonal().mean()
-    H.diagonal().add_(eps * mean if mean > 0 else 1.0)
+    mean = diagonal(H).mean()
+    diagonal(H).add_(eps * mean if mean > 0 else 1.0)
     return H
 
 
 def smooth(H_KK: Tensor, lambda_I: Tensor) -> Tensor:
     """Hessian of x / lambda, the input that a smoothed layer (W * lambda) sees: H_ij / (lambda_i lambda_j), in H's dtype."""
     inverse_K = (1.0 / lambda_I.to(H_KK)).repeat(len(H_KK) // len(lambda_I))
-    return inverse_K[:, None] * H_KK * inverse_K
+    return (inverse_K[:, None] if H_KK.dim() == 2 else inverse_K) * H_KK * inverse_K
 
 
-def moments(rows_TK: Tensor) -> Tensor:
-    """rows^T rows, float32 (K, K), from rows of any floating dtype."""
-    if rows_TK.is_cuda and rows_TK.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(rows_TK.mT, rows_TK, out_dtype=torch.float32)
-    rows = rows_TK.float()
-    return rows.mT @ rows
+def moments(left_TM: Tensor, right_TN: Tensor) -> Tensor:
+    """left^T right, float32 (M, N), from rows of any floating dtype."""
+    if left_TM.is_cuda and left_TM.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left_TM.mT, right_TN, out_dtype=torch.float32)
+    return left_TM.float().mT @ right_TN.float()
+
+
+def add_moments(total_KK: Tensor, rows_TK: Tensor) -> None:
+    """total += rows^T rows, float32 into float64, strip by strip and no further right than the diagonal. The total may be in main
+    memory while the rows are on a GPU."""
+    for begin in range(0, len(total_KK), STRIP):
+        end = begin + STRIP
+        total_KK[begin:end, :end].add_(moments(rows_TK[:, begin:end], rows_TK[:, :end]).to(total_KK.device))
+
+
+def mirror(total_KK: Tensor) -> Tensor:
+    """What `add_moments` left out, from what lies across the diagonal, in place."""
+    for begin in range(STRIP, len(total_KK), STRIP):
+        end = begin + STRIP
+        total_KK[:begin, begin:end] = total_KK[begin:end, :begin].mT
+    return total_KK
 
 
 def rounding_noise(x_NHWC: Tensor, group_x: int) -> Tensor:
@@ -115,7 +139,7 @@ class Stats:
     """What one tensor that feeds one or more layers looked like during calibration."""
 
     layers: list[str]  # names of the layers that share this input
-    H_KK: Tensor  # mean of x x^T over rows; float32 (the float64 sum while it is accumulated)
+    H_KK: Tensor  # mean of x x^T over rows, or its diagonal (K,); float32 (the float64 sum while it is accumulated)
     absmax_BinI: Tensor  # float32, max |x| per timestep bin and input channel (also for convolutions)
     calls_Bin: Tensor  # int64, forward calls seen in each bin: 0 marks a row of absmax without data
     noise_I: Tensor  # float32, E[(x_i - q(x)_i)^2] of the kernels' grid per channel; zeros where no group_x was given
@@ -144,18 +168,23 @@ class Stats:
             if group_x is not None:
                 self.noise_I += rounding_noise(block.permute(0, 2, 3, 1), group_x)
             rows_TK = unfold(block, *window)
-            self.H_KK += moments(rows_TK)  # float32 into float64, without a copy
+            if self.H_KK.dim() == 2:
+                add_moments(self.H_KK, rows_TK)
+            else:
+                self.H_KK += rows_TK.float().square().sum(0, dtype=torch.float64)
             self.count += len(rows_TK)
 
     def finish(self) -> None:
         """Sums over processes become means. ValueError if no row was seen, or H overflows float32."""
         if self.count == 0:
             raise ValueError(f"layer {self.layers[0]!r} saw no input rows in its pass of the calibration run")
-        totals = torch.tensor([self.count, self.pixels], dtype=torch.int64, device=self.H_KK.device)
+        totals = torch.tensor([self.count, self.pixels], dtype=torch.int64, device=self.noise_I.device)
         exchange(self.H_KK, self.noise_I, self.calls_Bin, totals)
         exchange(self.absmax_BinI, op="max")
         self.count, self.pixels = totals.tolist()
         self.H_KK = self.H_KK.div_(self.count).float()
+        if self.H_KK.dim() == 2:
+            mirror(self.H_KK)
         self.noise_I = self.noise_I.div(self.pixels).float()
         if not torch.isfinite(self.H_KK).all():
             raise ValueError(f"layer {self.layers[0]!r}: the second moments of its input overflow float32")
@@ -238,11 +267,12 @@ class _InputPass:
     for, in the order of their first calls. A small group may overtake a big one that does not fit any more."""
 
     def __init__(
-        self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int | None, inputs: dict[str, Callable]
+        self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int | None, inputs: dict, diagonals: bool
     ):
-        self.layers, self.bins, self.group_x, self.inputs = layers, bins, group_x, inputs
+        self.layers, self.bins, self.group_x, self.inputs, self.diagonals = layers, bins, group_x, inputs, diagonals
         self.windows = {name: _window(layer, name) for name, layer in layers.items()}
         self.budget = self.left = budget_bytes
+        self.one_in_main_memory = False
         self.bin = 0
         self.group_of: dict[str, _Group] = {}
 
@@ -286,16 +316,16 @@ class _InputPass:
                 group.layers.append(name)
                 return group
         layers, stats, channels, K = [name], None, weight.shape[1], weight[0].numel()
-        size = 8 * K * K
-        if size > self.budget:
-            what = f"{size} bytes for its {K} x {K} Hessian"
-            raise ValueError(f"layer {name!r} alone needs {what}, the budget is {self.budget}")
-        if size <= self.left:
-            self.left -= size
+        shape = (K,) if self.diagonals else (K, K)
+        size = 8 * math.prod(shape)
+        wide = size > self.budget
+        if not self.one_in_main_memory if wide else size <= self.left:
+            self.left -= 0 if wide else size
+            self.one_in_main_memory |= wide
             zeros = partial(torch.zeros, device=x.device)
             absmax_BinI, calls_Bin = zeros(self.bins, channels), zeros(self.bins, dtype=torch.int64)
-            H_KK, noise_I = zeros(K, K, dtype=torch.float64), zeros(channels, dtype=torch.float64)
-            stats = Stats(layers, H_KK, absmax_BinI, calls_Bin, noise_I)
+            H_KK = torch.zeros(shape, dtype=torch.float64, device="cpu" if wide else x.device)
+            stats = Stats(layers, H_KK, absmax_BinI, calls_Bin, zeros(channels, dtype=torch.float64))
         return _Group(layers, window, stats)
 
 
@@ -316,6 +346,7 @@ def collect_passes(
     bins: int = 4,
     group_x: int | None = None,
     inputs: dict[str, Callable] | None = None,
+    diagonals: bool = False,
 ) -> Iterator[dict[str, Stats]]:
     """Yield {name: Stats} once per pass over the calibration set until every layer of `layer_names` is done.
 
@@ -324,10 +355,11 @@ def collect_passes(
     group_x also measures what rounding the inputs costs (`noise_I`): 4 bits in groups of that size, or quant.EIGHT_BITS.
     inputs: {name: function of x (.., I)} for layers whose statistics are those of what it returns, a tensor of the same shape, and
     not of x; layers that share their input share that.
-    Raises ValueError for unknown, unsupported, never called or over-budget layers and for inf or nan inputs.
+    diagonals: of each H the diagonal alone, for which one pass is enough.
+    Raises ValueError for unknown, unsupported or never called layers and for inf or nan inputs.
     """
     layers, inputs = _find(model, layer_names), inputs or {}
-    return _passes(layers, lambda left: _InputPass(left, budget_bytes, bins, group_x, inputs).collect(run))
+    return _passes(layers, lambda left: _InputPass(left, budget_bytes, bins, group_x, inputs, diagonals).collect(run))
 
 
 # ---------------------------------------------------------------- passes for G
@@ -365,15 +397,14 @@ class _OutputPass:
 
     def add(self, name: str, g: Tensor) -> None:
         g_NHWO = g.permute(0, 2, 3, 1) if isinstance(self.layers[name], nn.Conv2d) else g
-        total_OO = self.totals[name]
-        total_OO.add_(moments(g_NHWO.reshape(-1, len(total_OO))))
+        add_moments(self.totals[name], g_NHWO.reshape(-1, g_NHWO.shape[-1]))
         self.reached.add(name)
 
     def mean(self, name: str, count: Tensor) -> Tensor:
         """G (O, O), float32, in place of its sum. ValueError if no gradient arrived, or one that is no number."""
         total_OO = self.totals.pop(name)
         exchange(total_OO)
-        G_OO = (total_OO / count).float()
+        G_OO = mirror((total_OO / count).float())
         if name not in self.reached:
             raise ValueError(f"layer {name!r} was never called by the calibration run, or what it feeds is not measured")
         if not torch.isfinite(G_OO).all():
@@ -404,8 +435,8 @@ def slices(
 
     A slice's float64 sums fit `budget_bytes`: first those of H, which end as float32 and half as large, then those of G for as many
     of these layers as fit. A slice is emptied when the next one is asked for, so that the caller need not let go of it.
-    backward=None: G is not collected. Other arguments (about_inputs: group_x, inputs) and errors are those of `collect_passes` and
-    `collect_output_passes`."""
+    backward=None: G is not collected. Other arguments (about_inputs: group_x, inputs, diagonals) and errors are those of
+    `collect_passes` and `collect_output_passes`."""
     for stats in collect_passes(model, layer_names, forward, budget_bytes, **about_inputs):
         names = [name for name in layer_names if name in stats]
         for G in [dict.fromkeys(names)] if backward is None else collect_output_passes(model, names, backward, budget_bytes):
@@ -417,9 +448,10 @@ def slices(
 
 
 def least_bytes(shapes: list[tuple[int, int]], gradients: bool) -> int:
-    """What layers of `shapes` (O, K) need at least for statistics and factors together: `slices` gets half of it as its budget,
-    and that must hold the float64 sum, H or (with `gradients`) G, of the widest layer."""
-    return 16 * max(max(O, K) if gradients else K for O, K in shapes) ** 2
+    """What layers of `shapes` (O, K) need at least for statistics and factors together: `slices` gets half of it as its budget, and
+    that must hold the float64 sum, H or (with `gradients`) G, of the widest layer. An H of more than STRIP inputs may be in main
+    memory."""
+    return 16 * max(max(O if gradients else 0, min(K, STRIP)) for O, K in shapes) ** 2
 
 
 # ---------------------------------------------------------------- demo

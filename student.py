@@ -13,9 +13,9 @@ bounds what statistics and factors hold at a time:
     split           1/4 H, 1/4 G, 1/2 the factors of one layer
 
 A layer whose factors need more than that (hgs_lora.factor_bytes) is split on the CPU. Ranks weigh all layers against each other, so
-the layers are gone through twice, for the ranks and for the splits; where one slice holds them all, their statistics stay for the
-second time. The network itself is changed at the very end, since later slices are measured on it; until then the packed layers wait
-in main memory.
+the layers are gone through twice, for the ranks and for the splits. Where one slice holds them all, their statistics stay for the
+second time. Where not, the ranks get by with the diagonals of all H, from one pass, and passes for G. The network itself is changed
+at the very end, since later slices are measured on it; until then the packed layers wait in main memory.
 
 Each process of a torchrun drives its own captions; sums and maxima are exchanged (hessian.py), every layer is split by one process
 and sent to the others. Which process does what changes the last bits of the sums and nothing else.
@@ -66,7 +66,7 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
 
     # 1. Statistics: H and G of each layer, and what the rule for ranks reads from them
     reads, statistics = rank_statistics(cfg), {}
-    for layer in calibration if reads else ():
+    for layer in calibration.for_ranks() if reads else ():
         statistics[layer.name] = {name: STATISTICS[name](layer, cfg) for name in reads}
 
     # 2. Ranks: QRA
@@ -202,28 +202,28 @@ def reads_gradients(cfg) -> bool:
     return hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
 
 
+def weighed(layer: Layer, cfg) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(E, L, G) with R E L, G = R^T R, of whose energy a rank wins back what its singular value has: what the grid costs, in the
+    picture's units, or, where gradients are not collected, the residual W - Q, with R = 1."""
+    if layer.white.G_OO is not None:
+        return layer.w_OK, hgs_lora.grid_cost(layer.white).sqrt(), layer.white.G_OO
+    gw = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps)
+    return layer.w_OK - quant.dequantize(gw), layer.white.L_KK, None
+
+
 def spectrum(layer: Layer, cfg) -> Tensor:
-    """QRA's sigma_l, as many as a layer may have ranks: of what the grid costs, in the picture's units, or, where gradients are not
-    collected, of the residual W - Q."""
-    gw, most = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps), rank_bounds(cfg).most
-    if layer.white.R_OO is None:
-        return hgs_lora.whitened_spectrum(layer.w_OK - quant.dequantize(gw), layer.white.L_KK, rank=most).cpu()
-    cost_K = hgs_lora.grid_cost(layer.w_OK, layer.white, gw)
-    return hgs_lora.whitened_spectrum(layer.w_OK, cost_K.sqrt(), layer.white.R_OO, most).cpu()
+    """QRA's sigma_l, the strongest singular values of R E L, as many as a layer may have ranks."""
+    return hgs_lora.whitened_spectrum(*weighed(layer, cfg), rank_bounds(cfg).most, dtype=torch.float32).cpu()
 
 
 def whole(layer: Layer, cfg) -> float:
-    """All that the grid costs: the Frobenius norm of the matrix of which `spectrum` has the first singular values."""
-    gw = quant.quantize_weight(layer.w_OK, cfg.group_w, layer.taps)
-    if layer.white.R_OO is None:
-        return hgs_lora.split_error(layer.w_OK, layer.white.L_KK, gw) ** 0.5
-    cost_K = hgs_lora.grid_cost(layer.w_OK, layer.white, gw)
-    return float((layer.white.R_OO @ layer.w_OK.double() * cost_K.sqrt()).norm())
+    """||R E L||_F: the root of the sum of the squares of all singular values of which `spectrum` has the first."""
+    return float(hgs_lora.whitened_gram(*weighed(layer, cfg), dtype=torch.float32).trace()) ** 0.5
 
 
 def energy(layer: Layer, cfg) -> float:
     """QRA's E_l: the energy of the layer's output, or 1 where gradients put all layers in the picture's units."""
-    return 1.0 if layer.white.R_OO is not None else float((layer.w_OK.double() @ layer.white.L_KK).square().sum())
+    return 1.0 if layer.white.G_OO is not None else float((layer.w_OK.double() @ layer.white.L_KK).square().sum())
 
 
 def variation(layer: Layer, cfg) -> tuple[float, float]:
@@ -231,7 +231,7 @@ def variation(layer: Layer, cfg) -> tuple[float, float]:
     return hessian.variation(layer.stats, layer.module.weight)
 
 
-# What rules of qra.METHODS may read, each from a layer as Calibration hands it out: change this to add yours
+# What rules of qra.METHODS may read, each from a layer as Calibration.for_ranks hands it out: change this to add yours
 STATISTICS: dict[str, Callable] = {
     "spectrum": spectrum,
     "whole": whole,  # where layers may stay in 16 bits
@@ -254,6 +254,8 @@ class Calibration:
         forward, _ = tdpt.calibration(base, base.path, x_T, cond, phases, micro=micro)
         _, backward = tdpt.calibration(base, base.path, x_T[few], {k: v[few] for k, v in cond.items()}, phases, micro=micro)
         backward = backward if reads_gradients(cfg) else None
+        sums = (8 * sum(side**2 for side in sides) for sides in zip(*(layer.shape for layer in layers), strict=True))
+        self.diagonals = backward is not None and max(sums) > self.half  # what the ranks are given of H
         if cfg.centre:
             linear = [layer.name for layer in layers if layer.kind == "w4a4" and isinstance(layer.module, nn.Linear)]
             for name, mean_I in hessian.means(base.net, linear, forward).items():
@@ -269,6 +271,15 @@ class Calibration:
                 self.everything = dict(part)
             yield from self.prepared(part)
 
+    def for_ranks(self) -> Iterator[Layer]:
+        """The same for the rules of ranks. Where G is there they read no more of H than its diagonal (`spectrum`, `energy`), and
+        where one slice may not hold all layers they are given no more."""
+        if not self.diagonals:
+            yield from self
+            return
+        for part in self.slices(diagonals=True):
+            yield from self.prepared(part)
+
     def prepared(self, part: dict[str, tuple[hessian.Stats, Tensor | None]]) -> Iterator[Layer]:
         """The layers of one slice that this process works on; those that read one input (q, k and v) come one after the other and
         share a Whitener, unless they are smoothed."""
@@ -281,7 +292,7 @@ class Calibration:
                     layer.let_go()
 
     def prepare(self, layer: Layer, stats: hessian.Stats, G_OO: Tensor | None, shared: dict) -> None:
-        device, smooth = self.device(layer), self.cfg.smooth and layer.kind == "w4a4"
+        device, smooth = self.device(layer, stats.H_KK.dim() == 2), self.cfg.smooth and layer.kind == "w4a4"
         layer.stats, layer.w_OK = stats, layer.weight(device)
         layer.w_OK = quant.rotate_taps(layer.w_OK, layer.taps) if layer.rotated else layer.w_OK
         if smooth:
@@ -304,7 +315,7 @@ class Calibration:
         lambda2_I = 1 if layer.smooth_I is None else layer.smooth_I**2
         return (layer.stats.noise_I.to(layer.w_OK.device) / lambda2_I).repeat(layer.taps)
 
-    def device(self, layer: Layer) -> torch.device:
-        """Where its factors are: beside the layer if they fit one half of the budget."""
-        fits = hgs_lora.factor_bytes(*layer.shape, self.cfg.rounding) <= self.half
+    def device(self, layer: Layer, splits: bool) -> torch.device:
+        """Where its factors, of its split or of its ranks, are: beside the layer if they fit one half of the budget."""
+        fits = hgs_lora.factor_bytes(*layer.shape, self.cfg.rounding if splits else "") <= self.half
         return layer.module.weight.device if fits else torch.device("cpu")

@@ -63,17 +63,18 @@ class Row(NamedTuple):
         return self.codes + self.scales + self.lora + self.other
 
 
-def layer_table(family: Family, net: nn.Module, rank: int = 16, lora_bits: int = 8, group_w: int = 64) -> list[Row]:
+def layer_table(family: Family, net: nn.Module, rank=16, lora_bits: int = 8, group_w: int = 64) -> list[Row]:
     """One Row for every Linear and Conv2d of a diffusers network (best on the meta device), one for the rest.
 
-    rank: of every quantized layer, at most its smaller side; 0: merged. lora_bits=16: 16-bit factors in the file."""
+    rank: of every quantized layer, at most its smaller side, or {layer: rank}; 0: merged. lora_bits=16: 16-bit factors in the
+    file."""
     rows = []
     for name, layer in float_layers(net).items():
         kind, bias = family.precision(name), 0 if layer.bias is None else 2 * layer.bias.numel()
         bf16 = 2 * layer.weight.numel() + bias
         row = Row(name, kind, tuple(layer.weight.shape), bf16, other=bf16)
         if kind != "16bit":
-            packed = packed_twin_of(kind, layer.to("meta"), rank, group_w, lora_bits=8)
+            packed = packed_twin_of(kind, layer.to("meta"), rank[name] if isinstance(rank, dict) else rank, group_w, lora_bits=8)
             size = Counter({key: tensor.nbytes for key, tensor in packed.state_dict().items()})
             lora = (size["lora_A"] + size["lora_B"]) * lora_bits // 8 + (size["lora_scale"] if lora_bits == 8 else 0)
             row = row._replace(
@@ -238,9 +239,11 @@ class Footprint:
             per_sample = [t for t in tree_leaves(example_inputs(teacher, *self.shapes, 1, dtype)) if t is not None]
         self.layers = [(layer.out, layer.taps * layer.channels) for _, layer in packed_layers(self.student)]
         self.least = hessian.least_bytes(self.layers, gradients)
+        self.widest = max(K for _, K in self.layers)
+        self.roomy = max(self.least, 16 * self.widest**2)  # no H needs main memory
         self.sums = 8 * sum(K * K for _, K in self.layers), 8 * sum(O * O for O, _ in self.layers) * gradients  # of all H, all G
         # a budget for all layers at once, in whole MiB, as --hessian-mb gives it
-        self.most = max(self.least, -(-2 * max(self.sums) >> 20) << 20)
+        self.most = max(self.roomy, -(-2 * max(self.sums) >> 20) << 20)
         trained = self.student if trains == "student" else self.teacher
         self.factors = sum(p.nbytes for p in trained.parameters() if p.requires_grad)
         self.packed = sum(t.nbytes for t in tensors_of(self.student) if not t.requires_grad)
@@ -259,6 +262,10 @@ class Footprint:
             return statistics
         factors = max((n for n in (hgs_lora.factor_bytes(*layer) for layer in self.layers) if n <= half), default=0)
         return min(statistics, max(H, H // 2 + G, H // 2 + G // 2 + factors))
+
+    def in_main_memory(self, statistics: int) -> int:
+        """H of the widest layer in float32, where half of the budget is too small for its float64 sum (hessian.py)."""
+        return 4 * self.widest**2 if 8 * self.widest**2 > statistics // 2 else 0
 
     def budget(self, room: int) -> int:
         """The largest one that comes to no more than `room`."""

@@ -79,12 +79,12 @@ def start_of(fp: Footprint, micro_batch: int, checkpointing: bool) -> dict[str, 
 
 def main_memory(fp: Footprint, plan: Plan, factors: int, on_cpu: bool) -> int:
     """Bytes of main memory that the start needs: packed layers with A, B and anchor, and the `factors` of the layer that has the
-    largest, if they do not fit beside the statistics. on_cpu: the rest of the start is there too."""
-    waiting = fp.packed + 2 * fp.factors
+    largest, with its H, if they do not fit beside the statistics. on_cpu: the rest of the start is there too."""
+    waiting, widest = fp.packed + 2 * fp.factors, factors + fp.in_main_memory(plan.statistics)
     if on_cpu:
         rest = sum(start_of(fp, plan.micro_batch, plan.checkpointing).values())
-        return waiting + rest + max(fp.held(plan.statistics), plan.statistics // 4 + factors)
-    return waiting + (factors if factors > plan.statistics // 2 else 0)
+        return waiting + rest + max(fp.held(plan.statistics), plan.statistics // 4 + widest)
+    return waiting + (widest if factors > plan.statistics // 2 else 0)
 
 
 def plan(
@@ -111,15 +111,15 @@ def plan(
     return Plan(worst, moments[worst], micro_batch, checkpointing, teacher, statistics)
 
 
-def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str = "resident", statistics: int = 0) -> Plan:
-    """The first plan that fits `limit` bytes: without gradient checkpointing before with it, and the largest power of two that
-    fits as micro-batch. teacher "resident": if a student's does not fit at all, offloaded; others as they are. UserError if
-    nothing fits."""
+def choose(limit: int, fp: Footprint, batch: int, world: int = 1, teacher: str = "resident", statistics=(0,)) -> Plan:
+    """The first plan that fits `limit` bytes: with the first amount of `statistics` that any plan has room for, without gradient
+    checkpointing before with it, and the largest power of two that fits as micro-batch. teacher "resident": if a student's does
+    not fit at all, offloaded; others as they are. UserError if nothing fits."""
     samples = batch // world
     micro = [n for n in (2**k for k in reversed(range(samples.bit_length()))) if samples % n == 0]
     teachers = ["resident", "offloaded"] if teacher == "resident" and fp.trains == "student" else [teacher]
-    for teacher, checkpointing, n in itertools.product(teachers, (False, True), micro):
-        made = plan(fp, batch, n, checkpointing, teacher, world, statistics)
+    for some, teacher, checkpointing, n in itertools.product(statistics, teachers, (False, True), micro):
+        made = plan(fp, batch, n, checkpointing, teacher, world, some)
         if made.peak <= limit:
             return made
     less = "--shard-teacher on several GPUs" if fp.trains == "student" else "a ready --cm"
@@ -162,12 +162,14 @@ def micro_of(cfg) -> int:
 
 def choices(cfg, fp: Footprint, goes_on: bool = False) -> tuple:
     """(cfg with micro, checkpointing and offload as --memory-limit asks for, and hessian_mb as there is room, but never less than
-    the widest layer needs; its plan, without the start for a run that `goes_on`). Statistics fill the limit; without one, 90% of
-    the GPU's free memory, and STATISTICS bytes on a CPU and for a dry run. UserError if nothing fits."""
+    the widest layer needs; its plan, without the start for a run that `goes_on`). Statistics fill the limit, and only
+    what cannot fit waits in main memory; without a limit they fill 90% of the GPU's free memory, and STATISTICS bytes on a CPU and
+    for a dry run. UserError if nothing fits."""
     cfg, given = dataclasses.replace(cfg, micro=micro_of(cfg)), cfg.hessian_mb << 20
     if cfg.memory_limit:  # chosen with the start in mind even where there is one, so that a run goes on as it began
-        limit, least = parse_bytes(cfg.memory_limit), 0 if cfg.bits == 16 else max(given, fp.least)
-        made = choose(limit, fp, cfg.batch, process_count(), teacher_of(cfg), least)
+        limit, some = parse_bytes(cfg.memory_limit), [given] if given else [fp.roomy >> halvings for halvings in range(6)]
+        some = [0] if cfg.bits == 16 else [max(bytes, fp.least) for bytes in some]
+        made = choose(limit, fp, cfg.batch, process_count(), teacher_of(cfg), some)
         found = {"micro": made.micro_batch, "checkpointing": made.checkpointing, "offload": made.teacher == "offloaded"}
         cfg = dataclasses.replace(cfg, **found)
     statistics = 0

@@ -43,7 +43,8 @@ def join_processes(device: str) -> None:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         hours = datetime.timedelta(hours=3)  # between two exchanges one process may calibrate FLUX
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=hours)
+        # with GPUs, gloo exchanges what waits in main memory
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=hours)
 
 
 def process_index() -> int:

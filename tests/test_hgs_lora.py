@@ -76,6 +76,15 @@ def test_subspace_iteration_leaves_what_the_exact_eigenvectors_leave(decay, rank
     assert len(spectrum) == rank and torch.allclose(spectrum[:few], exact[:few].sqrt(), rtol=0.01)
 
 
+@given(st.integers(1, 40), st.integers(1, 40), H_KINDS, H_KINDS, st.floats(1e-8, 1e8), st.integers(0, 99))
+def test_a_spectrum_from_float32_products_is_that_of_float64(O, K, kind, g_kind, unit, seed):
+    """Catches: eigenvalues in float32 too, and strengths of G for which float32 has no numbers."""
+    white = hgs_lora.Whitener(make_H(K, kind, seed)).of_layer(unit * make_H(O, g_kind, seed + 1))
+    weighed = make_W(O, K, "normal", seed), hgs_lora.grid_cost(white).sqrt(), white.G_OO
+    exact, single = (hgs_lora.whitened_spectrum(*weighed, dtype=dtype).square() for dtype in (torch.float64, torch.float32))
+    assert single.dtype == torch.float64 and (single - exact).abs().max() <= 1e-5 * exact[0]
+
+
 @pytest.mark.parametrize("O", (8, 48))
 @pytest.mark.parametrize("on_grid", (False, True))
 def test_a_layer_of_zeros_or_on_the_grid_with_a_dead_input_has_a_split(O, on_grid):
@@ -88,8 +97,7 @@ def test_a_layer_of_zeros_or_on_the_grid_with_a_dead_input_has_a_split(O, on_gri
     gw, A, B = hgs_lora.decompose(W, white, 2, group=16)
     assert torch.isfinite(A).all() and torch.isfinite(B).all()
     assert hgs_lora.relative_error(W, white.L_KK, gw, A, B) < 1e-2
-    cost_K = hgs_lora.grid_cost(W, white, gw)
-    assert torch.isfinite(hgs_lora.whitened_spectrum(W, cost_K.sqrt(), white.R_OO, 8)).all()
+    assert torch.isfinite(hgs_lora.whitened_spectrum(W, hgs_lora.grid_cost(white).sqrt(), white.G_OO, 8)).all()
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 24), H_KINDS, st.integers(0, 999))
@@ -123,7 +131,7 @@ def test_closed_form_with_gradients_is_optimal_in_the_kronecker_norm(O, K, kind,
     damped = white.R_OO.mT @ white.R_OO
     assert not G.any() or torch.allclose(damped, hessian.damp(G, 0.01), rtol=1e-9, atol=1e-12 * unit)
     A, B = hgs_lora.whitened_svd(E, white.L_KK, rank, white.R_OO)
-    error, spectrum = gh_norm(E - B @ A, damped, white.H_KK), hgs_lora.whitened_spectrum(E, white.L_KK, white.R_OO)
+    error, spectrum = gh_norm(E - B @ A, damped, white.H_KK), hgs_lora.whitened_spectrum(E, white.L_KK, white.G_OO)
     total = gh_norm(E, damped, white.H_KK)
     assert abs(error - float(spectrum[rank:].square().sum())) <= 1e-7 * total + 1e-300
     generator = torch.Generator().manual_seed(seed)
@@ -163,11 +171,45 @@ def test_hgs_with_gradients_and_noise_beats_every_sibling_in_that_norm(kind, rou
     assert error["hgs"] == min(error.values()) and error["hgs"] < 0.9 * min(error[m] for m in SIBLINGS)
 
 
+@given(st.integers(1, 20), H_KINDS, st.integers(0, 99))
+def test_what_the_grid_costs_needs_no_more_than_diagonals(K, kind, seed):
+    """Catches: noise that is forgotten where H is a diagonal, a cost of 0, damping left out."""
+    H, noise = make_H(K, kind, seed), torch.rand(K, generator=torch.Generator().manual_seed(seed))
+    noise[0] = 0
+    expected = hgs_lora.LEFT * hessian.damp(H).diagonal()
+    for part in (H, H.diagonal()):
+        white = hgs_lora.Whitener(part)
+        assert torch.allclose(hgs_lora.grid_cost(white), expected, rtol=1e-12) and (expected > 0).all()
+        assert torch.allclose(hgs_lora.grid_cost(white.of_layer(torch.eye(2), noise)), expected + noise.double(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind,quotient", [("normal", 0.93), ("offset", 0.065)])
+def test_gptq_leaves_the_share_of_the_error_that_inputs_do_not_explain_of_each_other(kind, quotient):
+    """The derivation of c. Catches: a GPTQ that feeds nothing back, conditional variances taken in another order."""
+    W, white = make_W(512, 64, "normal", 0), hgs_lora.Whitener(make_H(64, kind, 0))
+    H_K, w2_K = white.H_KK.diagonal(), W.double().square().sum(0)
+    d_K = torch.linalg.cholesky(white.H_KK.flip(0, 1)).flip(0, 1).diagonal().square()  # given the inputs with larger k
+    factor = {"rtn": None, "gptq": white.gptq_factor(64, 1)}
+    gw = {how: quant.quantize_weight(W, 64, 1, white.H_KK, how, factor=factor[how]) for how in factor}
+    error = {how: hgs_lora.split_error(W, white.L_KK, gw[how]) for how in gw}
+    rho = float((W.double() - quant.dequantize(gw["rtn"])).square().sum() / w2_K.sum())
+    assert rho == pytest.approx(0.01, rel=0.1) and float(d_K.sum() / H_K.sum()) == pytest.approx(quotient, rel=0.05)
+    assert error["rtn"] == pytest.approx(rho * float((w2_K * H_K).sum()), rel=0.05)
+    assert error["gptq"] == pytest.approx(rho * float((w2_K * d_K).sum()), rel=0.05)
+
+
+def test_layers_of_one_input_share_the_factors_of_h_whoever_asks_first():
+    """Catches a Cholesky factor for each copy of a Whitener."""
+    white = hgs_lora.Whitener(make_H(8, "normal", 0))
+    first, second = (white.of_layer(torch.eye(3)) for _ in range(2))
+    assert first.L_KK is second.L_KK is white.L_KK and first.gptq_factor(8, 1) is second.gptq_factor(8, 1)
+
+
 def test_gradients_of_a_layer_without_influence_or_of_another_shape():
     """Catches a Cholesky factor of zero, and a G that belongs to another layer."""
     W, white = make_W(6, 8, "normal", 0), hgs_lora.Whitener(make_H(8, "normal", 0))
     dead = white.of_layer(torch.zeros(6, 6))
-    assert hgs_lora.whitened_spectrum(W, dead.L_KK, dead.R_OO).max() < 1e-4 and white.R_OO is None
+    assert hgs_lora.whitened_spectrum(W, dead.L_KK, dead.G_OO).max() < 1e-4 and white.R_OO is None
     assert all(torch.isfinite(part).all() for part in hgs_lora.decompose(W, dead, 2, group=8)[1:])
     with pytest.raises(ValueError, match="gradients must be 6 x 6"):
         hgs_lora.decompose(W, white.of_layer(torch.eye(5)), 2, group=8)

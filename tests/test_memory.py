@@ -5,6 +5,7 @@ real forward and backward; arithmetic on shapes written here.
 """
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -253,7 +254,7 @@ def test_choose_gives_the_fastest_way_that_fits_and_says_what_is_missing(footpri
         plan.choose(10**6, footprint, 48)
     assert "limit is 0.00 GB" in str(error.value) and "--rank" in str(error.value) and str(error.value).count("\n") == 0
     with pytest.raises(UserError, match=r"`start`\).*: use a GPU with more memory, --device cpu,"):
-        plan.choose(10**6, footprint, 48, statistics=10**9)
+        plan.choose(10**6, footprint, 48, statistics=[10**9])
 
 
 def test_the_start_is_planned_with_what_statistics_may_hold(footprint):
@@ -284,6 +285,23 @@ def test_the_start_is_planned_with_what_statistics_may_hold(footprint):
     assert small == footprint.packed + 2 * footprint.factors and large == small + 10**9
     rest = small + sum(plan.start_of(footprint, 1, True).values())
     assert (cpu, both) == (rest + max(footprint.held(10**9), 10**9 // 4 + 10**6), rest + 10**9 // 4 + 10**9)
+
+
+def test_a_hessian_waits_in_main_memory_only_where_it_must(footprint):
+    """Catches: a micro-batch that takes the room of statistics, main memory that is planned without the sum that waits there."""
+    fp = copy.copy(footprint)
+    fp.least, fp.widest, fp.roomy = 10**6, 4096, 16 * 4096**2
+    fp.layers, fp.sums = [*fp.layers, *3 * [(64, fp.widest)]], (fp.sums[0] + 3 * 8 * fp.widest**2, fp.sums[1])
+    fp.most = 2 * max(fp.sums)
+    rest = sum(plan.start_of(fp, 1, True).values())
+    cfg = train.parse("--model tiny-flux --hessian-mb 0 --batch 48".split())
+    for limit, held in ((rest + fp.roomy, 0), (rest + fp.roomy - 1, 4 * fp.widest**2)):
+        limited = dataclasses.replace(cfg, memory_limit=str(limit))
+        chosen = plan.choices(limited, fp)[1]
+        assert chosen.peak <= limit and fp.in_main_memory(chosen.statistics) == held
+        if held:
+            assert chosen.micro_batch > 1, "what is not needed for the widest layer is there for pictures"
+        assert plan.main_memory(fp, chosen, 10**9, False) == fp.packed + 2 * fp.factors + 10**9 + held
 
 
 def test_amounts_of_memory_are_decimal_unless_they_say_otherwise():

@@ -117,6 +117,19 @@ def test_slices_change_nothing_but_the_number_of_passes(flags):
     assert all(torch.equal(tensor, sliced.state_dict()[key]) for key, tensor in one.state_dict().items())
 
 
+def test_ranks_are_given_diagonals_where_one_slice_does_not_hold_all_layers():
+    """Catches: all slices of H for the ranks, a layer that is left out, diagonals where the residual's spectrum needs all of H."""
+    needed = 16 * 576**2 / 2**20 + 1
+    for flags, budget, dims in (("", needed, 1), ("", 4096, 2), ("--hessian input", needed, 2)):
+        base = denoiser()
+        cfg = train.parse(f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb {int(budget)} {flags}".split())
+        cond = {"tokens": torch.randn(1, 77, base.net.text)}
+        calibration = student.Calibration(cfg, base, student.layers_to_quantize(cfg, base), cond, torch.randn(1, 4, 8, 8))
+        seen = [(layer.name, layer.white.H_KK.dim()) for layer in calibration.for_ranks()]
+        assert len(seen) == len(set(seen)) == LAYERS and {dim for _, dim in seen} == {dims}
+        assert {layer.white.H_KK.dim() for layer in calibration} == {2}
+
+
 @pytest.mark.parametrize(
     "flags,inputs", [("--hessian input", 20), ("--hessian kron --init hgs", 20), ("--no-rotate --smooth 0.5", LAYERS)]
 )
@@ -255,13 +268,15 @@ def test_a_small_budget_leaves_layers_without_a_branch(whole):
 # ---------------------------------------------------------------- layers that stay in 16 bits
 
 
-@pytest.mark.parametrize("flags", ["--hessian kron", "--hessian input", "--no-rotate --smooth 0.5"])
+@pytest.mark.parametrize("flags", ["--hessian kron", "--hessian input", "--no-rotate --smooth 0.5", "--hessian-mb 6"])
 def test_all_that_the_grid_costs_is_the_norm_of_the_whole_spectrum(flags):
-    """Catches a gain of 16 bits in other units than the gains of ranks: without R, without the cost of the grid, not squared."""
+    """Catches a gain of 16 bits in other units than the gains of ranks: without R, without the cost of the grid, not squared; and
+    one that needs more of H than its diagonal, which is all that the ranks are given of it with --hessian-mb 6."""
     cfg = train.parse(f"--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096 --rank-most 9999 {flags}".split())
     base, seen = denoiser(), 0
     cond = {"tokens": torch.randn(1, 77, base.net.text)}
-    for layer in student.Calibration(cfg, base, student.layers_to_quantize(cfg, base), cond, torch.randn(1, 4, 8, 8)):
+    calibration = student.Calibration(cfg, base, student.layers_to_quantize(cfg, base), cond, torch.randn(1, 4, 8, 8))
+    for layer in calibration.for_ranks():
         sigma_r = student.spectrum(layer, cfg)
         assert len(sigma_r) == min(layer.shape)
         assert student.whole(layer, cfg) == pytest.approx(float(sigma_r.norm()), rel=1e-6)
