@@ -226,7 +226,6 @@ def validate(cfg: Config) -> None:
     n = process_count()
     require(cfg.batch % n == 0, f"--batch {cfg.batch} does not divide among {n} processes")
     require(cfg.calibration >= n, f"--calibration {cfg.calibration} leaves some of {n} processes without a caption: give more")
-    require(not (cfg.rotate and cfg.smooth), "--smooth scales channels, --rotate mixes them: add --no-rotate")
     require(cfg.bits == 4 or (cfg.rank == int(cfg.rank) >= 1), f"--bits 16 trains a LoRA of --rank 1, 2, .., not of {cfg.rank}")
     validate_objective(cfg)
     gpus = f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"

@@ -288,7 +288,7 @@ def test_tiny_flux_goes_the_whole_way(without_report, tmp_path):
     run(
         random_weights(tmp_path, "tiny-flux"),
         tmp_path / "r",
-        "--init hgs --ranks qra --iters 1 --no-rotate --smooth 0.25 --steps 1",
+        "--init hgs --ranks qra --iters 1 --smooth 0.25 --steps 1",
     )
     student, about = checkpoint.load_checkpoint(tmp_path / "r")
     kinds = [row["kind"] for row in about["layers"].values()]
