@@ -87,12 +87,6 @@ def damp(H_KK: Tensor, eps: float = 0.01) -> Tensor:
     return H
 
 
-def smooth(H_KK: Tensor, lambda_I: Tensor) -> Tensor:
-    """Hessian of x / lambda, the input that a smoothed layer (W * lambda) sees: H_ij / (lambda_i lambda_j), in H's dtype."""
-    inverse_K = (1.0 / lambda_I.to(H_KK)).repeat(len(H_KK) // len(lambda_I))
-    return (inverse_K[:, None] if H_KK.dim() == 2 else inverse_K) * H_KK * inverse_K
-
-
 def moments(left_TM: Tensor, right_TN: Tensor) -> Tensor:
     """left^T right, float32 (M, N), from rows of any floating dtype."""
     if left_TM.is_cuda and left_TM.dtype in (torch.bfloat16, torch.float16):
@@ -145,11 +139,6 @@ class Stats:
     noise_I: Tensor  # float32, E[(x_i - q(x)_i)^2] of the kernels' grid per channel; zeros where no group_x was given
     count: int = 0  # rows
     pixels: int = 0  # tokens or input pixels, which are not the rows where a convolution has a stride
-
-    @property
-    def xmax_I(self) -> Tensor:
-        """max |x| per input channel over all timesteps: what smoothing needs."""
-        return self.absmax_BinI.amax(0)
 
     def add(self, x: Tensor, window: tuple, bin: int, group_x: int | None) -> None:
         """One call's input: first absmax per channel (which finds inf and nan), then the rows, in blocks."""
@@ -244,22 +233,47 @@ class _Group:
         return self.source is not None and self.source[0]() is x and self.source[1] == x._version
 
 
-def means(model: nn.Module, layer_names: list[str], run: Callable) -> dict[str, Tensor]:
-    """{name: E[x] (I,), float32}, the mean input of each linear layer over all rows, in one pass of the calibration set. `run` is
-    that of collect_passes; processes exchange their sums."""
-    layers, sums = _find(model, layer_names), {}
+@dataclass
+class Range:
+    """What a layer's input looks like channel by channel, over all rows of the calibration set."""
+
+    first: str  # name of the first layer that reads the same tensor
+    low_I: Tensor  # float32, min x
+    high_I: Tensor  # float32, max x
+    mean_I: Tensor  # float32, E[x]
+
+
+def ranges(model: nn.Module, layer_names: list[str], run: Callable) -> dict[str, Range]:
+    """{name: Range} of each layer's input, in one pass of the calibration set; layers that read one tensor share one. `run` is that
+    of collect_passes; processes exchange what they saw. ValueError for a layer that is unknown, unsupported or never called."""
+    layers, groups, first = _find(model, layer_names), {}, {}
 
     def add(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x_TI = (args[0] if args else kwargs["input"]).detach().flatten(0, -2)
+        x = args[0] if args else kwargs["input"]
+        if name not in first:
+            first[name] = next((group.layers[0] for group in groups.values() if group.reads(x)), name)
+        if first[name] != name:
+            return
+        groups.setdefault(name, _Group([name], (), None)).remember(x)
+        x_TI = x.detach().movedim(1, -1).flatten(0, -2) if isinstance(module, nn.Conv2d) else x.detach().flatten(0, -2)
         total = torch.cat([x_TI.sum(0, dtype=torch.float64), x_TI.new_tensor([len(x_TI)], dtype=torch.float64)])
-        sums[name] = sums.get(name, 0) + total  # the last entry counts rows
+        extremes = torch.cat([-x_TI.amin(0), x_TI.amax(0)]).float()
+        sums[name], most[name] = sums.get(name, 0) + total, torch.maximum(most.get(name, extremes), extremes)
 
+    sums, most = {}, {}  # the last entry of a sum counts rows
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(add, name), with_kwargs=True))
         run(lambda bin: None)
+    if silent := [name for name in layers if name not in first]:
+        raise ValueError(f"layer {silent[0]!r} was never called by the calibration run")
     exchange(*sums.values())
-    return {name: (total[:-1] / total[-1]).float() for name, total in sums.items()}
+    exchange(*most.values(), op="max")
+    found = {}
+    for name, total in sums.items():
+        minus_low_I, high_I = most[name].chunk(2)
+        found[name] = Range(name, -minus_low_I, high_I, (total[:-1] / total[-1]).float())
+    return {name: found[first[name]] for name in layers}
 
 
 class _InputPass:

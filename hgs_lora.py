@@ -22,7 +22,7 @@ Methods with one signature, chosen by name from METHODS (all on the same grid, w
 
     zero       QLoRA      Q = round(W), B = 0
     pissa      PiSSA      BA = SVD_r(W), Q = round(W - BA)
-    svdquant   SVDQuant   the same split of the smoothed W: the caller smooths W and H (hessian.smooth), not this file
+    svdquant   SVDQuant   the same split of the smoothed W: W and H are those of the smoothed layer
     principal  [R]        BA = SVD_r(W L) L^-1, Q = round(W - BA): the sensitive directions leave the grid, no alternation
     loftq      LoftQ      Q = round(W - BA) and BA = SVD_r(W - Q) in turn, from BA = 0
     qera       QERA       Q = round(W), BA-step
@@ -323,7 +323,7 @@ def main() -> None:
     x_TK[:, ::64] *= 15
     w_OK, H_KK = w_OK / w_OK.norm(dim=1, keepdim=True), x_TK.mT @ x_TK / len(x_TK)
     lam = quant.smoothing_factors(x_TK.abs().amax(0), w_OK.abs().amax(0), 0.5)
-    plain, smoothed = (w_OK, Whitener(H_KK)), (w_OK * lam, Whitener(hessian.smooth(H_KK, lam)))
+    plain, smoothed = (w_OK, Whitener(H_KK)), (w_OK * lam, Whitener(H_KK / lam / lam[:, None]))
     columns = {"rtn": (*plain, "rtn"), "gptq": (*plain, "gptq"), "smoothed gptq": (*smoothed, "gptq")}
     print("||(W - Q - BA) L||^2 / ||W L||^2 in percent, rank 16, groups of 64; smoothed: W * lambda, x / lambda")
     print(f"{'linear 256 x 256':20s}" + "".join(f"{column:>15s}" for column in columns))

@@ -247,10 +247,10 @@ class Bounds(NamedTuple):
 
 def bounds(rank, granule=1, least=0, most=0):
     """Granule, least and largest rank around the average `rank`, where most 0 stands for max(64, 4 rank): that many singular values
-    of each layer are computed, and more cost minutes on a large network.
+    of each layer are computed, and more cost minutes on a large network. rank may be a fraction.
 
     ValueError, one sentence: bounds out of order."""
-    most = most or max(64, 4 * rank)
+    most = most or max(64, int(4 * rank))
     if granule < 1 or not 0 <= least <= rank <= most:
         raise ValueError(f"need 0 <= least <= rank <= most, granule >= 1; got {least}, {rank}, {most} and {granule}")
     return Bounds(granule, least, most)
@@ -260,6 +260,7 @@ def allocate(
     shapes, statistics=None, method="qra", rank=16, granule=1, least=0, most=0, beta=0.5, seed=0, price=parameters
 ) -> dict[str, int | None]:
     """Ranks {name: r} for layers {name: (O, K)}, at most at the price of a uniform `rank`; None for a layer that stays in 16 bits.
+    `rank` may be a fraction, as a budget; the method `uniform` rounds it down.
 
     statistics {name: {statistic: value}} with at least what METHODS[method].reads names, and `whole` where the price of 16 bits is
     finite. granule, least, most: see `bounds`; ranks are least + a multiple of the granule, and `uniform` does not look at them.
@@ -273,15 +274,14 @@ def allocate(
     for name, (O, K) in shapes.items():
         if rank > min(O, K):
             raise ValueError(f"rank {rank} is larger than layer {name} ({O} x {K})")
-    uniform = dict.fromkeys(shapes, rank)
     wholes = dict.fromkeys(shapes)
     if any(math.isfinite(price(shape, None)) for shape in shapes.values()):
         wholes = gains_of_16_bits(method, statistics, shapes, beta, seed)
     if METHODS[method].gains is None:
-        return uniform
+        return dict.fromkeys(shapes, int(rank))
     gains = METHODS[method].gains(shapes, statistics, beta, seed)
     options = {name: choices(gains[name], wholes[name], shape, price, *limits) for name, shape in shapes.items()}
-    budget = total(uniform, shapes, price)
+    budget = total(dict.fromkeys(shapes, rank), shapes, price)
     at, rate = greedy(options, budget, dict.fromkeys(shapes, 0))
     at, _ = greedy(options, budget, exchange(options, budget, at, rate))  # what is left buys ranks that win nothing
     return {name: options[name][at[name]].rank for name in shapes}

@@ -116,18 +116,18 @@ def of_all_processes(values: dict) -> dict:
 
 @dataclass(eq=False)
 class Layer:
-    """A float layer that becomes a packed one. The last four fields are there while `Calibration` hands it out, and None else."""
+    """A float layer that becomes a packed one. The last three fields are there while `Calibration` hands it out, and None else."""
 
     name: str
     module: nn.Module  # Linear or Conv2d
     kind: str  # w4a4 or w4a16 (Family.precision)
     index: int  # in the network's order
     rotated: bool = False  # --rotate, where its channels divide into blocks
-    mean_I: Tensor | None = None  # --centre: of its input
-    stats: hessian.Stats | None = None  # of what it quantizes, z of layers.py before smoothing
+    smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors (--smooth)
+    shift_I: Tensor | None = None  # the mean of x / lambda (--centre)
+    stats: hessian.Stats | None = None  # of what it quantizes, z of layers.py
     w_OK: Tensor | None = None  # float32, tap-major, times smooth_I, rotated
     white: hgs_lora.Whitener | None = None  # of z, with R and N where gradients are collected
-    smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors; None without smoothing too
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,22 +143,20 @@ class Layer:
         return self.index % process_count()
 
     def weight(self, device: torch.device | str) -> Tensor:
-        """W (O, K), float32."""
+        """(W lambda) R, (O, K), float32: what multiplies z."""
         w_OIhw = self.module.weight[..., None, None] if self.module.weight.dim() == 2 else self.module.weight
-        return quant.flatten_conv(w_OIhw).float().to(device)
-
-    @property
-    def shift_I(self) -> Tensor | None:
-        """The mean of x', its smoothed input."""
-        return self.mean_I if self.mean_I is None or self.smooth_I is None else self.mean_I.to(self.smooth_I) / self.smooth_I
+        w_OK = quant.flatten_conv(w_OIhw).float().to(device)
+        w_OK = w_OK if self.smooth_I is None else w_OK * self.smooth_I.to(device).repeat(self.taps)
+        return quant.rotate_taps(w_OK, self.taps) if self.rotated else w_OK
 
     def grid_input(self, x: Tensor) -> Tensor:
-        """z of x (.., I), float32, without smoothing."""
-        z = x.float() if self.mean_I is None else x.float() - self.mean_I
+        """z = (x / lambda - c) R of x (.., I), float32."""
+        z = x.float() if self.smooth_I is None else x.float() * (1 / self.smooth_I)
+        z = z if self.shift_I is None else z - self.shift_I
         return quant.rotate(z) if self.rotated else z
 
     def let_go(self) -> None:
-        self.stats = self.w_OK = self.white = self.smooth_I = None
+        self.stats = self.w_OK = self.white = None
 
 
 def layers_to_quantize(cfg, base: Denoiser) -> list[Layer]:
@@ -256,14 +254,30 @@ class Calibration:
         backward = backward if reads_gradients(cfg) else None
         sums = (8 * sum(side**2 for side in sides) for sides in zip(*(layer.shape for layer in layers), strict=True))
         self.diagonals = backward is not None and max(sums) > self.half  # what the ranks are given of H
-        if cfg.centre:
-            linear = [layer.name for layer in layers if layer.kind == "w4a4" and isinstance(layer.module, nn.Linear)]
-            for name, mean_I in hessian.means(base.net, linear, forward).items():
-                self.layers[name].mean_I = mean_I
-        changed = {layer.name: layer.grid_input for layer in layers if layer.rotated or layer.mean_I is not None}
+        if cfg.centre or cfg.smooth:
+            w4a4 = [layer for layer in layers if layer.kind == "w4a4"]
+            self.centre_and_smooth(w4a4, hessian.ranges(base.net, [layer.name for layer in w4a4], forward))
+        changed = {k: v.grid_input for k, v in self.layers.items() if v.rotated or v.shift_I is not None or v.smooth_I is not None}
         about_inputs = {"group_x": activation_group(cfg), "inputs": changed}
         self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, **about_inputs)
         self.everything: dict | None = None  # a slice that holds all layers
+
+    def centre_and_smooth(self, layers: list[Layer], ranges: dict[str, hessian.Range]) -> None:
+        """The shift and lambda of each layer. Those that read one tensor have one lambda, for the largest of their weights, so that
+        they also share z and its statistics."""
+        together: dict[str, list[Layer]] = {}
+        for layer in layers:
+            together.setdefault(ranges[layer.name].first, []).append(layer)
+        for first, group in together.items():
+            seen, lambda_I = ranges[first], None
+            centre = self.cfg.centre and all(isinstance(layer.module, nn.Linear) for layer in group)
+            mean_I = seen.mean_I if centre else torch.zeros_like(seen.mean_I)
+            if self.cfg.smooth:
+                wmax_I = torch.stack([layer.module.weight.abs().movedim(1, -1).flatten(0, -2).amax(0) for layer in group]).amax(0)
+                xmax_I = torch.maximum(seen.high_I - mean_I, mean_I - seen.low_I)
+                lambda_I = quant.smoothing_factors(xmax_I, wmax_I, self.cfg.smooth)
+            for layer in group:
+                layer.smooth_I, layer.shift_I = lambda_I, (mean_I if lambda_I is None else mean_I / lambda_I) if centre else None
 
     def __iter__(self) -> Iterator[Layer]:
         for part in [self.everything] if self.everything else self.slices():
@@ -282,7 +296,7 @@ class Calibration:
 
     def prepared(self, part: dict[str, tuple[hessian.Stats, Tensor | None]]) -> Iterator[Layer]:
         """The layers of one slice that this process works on; those that read one input (q, k and v) come one after the other and
-        share a Whitener, unless they are smoothed."""
+        share a Whitener."""
         for stats in dict.fromkeys(stats for stats, _ in part.values()):
             shared: dict[torch.device, hgs_lora.Whitener] = {}
             for layer in (self.layers[name] for name in stats.layers if name in part):
@@ -292,28 +306,17 @@ class Calibration:
                     layer.let_go()
 
     def prepare(self, layer: Layer, stats: hessian.Stats, G_OO: Tensor | None, shared: dict) -> None:
-        device, smooth = self.device(layer, stats.H_KK.dim() == 2), self.cfg.smooth and layer.kind == "w4a4"
+        device = self.device(layer, stats.H_KK.dim() == 2)
         layer.stats, layer.w_OK = stats, layer.weight(device)
-        layer.w_OK = quant.rotate_taps(layer.w_OK, layer.taps) if layer.rotated else layer.w_OK
-        if smooth:
-            wmax_I = layer.w_OK.abs().unflatten(1, (layer.taps, -1)).amax((0, 1))
-            layer.smooth_I = quant.smoothing_factors(stats.xmax_I.to(device), wmax_I, self.cfg.smooth)
-            layer.w_OK = layer.w_OK * layer.smooth_I.repeat(layer.taps)
-            layer.white = hgs_lora.Whitener(hessian.smooth(stats.H_KK.to(device), layer.smooth_I))
-        else:
-            if device not in shared:
-                shared[device] = hgs_lora.Whitener(stats.H_KK.to(device))
-            layer.white = shared[device]
+        if device not in shared:
+            shared[device] = hgs_lora.Whitener(stats.H_KK.to(device))
+        layer.white = shared[device]
         if G_OO is not None:
             layer.white = layer.white.of_layer(G_OO.to(device), self.noise(layer))
 
     def noise(self, layer: Layer) -> Tensor | None:
-        """N (K,) of the (smoothed) input, None where activations are not rounded. Under smoothing it is scaled as if each channel
-        had its own step, which is really a group's: an approximation."""
-        if layer.kind != "w4a4":
-            return None
-        lambda2_I = 1 if layer.smooth_I is None else layer.smooth_I**2
-        return (layer.stats.noise_I.to(layer.w_OK.device) / lambda2_I).repeat(layer.taps)
+        """N (K,) of z, None where activations are not rounded."""
+        return layer.stats.noise_I.to(layer.w_OK.device).repeat(layer.taps) if layer.kind == "w4a4" else None
 
     def device(self, layer: Layer, splits: bool) -> torch.device:
         """Where its factors, of its split or of its ranks, are: beside the layer if they fit one half of the budget."""

@@ -56,13 +56,20 @@ from run.state import MicroBatches, TrainingState, stop, stoppable
 def option(default, help: str, choices=None, **about):
     """A field of Config and its flag. `about` may say type: reads the flag, where the field's own type does not; least: smallest
     value; share: from 0 to 1; public: only for models with public weights; may_change: a run that has begun may go on with another
-    value, since it only says how much is held at a time, written, or drawn at the end."""
+    value, since it only says how much is held at a time, written, or drawn at the end; before: what runs did that are older than
+    the field."""
     return field(default=default, metadata={"help": help, "choices": choices, **about})
 
 
 def fractions(text: str) -> str:
     """Numbers with commas between them, written in one way: "0.50,.3" -> "0.5,0.3"."""
     return ",".join(str(float(number)) for number in text.split(","))
+
+
+def number(text: str) -> int | float:
+    """A whole number where it is one: 2, 0.7."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 @dataclass(frozen=True)
@@ -102,17 +109,17 @@ class Config:
     bits_x: int = option(4, "of activations; 8: as fast on INT8 units and closer to 16 bits, somewhat slower on AVX2", (4, 8))
     group_x: int = option(16, "activations that share a multiplier (4 bits)", quant.GROUPS)
     smooth: float = option(0.0, "SmoothQuant's exponent a; 0: off")
-    rotate: bool = option(False, "activations are rotated in blocks of 16 channels before they are rounded")
-    centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias")
+    rotate: bool = option(True, "activations are rotated in blocks of 16 channels before they are rounded", before=False)
+    centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias", before=False)
     rounding: str = option("gptq", "how weights are rounded, see quant.py", quant.ROUNDINGS)
     # initialisation
     init: str = option("hgs", "how W ~ Q + B A is found, see hgs_lora.py", hgs_lora.METHODS)
     hessian: str = option("kron", "kron: of inputs, gradients and rounding noise; input: of inputs (QERA, CLoQ)", ("kron", "input"))
     iters: int = option(8, "alternations of hgs and loftq", least=0)
     ranks: str = option("qra", "how ranks are given to layers, see qra.py", qra.METHODS)
-    rank: int = option(16, "average LoRA rank at equal parameters", least=1)
-    rank_granule: int = option(1, "ranks are --rank-least and multiples of this more", least=1)
-    rank_least: int = option(0, "least rank of a layer; 0: a layer may have no branch", least=0)
+    rank: float = option(16, "average LoRA rank at equal parameters; 4-bit students: may be a fraction", type=number, least=0)
+    rank_granule: int = option(1, "ranks are --rank-least and multiples of this more", least=1, before=0)
+    rank_least: int = option(0, "least rank of a layer; 0: a layer may have no branch", least=0, before=-1)
     rank_most: int = option(0, "largest rank of a layer; 0: four times --rank, at least 64", least=0)
     keep_16bit: bool = option(False, "a layer may stay in 16 bits, at the price in stored bits; off: all are W4A4, as in the paper")
     calibration: int = option(64, "captions for Hessians and variation", least=1)
@@ -158,6 +165,7 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
     ({"stage": {"student"}, "bits": {16}},
      {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "sampling_steps": "1,2,2,4,4,4",
       "jitter": 0.1, "cached": 4096, "eval_n": 1024}),
+    ({"model": FAMILIES.keys() - PUBLIC, "stage": {"student"}, "bits": {4}}, {"rank": 2}),  # the share that 16 ranks are of SDXL
     ({"model": PUBLIC},
      {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "lora_bits": 8, "eval_n": 16,
       "dtype": "bfloat16", "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512}),
@@ -209,6 +217,7 @@ def validate(cfg: Config) -> None:
             require(all(0 <= float(part) <= 1 for part in str(value).split(",")), f"{flag} must be from 0 to 1, got {value}")
         if "public" in f.metadata and cfg.embedded:
             require(value == f.default, f"{flag} is for models with public weights: leave it out")
+    require(cfg.rank > 0 or not cfg.steps, "--rank 0 leaves nothing to train: add --steps 0")
     require(cfg.rank_least <= cfg.rank, f"--rank-least {cfg.rank_least} must be at most --rank {cfg.rank}")
     require(not 0 < cfg.rank_most < cfg.rank, f"--rank-most {cfg.rank_most} must be at least --rank {cfg.rank}")
     weighs = f"--ranks {cfg.ranks} does not weigh what the grid costs: with --keep-16bit choose spectrum, qra or shuffled"
@@ -217,7 +226,7 @@ def validate(cfg: Config) -> None:
     n = process_count()
     require(cfg.batch % n == 0, f"--batch {cfg.batch} does not divide among {n} processes")
     require(cfg.calibration >= n, f"--calibration {cfg.calibration} leaves some of {n} processes without a caption: give more")
-    require(not (cfg.rotate and cfg.smooth), "--smooth scales channels, --rotate mixes them: leave one of them out")
+    require(cfg.bits == 4 or (cfg.rank == int(cfg.rank) >= 1), f"--bits 16 trains a LoRA of --rank 1, 2, .., not of {cfg.rank}")
     validate_objective(cfg)
     gpus = f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"
     require(cfg.device in ("cpu", "cuda"), gpus)
@@ -516,7 +525,8 @@ def save_weights(cfg: Config, path: Path, tensors: dict[str, Tensor], network: D
 
 def defaults(cfg: Config) -> dict:
     """What a run has in the fields that its config.json lacks, since they are younger than it; not what depends on the machine."""
-    return {k: v for k, v in dataclasses.asdict(Config(**presets(cfg))).items() if k not in ("device", "dtype")}
+    before = {f.name: f.metadata["before"] for f in dataclasses.fields(Config) if "before" in f.metadata}
+    return {k: v for k, v in (dataclasses.asdict(Config(**presets(cfg))) | before).items() if k not in ("device", "dtype")}
 
 
 def stored(cfg: Config) -> dict:

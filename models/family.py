@@ -290,6 +290,7 @@ TINY_FLUX = Family(  # 5.2 M parameters
     path=lambda scheduler, latent: FlowPath(),
     transfers=outliers.flux_transfers,
     classifier_free=True,
+    preset={"centre": True},
     **FLUX,
     **EMBEDDED,
 )
@@ -327,7 +328,7 @@ FLUX_DEV = Family(  # FLUX.1 [dev], 11.90 B parameters
     scalar=lambda t, s, guidance: None if guidance is None else torch.full_like(t, guidance),
     path=flux_path,
     classifier_free=False,
-    preset={"guidance": 3.5, "gradient_captions": 8},
+    preset={"guidance": 3.5, "gradient_captions": 8, "centre": True},
     base="black-forest-labs/FLUX.1-dev",
     part="transformer",
     pipeline_name="FluxPipeline",

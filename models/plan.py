@@ -145,7 +145,7 @@ def footprint_of(cfg) -> Footprint:
         buckets(cfg.resolution)  # UserError
     family = FAMILIES[cfg.model]
     side = pretrained.latent_side(family, skeleton_of(cfg), cfg.resolution)
-    about = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": cfg.rank}
+    about = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": math.ceil(cfg.rank)}
     about["gradients"] = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
     latent = (family.latent[0], side, side)
     return Footprint(lambda: skeleton_of(cfg), latent, family.tokens, dtype=cfg.torch_dtype, group_w=cfg.group_w, **about)
@@ -197,9 +197,9 @@ def dry_run(cfg) -> None:
     """Prints the table of layers, the planned peak (of one of WORLD_SIZE processes), main memory and disk that are needed, and last
     the memory ratio. UserError, after the table, if training does not fit --memory-limit."""
     family, net = FAMILIES[cfg.model], skeleton_of(cfg)
-    rows, merged = (layer_table(family, net, rank, cfg.lora_bits, cfg.group_w) for rank in (cfg.rank, 0))
+    rows, merged = (layer_table(family, net, rank, cfg.lora_bits, cfg.group_w) for rank in (math.ceil(cfg.rank), 0))
     paid = " (layers that the run leaves in 16 bits are paid with ranks)" if cfg.keep_16bit else ""
-    print(f"{cfg.model}, rank {cfg.rank}{paid}, groups of {cfg.group_w}\n\n{format_table(rows, cfg.lora_bits)}")
+    print(f"{cfg.model}, rank {math.ceil(cfg.rank)}{paid}, groups of {cfg.group_w}\n\n{format_table(rows, cfg.lora_bits)}")
     print(f"{'merged, without a branch':30s}{'':15s} {ratio(merged):8.2%}\n")
     fp = footprint_of(cfg)
     cfg, made = choices(cfg, fp)

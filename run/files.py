@@ -192,10 +192,15 @@ def refuse_another(out: Path, config: dict, may_change: Set[str] = frozenset(), 
     """UserError if the run in `out` cannot go on as `config`, in fields other than those of may_change. DamagedConfig as
     read_config. A field that the run does not know, since it is of an older version, had its value in `defaults` there."""
     old = (defaults or {}) | read_config(out)["config"]
+    quarters = {"rank_granule": (0, lambda: max(1, old["rank"] // 4)), "rank_least": (-1, lambda: old["rank"] // 4)}
+    old |= {k: quarter() for k, (sign, quarter) in quarters.items() if old.get(k) == sign}  # which stood for them once
     asked = {k for k in config.keys() & old.keys() - may_change if str(old[k]) != str(config[k])}  # --split 0.5 was a number once
     moved = {k for k in ("teacher", "cm", "components") if config.get(k) and Path(config[k]).exists()}  # "files of .." has these
     if changed := sorted(asked - moved):
-        raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder")
+        said = {True: "--{0}", False: "--no-{0}"}
+        began = " ".join(said.get(old[k], "--{0} {1}").format(k.replace("_", "-"), old[k]) for k in changed if k.isidentifier())
+        go_on = f", or go on with {began}" if began else ""
+        raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder{go_on}")
 
 
 def open_run(out: Path, config: dict, leader: bool, **known) -> None:

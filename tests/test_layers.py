@@ -526,8 +526,8 @@ def test_hgs_layer_is_closer_to_the_float_layer_than_zero_init(kind):
         for alpha in (None, 0.5):
             lam, w, H = None, w_OK.detach(), stats.H_KK
             if alpha:
-                lam = quant.smoothing_factors(stats.xmax_I, w.unflatten(1, (taps, -1)).abs().amax((0, 1)), alpha)
-                w, H = w * lam.repeat(taps), hessian.smooth(H, lam)
+                lam = quant.smoothing_factors(stats.absmax_BinI.amax(0), w.unflatten(1, (taps, -1)).abs().amax((0, 1)), alpha)
+                w, H = w * lam.repeat(taps), H / lam.repeat(taps) / lam.repeat(taps)[:, None]
             gw, A, B = hgs_lora.decompose(w, H, 8, method, group=32, taps=taps)
             packed = cls.from_float(layer, gw, A, B, lam)
             with torch.no_grad():

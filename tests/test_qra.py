@@ -72,16 +72,21 @@ def named(shape_list):
     return {f"layer{i}": shape for i, shape in enumerate(shape_list)}
 
 
-@given(shape_lists, kinds, st.integers(0, 99), st.sampled_from(METHODS), st.integers(0, 16), st.integers(1, 5), st.data())
+@given(
+    shape_lists, kinds, st.integers(0, 99), st.sampled_from(METHODS), st.one_of(st.integers(0, 16), st.floats(0, 16)),
+    st.integers(1, 5), st.data(),
+)  # fmt: skip
+@example([(16, 96), (96, 16), (96, 96)], "normal", 0, "uniform", 2.7, 4, None)
 @example([(16, 96), (96, 16), (96, 96)], "normal", 0, "qra", 8, 4, None)
 def test_rank_budget_is_never_exceeded_and_bounds_hold(shape_list, kind, seed, method, rank, granule, data):
-    """Catches: costs that count O only or K only (cheap-looking layers overspend); a granule taken without asking."""
-    shapes = named(shape_list)
-    least, most = (4, 64) if data is None else (data.draw(st.integers(0, rank)), data.draw(st.integers(max(1, rank), 70)))
+    """Catches: costs that count O only or K only (cheap-looking layers overspend); a granule taken without asking; a fraction of a
+    rank that is rounded up."""
+    shapes, whole = named(shape_list), int(rank)
+    least, most = (2, 64) if data is None else (data.draw(st.integers(0, whole)), data.draw(st.integers(whole + 1, 70)))
     bounds = {"rank": rank, "granule": granule, "least": least, "most": most}
     ranks = qra.allocate(shapes, make_layers(shapes, seed, kind), method, seed=seed, **bounds)
     assert ranks.keys() == shapes.keys()
-    assert cost(ranks, shapes) <= cost(dict.fromkeys(shapes, rank), shapes)
+    assert cost(ranks, shapes) <= rank * cost(dict.fromkeys(shapes, 1), shapes)
     assert all(least <= r <= min(most, *shapes[name]) for name, r in ranks.items())
     assert method == "uniform" or all((r - least) % granule == 0 for r in ranks.values())
 
@@ -339,10 +344,10 @@ def test_shuffled_deals_the_same_curves_to_other_layers_and_depends_on_its_seed_
     assert dealt[0] == qra.allocate(shapes, stats, "shuffled", seed=0)
 
 
-@pytest.mark.parametrize("rank,most", [(1, 64), (2, 64), (16, 64), (17, 68), (300, 1200)])
+@pytest.mark.parametrize("rank,most", [(1, 64), (2, 64), (16, 64), (17, 68), (300, 1200), (16.5, 66), (0.7, 64)])
 def test_by_default_only_the_largest_rank_is_bounded(rank, most):
     """Catches: a least rank or a granule that leaves a small budget no choice, a largest one below the average."""
-    assert qra.bounds(rank) == (1, 0, most) and qra.bounds(rank, 3, 1, rank) == (3, 1, rank)
+    assert qra.bounds(rank) == (1, 0, most) and qra.bounds(rank, 3, 0, rank) == (3, 0, rank)
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -285,7 +285,11 @@ def test_lora_moved_and_nothing_else(finished):
 @pytest.mark.slow
 def test_tiny_flux_goes_the_whole_way(without_report, tmp_path):
     """Catches a trainer for UNets only: flow path, W4A16 modulations, HGS, smoothing, packed checkpoint, pictures."""
-    run(random_weights(tmp_path, "tiny-flux"), tmp_path / "r", "--init hgs --ranks qra --iters 1 --smooth 0.25 --steps 1")
+    run(
+        random_weights(tmp_path, "tiny-flux"),
+        tmp_path / "r",
+        "--init hgs --ranks qra --iters 1 --smooth 0.25 --steps 1",
+    )
     student, about = checkpoint.load_checkpoint(tmp_path / "r")
     kinds = [row["kind"] for row in about["layers"].values()]
     assert kinds.count("w4a16") == 2 * 2 + 4 + 2 and kinds.count("w4a4") == len(kinds) - 10
@@ -494,6 +498,8 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--keep-16bit --ranks uniform", "--ranks uniform does not weigh what the grid costs"),
         ("--keep-16bit --ranks qra --deploy merged", "--deploy merged is strict W4A4: leave out --keep-16bit"),
         ("--rank-most 7", "--rank-most 7 must be at least --rank 8"),
+        ("--rank 0", "--rank 0 leaves nothing to train: add --steps 0"),
+        ("--rank 1.5 --bits 16", "--bits 16 trains a LoRA of --rank 1, 2, .., not of 1.5"),
         ("--dtype half", "invalid choice: 'half'"),
         ("--teacher none.safetensors", "none.safetensors does not exist: make it with"),
         ("--data nowhere", "not a folder"),
@@ -596,7 +602,8 @@ def test_what_may_change_is_said_by_the_fields_themselves(finished):
 def as_format_3(folder: Path) -> dict:
     """Turn a run folder into what the version before this one would have left; its configuration."""
     about = files.read_config(folder)
-    known = {k: v for k, v in about["config"].items() if not k.startswith("rank_")}
+    younger = {f.name for f in dataclasses.fields(train.Config) if "before" in f.metadata}
+    known = {k: v for k, v in about["config"].items() if k not in younger}
     former = {new: old for old, new in files.RENAMED.items()}
     config = {former.get(k, k): v for k, v in known.items()} | {"split": 0.5}
     files.write_json(folder / "config.json", about | {"format": 3, "config": config})
@@ -617,18 +624,20 @@ def test_a_run_folder_of_the_format_before_goes_on_and_is_drawn_from(weights, fi
     for name in ("model.safetensors", "state-previous.safetensors", "metrics.jsonl"):
         (old / name).unlink()
     config = as_format_3(old)
-    assert config["phases"] == "1,2,4" and config["edges"] == 4 and "sampling_steps" not in config and "rank_least" not in config
+    assert config["phases"] == "1,2,4" and config["edges"] == 4 and not {"sampling_steps", "rank_least", "rotate"} & config.keys()
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     assert files.run_digest(old) == digest, "as the version before made it"
     assert files.read_config(old)["config"]["sampling_steps"] == "1,2,4" and files.most_steps(files.read_config(old)["config"]) == 4
-    run(weights, old)
+    with pytest.raises(UserError, match=r"another rank_granule, rank_least, rotate: .*, or go on with ") as refusal:
+        run(weights, old)
+    as_before = str(refusal.value).partition("go on with ")[2]
+    assert as_before == "--rank-granule 2 --rank-least 2 --no-rotate"  # that version had none of these flags
+    run(weights, old, as_before)
     assert losses(old) == losses(finished) and files.run_digest(old) == digest
     same_files(finished, old, "state.safetensors", "model.safetensors")
     checkpoint.load_checkpoint(old)
     with pytest.raises(UserError, match="another sampling_steps: choose another --out"):
-        run(weights, old, "--sampling-steps 1")
-    with pytest.raises(UserError, match="another rank_least: choose another --out"):  # that version had no such flag
-        run(weights, old, "--rank-least 1")
+        run(weights, old, f"{as_before} --sampling-steps 1")
 
 
 @pytest.mark.slow
