@@ -42,7 +42,7 @@ import hessian
 import quant
 
 EXACT = 512  # rows of Gram matrices whose eigenvectors are all computed
-LEFT = 1e-3  # c of `grid_cost`: what alternation and GPTQ leave of a squared weight on the grid
+LEFT = 1e-3  # c of `grid_cost`: what rounding with GPTQ leaves of a squared weight
 GPTQ_STEPS = 2  # last Q-steps of hgs that round by GPTQ where that is asked for; the others round to nearest, which is cheaper and
 # ends lower than GPTQ throughout (the demo's layer, 8 steps: 0.035% against 0.040%)
 
@@ -216,8 +216,9 @@ def qera(w_OK, white, rank, round_to_grid, iters, generator):
 #     E ||E L||^2 = rho sum_k w_k^2 H_kk    of errors that are independent of each other: c = rho
 #     E ||E L||^2 = rho sum_k w_k^2 d_k     with GPTQ: d_k is the variance of input k that those rounded after it do not explain
 #     c = rho sum_k d_k / sum_k H_kk        so that, for weights of one size, both cost the same
-# The quotient of the sums is 0.1 (median of the layers 0.11 on tiny, 0.12 on tiny-flux), and N_k, 0.008 H_kk, is eight times as
-# large as what it leaves. So it is a constant here, c = LEFT, and `grid_cost` reads no more of H than its diagonal.
+# The quotient of the sums is about 0.1 (median of the layers 0.11 on tiny, 0.12 on tiny-flux), so that c = 0.01 * 0.1. The other
+# cost, N_k of activations in 4 bits, is 0.008 H_kk there, eight times as large; so c need not be exact, and it is a constant here,
+# LEFT. Then `grid_cost` reads no more of H than its diagonal.
 
 
 def grid_cost(white: Whitener) -> Tensor:

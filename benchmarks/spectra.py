@@ -1,6 +1,6 @@
 """Ranks of SDXL and FLUX at their real size: time and memory of the spectra that they follow, and what is allocated.
 
-    python -m benchmarks.spectra [--models sdxl flux] [--out runs/spectra]        a few minutes on an AVX2 core
+    python -m benchmarks.spectra [--models sdxl flux] [--out runs/spectra]        ten minutes on an AVX2 core
 
 Needs no weights and no pictures. Weights are Gaussian; what the spectra read of statistics, the diagonal of H, N and G, is drawn
 with the spread that it has on `tiny` and `tiny-flux` (SPREAD). One layer of each shape is worked on at its full size, from G to the
@@ -101,7 +101,7 @@ def main() -> None:
     head = ["model", "layers (shapes)", *(f"strongest {most}" for most in MOST), "memory", "layers without a branch"]
     rows = [row_of(model, args.out) for model in args.models]
     lines = markdown([*head, "parameters in branches", "packed / bf16"], *rows)
-    write_table("spectra", [*lines, f"\nrandom weights and statistics, average rank {RANK}, largest {MOST[0]}; {MACHINE}"])
+    write_table("spectra", [*lines, f"\nrandom weights and statistics, average rank {RANK}, largest {MOST[0]}; CPU time; {MACHINE}"])
 
 
 if __name__ == "__main__":
