@@ -259,7 +259,7 @@ def test_a_rule_of_ones_own_with_its_own_statistic_is_one_row_each(monkeypatch):
     build("--ranks uniform")  # asks for none
 
 
-@pytest.mark.parametrize("flags", ["", "--no-rotate --centre", "--centre", "--centre --smooth 0.5"])
+@pytest.mark.parametrize("flags", ["", "--no-rotate --centre", "--centre", "--smooth 0 --centre"])
 def test_rotated_and_centred_layers_compute_the_network_that_they_were_made_of(whole, flags):
     """Catches statistics, split or branch of unlike inputs: the error would be several times that of plain layers."""
     packed, table = build(f"{FULL} {flags}")
@@ -291,7 +291,7 @@ def test_a_small_budget_leaves_layers_without_a_branch(whole):
 # ---------------------------------------------------------------- layers that stay in 16 bits
 
 
-@pytest.mark.parametrize("flags", ["--hessian kron", "--hessian input", "--smooth 0.5", "--hessian-mb 6"])
+@pytest.mark.parametrize("flags", ["--hessian kron", "--hessian input", "--smooth 0", "--hessian-mb 6"])
 def test_all_that_the_grid_costs_is_the_norm_of_the_whole_spectrum(flags):
     """Catches a gain of 16 bits in other units than the gains of ranks: without R, without the cost of the grid, not squared; and
     one that needs more of H than its diagonal, which is all that the ranks are given of it with --hessian-mb 6."""
