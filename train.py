@@ -107,8 +107,8 @@ class Config:
     # number format
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
     bits_x: int = option(4, "of activations; 8: as fast on INT8 units and closer to 16 bits, somewhat slower on AVX2", (4, 8))
-    group_x: int = option(16, "activations that share a multiplier (4 bits)", quant.GROUPS)
-    smooth: float = option(0.0, "SmoothQuant's exponent a; 0: off")
+    group_x: int = option(8, "activations that share a multiplier (4 bits); 16: faster on AVX2", quant.GROUPS)
+    smooth: float = option(0.5, "SmoothQuant's exponent a; 0: off", share=True)
     rotate: bool = option(True, "activations are rotated in blocks of 16 channels before they are rounded", before=False)
     centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias", before=False)
     rounding: str = option("gptq", "how weights are rounded, see quant.py", quant.ROUNDINGS)
@@ -165,7 +165,7 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
     ({"stage": {"student"}, "bits": {16}},
      {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "sampling_steps": "1,2,2,4,4,4",
       "jitter": 0.1, "cached": 4096, "eval_n": 1024}),
-    ({"model": FAMILIES.keys() - PUBLIC, "stage": {"student"}, "bits": {4}}, {"rank": 2}),  # the share that 16 ranks are of SDXL
+    ({"model": FAMILIES.keys() - PUBLIC, "stage": {"student"}, "bits": {4}}, {"rank": 2, "lr": 1e-4}),  # of SDXL 16 ranks are this share
     ({"model": PUBLIC},
      {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "lora_bits": 8, "eval_n": 16,
       "dtype": "bfloat16", "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512}),

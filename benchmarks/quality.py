@@ -1,88 +1,146 @@
-"""Quality on tiny at 1, 2 and 4 steps per recipe and training seed: recipes after 120 updates, but where a label says otherwise.
+"""Quality at SDXL's share of parameters in branches, 1, 2 and 4 steps, both small models, several training seeds.
 
-    python -m benchmarks.quality [--seeds 3] [--n 2048] [--jobs 2] [--out runs/quality]
+    python -m benchmarks.quality [--models tiny tiny-flux] [--seeds 3] [--n 2048] [--jobs 2] [--only LABEL ..] [--teacher]
 
-Finished parts are not run again. docs/tables/quality.md (mean +- sd over training seeds) is written anew after every
-part, so it is worth reading before the end. Teacher and fp rows have one set of weights and no spread.
+Finished parts are not run again. docs/tables/quality.md (mean +- sd over training seeds) is written anew after every part, so it is
+worth reading before the end. "x fp" is the Frechet distance as a multiple of the 16-bit consistency model's at as many steps.
+Seeds after the first are scored at 4 steps only. --teacher adds the guided teacher's rows, which take the longest.
 """
 
+import contextlib
+import io
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
+import torch
+
+import evaluate
 from benchmarks.jobs import MACHINE, each, name_of, parser
-from benchmarks.tables import write_table
+from benchmarks.tables import markdown, write_table
+from models import checkpoint, pretrained
+from models.denoiser import FAST, as_cm, guided_teacher
+from run import files
 
-ZERO = "--init zero --ranks uniform --rounding rtn --lr 2e-4"  # a start that is far off needs larger steps than ours
-UPDATES = "--steps 120"  # the same for all that are compared
-RECIPES = {
-    "CMQuant": UPDATES,
-    "CMQuant, 40 updates (default)": "",
-    "CMQuant, no updates": "--steps 0",
-    "CMQuant, rollouts alone": f"--rollout 1 {UPDATES}",
-    "`--recipe paper`": f"--recipe paper {UPDATES}",
-    "zero init, default objective": f"{ZERO} {UPDATES}",
-    "zero init, self targets (QLoRA style)": f"{ZERO} --rollout 0 --targets self,self {UPDATES}",
+START, SVDQUANT = "--steps 0", "--init svdquant --smooth 0.5 --no-rotate --no-centre --ranks uniform --rounding rtn"
+ROWS = {  # label: flags of train.py, whose default is 2 ranks on average, the share of parameters that 16 are of SDXL
+    "CMQuant (default)": "",
+    "CMQuant, no updates": START,
+    "outlier channels": "--outliers",
+    "SVDQuant style, no updates": f"{SVDQUANT} {START}",
+    "outlier channels, SVDQuant style, no updates": f"--outliers {SVDQUANT} {START}",
+    "W4A8 (`--bits-x 8`), no updates": f"--bits-x 8 {START}",
+    "0.7 ranks, no updates": f"--rank 0.7 {START}",
+    "uniform ranks, no updates": f"--ranks uniform {START}",
+    "`--recipe paper`": "--recipe paper",
 }
-TEACHER = "teacher, guided"
+STEPS, SEED = (4, 2, 1), 1234  # SEED: of the evaluation
 
 
-def rows_of(file: Path) -> dict[str, dict]:
-    """evaluate.py's scores; {} before they are there."""
+def scores_of(file: Path) -> dict[str, dict]:
+    """What `write` wrote; {} before it is there."""
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def table(out: Path, n: int, seeds: int) -> list[str]:
-    """Markdown of all that is scored in `out`. Rows that have no training seed come from the first checkpoint's files."""
+def write(path: Path, rows: dict) -> None:
+    with files.atomic(path) as file:
+        file.write_text(json.dumps(rows))
 
-    def cell(rows: list[dict], key: str, digits: int) -> str:
-        values = [row[key] for row in rows if key in row]
+
+@torch.no_grad()
+def score_fp(model: str, n: int, out: Path) -> None:
+    """fp.json, scores of rendered pictures and of the 16-bit consistency model, and fp-STEPS.safetensors, its pictures."""
+    judge, network = evaluate.Judge(n, SEED), pretrained.load_embedded_cm(model).to(FAST)
+    rows = {"real pictures": {"": judge.rendered()}, "fp CM": {}}
+    for steps in STEPS:
+        pictures = judge.draw("fp", as_cm(network), network, steps)
+        files.write_tensors(out / f"fp-{steps}.safetensors", {"pictures": pictures}, {})
+        rows["fp CM"][steps] = judge.score(pictures)
+    write(out / "fp.json", rows)
+
+
+@torch.no_grad()
+def score_teacher(model: str, n: int, out: Path) -> None:
+    """teacher.json, scores of the guided teacher."""
+    judge, network = evaluate.Judge(n, SEED), pretrained.load_embedded_cm(model).to(FAST)
+    teacher = guided_teacher(network, 1.5)
+    rows = {steps: judge.score(judge.draw("teacher", teacher, network, steps)) for steps in (25, *STEPS)}
+    write(out / "teacher.json", {"teacher, guided": rows})
+
+
+@torch.no_grad()
+def score_run(folder: Path, model: str, n: int, out: Path) -> None:
+    """scores-N.json of a finished run."""
+    judge, (student, _), rows = evaluate.Judge(n, SEED), checkpoint.load_checkpoint(folder), {}
+    for steps in STEPS if folder.name.endswith("-0") else STEPS[:1]:
+        fp = files.read_tensors(out / f"fp-{steps}.safetensors", "delete the folder")[0]["pictures"]
+        rows[steps] = judge.score(judge.draw("ours", student, student, steps), fp)
+    write(folder / f"scores-{n}.json", rows)
+
+
+def table(models: list[str], n: int, seeds: int, out: Path) -> list[str]:
+    """Markdown of all that is scored."""
+
+    def cell(values: list[float], digits: int) -> str:
         spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
 
-    scored = {
-        (label, steps): [rows_of(out / f"{name_of(flags)}-{seed}" / f"n{n}-{steps}.json") for seed in range(seeds)]
-        for label, flags in RECIPES.items()
-        for steps in (1, 2, 4)
-    }
-    first = {steps: scored[next(iter(RECIPES)), steps][0] for steps in (1, 2, 4)}
-    lines = [("real pictures", [first[4].get("real")]), (TEACHER, [rows_of(out / f"teacher-{n}.json").get("teacher")])]
-    for label, key in ((TEACHER, "teacher_same_steps"), ("fp CM", "fp")):
-        lines += [(label, [first[steps].get(key)]) for steps in (1, 2, 4)]
-    lines += [(label, [rows.get("w4a4", rows.get("w4a8")) for rows in all_rows]) for (label, _), all_rows in scored.items()]
-    text = ["| | steps | Frechet | prompt accuracy | PSNR to fp, dB | seeds |", "|---|---|---|---|---|---|"]
-    for label, found in lines:
-        if rows := [row for row in found if row]:
-            cells = (cell(rows, "frechet", 1), cell(rows, "prompt_accuracy", 3), cell(rows, "psnr_to_fp", 2))
-            text.append(f"| {label} | {rows[0].get('steps', '')} | {' | '.join(cells)} | {len(rows)} |")
-    return text
+    lines = []
+    for model in models:
+        reference = scores_of(out / model / "teacher.json") | scores_of(out / model / "fp.json")
+        found = [(label, steps, [row]) for label, by_steps in reference.items() for steps, row in by_steps.items()]
+        for label, flags in ROWS.items():
+            scored = [scores_of(out / model / f"{name_of(flags)}-{seed}" / f"scores-{n}.json") for seed in range(seeds)]
+            found += [(label, steps, [row[steps] for row in scored if steps in row]) for steps in map(str, STEPS)]
+        for label, steps, rows in found:
+            if rows:
+                ratios = [row["frechet"] / reference["fp CM"][steps]["frechet"] for row in rows if steps in reference["fp CM"]]
+                psnr = [row["psnr_to_fp"] for row in rows if "psnr_to_fp" in row]
+                frechet, right = ([row[key] for row in rows] for key in ("frechet", "prompt_accuracy"))
+                lines.append([model, label, steps, cell(frechet, 1), cell(ratios, 3), cell(right, 3), cell(psnr, 2), len(rows)])
+    return markdown(["model", "", "steps", "Frechet", "x fp", "prompt accuracy", "PSNR to fp, dB", "seeds"], *lines)
 
 
 def main() -> None:
     cli = parser(__doc__, "runs/quality", 2048)
+    cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
     cli.add_argument("--seeds", type=int, default=3)
+    cli.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS), help="rows")
+    cli.add_argument("--teacher", action="store_true", help="rows of the guided teacher too")
+    cli.add_argument("--score", nargs=2, metavar=("WHAT", "MODEL"), help="score fp, teacher or a run's folder, and stop")
     args = cli.parse_args()
-    runs = [(label, seed) for label in RECIPES for seed in range(args.seeds)]
+    if args.score:
+        what, model = args.score
+        score = {"fp": score_fp, "teacher": score_teacher}.get(what, partial(score_run, Path(what)))
+        return score(model, args.n, args.out / model)
+    scoring = ("-m", "benchmarks.quality", "--n", str(args.n), "--out", str(args.out), "--score")
 
-    def work(run, call) -> tuple[str, int]:
-        """Trains and scores; the first run also scores what all have in common."""
-        (label, seed), first = run, run == runs[0]
-        folder = args.out / f"{name_of(RECIPES[label])}-{seed}"
+    def reference(part: tuple[str, str], call) -> None:
+        what, model = part
+        if not (args.out / model / f"{what}.json").exists():
+            call(*scoring, what, model)
+
+    def work(run: tuple[str, str, int], call) -> tuple[str, str, int]:
+        """Trains and scores."""
+        model, label, seed = run
+        folder = args.out / model / f"{name_of(ROWS[label])}-{seed}"
         if not (folder / "report.json").exists():
-            call("train.py", "--seed", str(seed), "--out", str(folder), "--eval-n", "64", *RECIPES[label].split())
-        scores = [(steps, "same" if first else "none", folder / f"n{args.n}-{steps}.json") for steps in (4, 2, 1)]
-        scores += [(4, "both", args.out / f"teacher-{args.n}.json")] if first else []
-        for steps, teacher, file in scores:
-            if not file.exists():
-                flags = ("--checkpoint", str(folder), "--steps", str(steps), "--n", str(args.n), "--json", str(file))
-                call("evaluate.py", *flags, "--teacher", teacher)
+            flags = ("--model", model, "--seed", str(seed), "--out", str(folder), "--eval-n", "64")
+            call("train.py", *flags, *ROWS[label].split())
+        if not (folder / f"scores-{args.n}.json").exists():
+            call(*scoring, str(folder), model)
         return run
 
-    for done in each(work, runs, args.jobs):
-        print(*done, flush=True)
-        dtype = rows_of(args.out / f"{name_of(RECIPES[runs[0][0]])}-0" / "config.json")["config"]["dtype"]
-        note = f"\n{args.n} pictures, evaluation seed 1234; networks in {dtype}; {MACHINE}"
-        write_table("quality", [*table(args.out, args.n, args.seeds), note])
+    for model in args.models:
+        (args.out / model).mkdir(parents=True, exist_ok=True)
+    list(each(reference, [(what, model) for what in ("fp", "teacher")[: 1 + args.teacher] for model in args.models], args.jobs))
+    runs = [(model, label, seed) for seed in range(args.seeds) for label in args.only for model in args.models]
+    for run in each(work, runs, args.jobs):
+        print(*run, flush=True)
+        note = f"\n{args.n} pictures, evaluation seed {SEED}; networks in {str(FAST).removeprefix('torch.')}; {MACHINE}"
+        with contextlib.redirect_stdout(io.StringIO()):  # the whole table after each run is too much of a screen
+            write_table("quality", [*table(args.models, args.n, args.seeds, args.out), note])
 
 
 if __name__ == "__main__":
