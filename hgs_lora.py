@@ -217,8 +217,8 @@ def qera(w_OK, white, rank, round_to_grid, iters, generator):
 #     E ||E L||^2 = rho sum_k w_k^2 d_k     with GPTQ: d_k is the variance of input k that those rounded after it do not explain
 #     c = rho sum_k d_k / sum_k H_kk        so that, for weights of one size, both cost the same
 # The quotient of the sums is about 0.1 (median of the layers 0.11 on tiny, 0.12 on tiny-flux), so that c = 0.01 * 0.1. The other
-# cost, N_k of activations in 4 bits, is 0.008 H_kk there, eight times as large; so c need not be exact, and it is a constant here,
-# LEFT. Then `grid_cost` reads no more of H than its diagonal.
+# cost, N_k of activations in 4 bits and groups of 16, is 0.008 H_kk there, eight times as large; so c need not be exact, and it is
+# a constant here, LEFT. Then `grid_cost` reads no more of H than its diagonal.
 
 
 def grid_cost(white: Whitener) -> Tensor:

@@ -29,7 +29,7 @@ from models.family import FAMILIES
 from run.common import step_generator
 
 RANK, MOST = 16, (64, 256)  # the average rank of these models; how many values are computed
-NOISE = 0.008  # N / H, the median on tiny and tiny-flux
+NOISE = 0.008  # N / H, the median on tiny and tiny-flux, 4 bits in groups of 16
 SPREAD = {"H": 0.7, "N / H": 0.7, "G": 0.7, "layers": 3.0}  # sd of logarithms: within a layer, and of layers' mean G
 
 
