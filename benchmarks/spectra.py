@@ -20,10 +20,11 @@ from torch import Tensor
 
 import hgs_lora
 import qra
+import train
 from benchmarks.bench import peak_growth
 from benchmarks.jobs import MACHINE
 from benchmarks.tables import markdown, write_table
-from models import memory
+from models import memory, plan
 from models.denoiser import float_layers
 from models.family import FAMILIES
 from run.common import step_generator
@@ -67,7 +68,7 @@ def allocated(kinds: dict[str, str], shapes: dict[str, tuple], spectra: dict[str
     statistics = {name: {"spectrum": sigma[name][: MOST[0]], "energy": 1.0} for name in shapes}
     ranks = qra.allocate(shapes, statistics, "spectrum", RANK, granule=1, least=0, most=MOST[0])
     net = FAMILIES[model].build_meta()
-    rows = memory.layer_table(FAMILIES[model], net, ranks)
+    rows = memory.layer_table(FAMILIES[model], net, ranks, **plan.about_inputs(train.parse(["--model", model])))
     lora = sum(ranks[name] * sum(shape) for name, shape in shapes.items()) / (sum(row.bf16 for row in rows) / 2)
     none = sum(rank == 0 for rank in ranks.values()) / len(ranks)
     return [f"{none:.0%}", f"{lora:.2%}", f"{memory.ratio(rows):.4f}"]
