@@ -100,7 +100,7 @@ def test_sdxl_and_merged_networks_stay_within_their_share_of_bf16(tables):
 
 
 def test_flux_stays_within_its_share_of_bf16(tables):
-    """Catches: factors in 16 bits (26.4%), float scales, factors of smoothing in 32 bits (26.1% each), a text projection of 16 bits."""
+    """Catches: factors in 16 bits (26.4%), float scales, smoothing in 32 bits (26.1%), a text projection of 16 bits."""
     assert memory.ratio(tables["flux", False]) <= 0.2603
 
 
