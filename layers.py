@@ -99,8 +99,8 @@ class PackedLayer(nn.Module):
     """Q + B A. A subclass defines run(x, A, B), the kernel, and grads(g, x, A, B, needs), its straight-through gradients.
 
     Buffers: codes_OP, mult_P uint8; scale_O float32, or the byte of kernels.pack_scales, which is the same number exactly (deployed
-    form); inv_smooth (I,) float32 if smoothed; shift (I,) float32 if centred; bias (O,) in the float layer's dtype, if that has one
-    or the layer is centred.
+    form); inv_smooth (I,) if smoothed and shift (I,) if centred, float32, or bfloat16 from a file where that is the same; bias (O,)
+    in the float layer's dtype, if that has one or the layer is centred.
 
     lora_A (r, K), lora_B (O, r) are float32 Parameters, and None at rank 0. In the deployed form (store_8bit, or lora_bits=8) they
     are int8 buffers with lora_scale (2, r) float32 beside them, and only x has a gradient. state_dict() is what safetensors saves.
@@ -201,6 +201,10 @@ class PackedLayer(nn.Module):
         """x' in x's dtype, the product in float32; channels are the last axis."""
         return x if self.inv_smooth is None else (x.float() * self.inv_smooth).to(x.dtype)
 
+    def change_of_input(self) -> tuple[Tensor | None, Tensor | None]:
+        """(inv_smooth, shift) as kernels take them: float32, also where they came from a file, which has them in bfloat16."""
+        return tuple(None if t is None else t.float() for t in (self.inv_smooth, self.shift))
+
     def forward(self, x: Tensor) -> Tensor:
         A, B = (self.anchor_A, self.anchor_B) if self.use_anchor else self.factors()
         with torch.autocast(x.device.type, enabled=False):  # autocast would make the training forward another function
@@ -249,8 +253,8 @@ class W4A4Linear(PackedLayer):
     """x (.., I) -> (.., O); activations are quantized for each token."""
 
     def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
-        kernel = self._kernel(kernels.w4a4_linear)
-        return kernel(x, self.packed, self.bias, A_rI, B_Or, self.inv_smooth, self.group_x, self.shift, self.rotated)
+        kernel, (inv_smooth_I, shift_I) = self._kernel(kernels.w4a4_linear), self.change_of_input()
+        return kernel(x, self.packed, self.bias, A_rI, B_Or, inv_smooth_I, self.group_x, shift_I, self.rotated)
 
     def grads(self, g, x, A_rI, B_Or, needs):
         """(dx, dA, dB), None where not needed. Products in x's dtype, as those of a float layer's backward."""
@@ -284,7 +288,7 @@ class W4A4Conv2d(PackedLayer):
 
     def run(self, x: Tensor, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
         kernel, geometry = self._kernel(kernels.w4a4_conv2d), (self.kernel_size, self.stride, self.padding)
-        y = kernel(x, self.packed, self.bias, A_rK, B_Or, self.inv_smooth, self.group_x, *geometry, self.rotated)
+        y = kernel(x, self.packed, self.bias, A_rK, B_Or, self.change_of_input()[0], self.group_x, *geometry, self.rotated)
         # as nn.Conv2d: the layout of x. On a CPU a small channels-last GroupNorm takes 10 times as long
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
@@ -397,5 +401,5 @@ def merged_layer(layer: PackedLayer) -> PackedLayer:
     scale_O = kernels.pack_scales(pw.scale_O) if layer.scale_O.dtype == torch.uint8 else pw.scale_O
     merged.load_state_dict(dict(codes_OP=pw.codes_OP, mult_P=pw.mult_P, scale_O=scale_O), strict=False)
     if layer.shift is not None:
-        merged.bias += B_Or.float() @ (A_rK.float() @ layer.shift)  # of c, which the branch no longer sees
+        merged.bias += B_Or.float() @ (A_rK.float() @ layer.shift.float())  # of c, which the branch no longer sees
     return merged

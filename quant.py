@@ -321,10 +321,12 @@ def rotate_taps(w_OK: Tensor, taps: int) -> Tensor:
 
 
 def smoothing_factors(xmax_I: Tensor, wmax_I: Tensor, alpha: float) -> Tensor:
-    """lambda_I = max|x|^a / max|w|^(1-a), float32 (SmoothQuant, 2211.10438 [R]), from the largest magnitudes of each input
-    channel: the layer then quantizes x / lambda and W * lambda. A factor that would be zero or not finite is 1."""
+    """lambda_I ~ max|x|^a / max|w|^(1-a), float32 (SmoothQuant, 2211.10438 [R]), from the largest magnitudes of each input
+    channel: the layer then quantizes x / lambda and W * lambda. They are rounded to powers of two, so that both are exact in every
+    dtype and two bytes hold a factor. A factor that would be zero or not finite is 1."""
     lam = xmax_I.float().pow(alpha) / wmax_I.float().pow(1 - alpha)
-    return torch.where(torch.isfinite(lam) & (lam > TINY) & (xmax_I > 0) & (wmax_I > 0), lam, 1.0)
+    fine = torch.isfinite(lam) & (lam > TINY) & (xmax_I > 0) & (wmax_I > 0)
+    return torch.where(fine, lam, 1.0).log2().round().clamp(-24, 24).exp2()
 
 
 # ------------------------------------------------------------------------------------------------ demo

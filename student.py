@@ -277,7 +277,8 @@ class Calibration:
                 xmax_I = torch.maximum(seen.high_I - mean_I, mean_I - seen.low_I)
                 lambda_I = quant.smoothing_factors(xmax_I, wmax_I, self.cfg.smooth)
             for layer in group:
-                layer.smooth_I, layer.shift_I = lambda_I, (mean_I if lambda_I is None else mean_I / lambda_I) if centre else None
+                shift_I = mean_I if lambda_I is None else mean_I / lambda_I
+                layer.smooth_I, layer.shift_I = lambda_I, shift_I.bfloat16().float() if centre else None  # a file has bfloat16
 
     def __iter__(self) -> Iterator[Layer]:
         for part in [self.everything] if self.everything else self.slices():

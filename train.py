@@ -165,7 +165,8 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
     ({"stage": {"student"}, "bits": {16}},
      {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "sampling_steps": "1,2,2,4,4,4",
       "jitter": 0.1, "cached": 4096, "eval_n": 1024}),
-    ({"model": FAMILIES.keys() - PUBLIC, "stage": {"student"}, "bits": {4}}, {"rank": 2, "lr": 1e-4}),  # of SDXL 16 ranks are this share
+    ({"model": FAMILIES.keys() - PUBLIC, "stage": {"student"}, "bits": {4}},
+     {"rank": 2, "lr": 1e-4}),  # the share of parameters that 16 ranks are of SDXL
     ({"model": PUBLIC},
      {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "lora_bits": 8, "eval_n": 16,
       "dtype": "bfloat16", "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512}),

@@ -1,66 +1,87 @@
-"""The start before any training, per method and budget: PSNR of 4-step W4A4 pictures to the 16-bit consistency model's.
+"""The start before any training, per method and budget: PSNR of 4-step pictures to the 16-bit consistency model's.
 
-    python -m benchmarks.initialisation [--models tiny tiny-flux] [--n 256] [--jobs 2]         one to two minutes a row on two cores
+    python -m benchmarks.initialisation [--models tiny tiny-flux] [--n 256] [--jobs 2]     one to two minutes a cell on two cores
 
-Each cell is one run of `train.py --steps 0`; finished ones are not run again. Writes docs/tables/initialisation.md: for each model
-PSNR in dB and, in brackets, the Frechet distance as a multiple of the 16-bit model's.
+Each cell is one run of `train.py --steps 0`; finished ones are not run again. docs/tables/initialisation.md is written anew after
+every cell: for each model, as it is and with outlier channels (`--outliers`), PSNR in dB and in brackets the Frechet distance as a
+multiple of the 16-bit model's.
 """
 
+import contextlib
+import io
 import json
 
 from benchmarks.jobs import MACHINE, each, name_of, parser
 from benchmarks.tables import markdown, write_table
 
-PLAIN = "--ranks uniform --rounding rtn"
-ROWS = [  # name, flags
-    ("zero (QLoRA)", f"--init zero {PLAIN}"),
-    ("PiSSA", f"--init pissa {PLAIN}"),
-    ("LoftQ", f"--init loftq {PLAIN}"),
-    ("QERA", f"--init qera {PLAIN}"),
-    ("SVDQuant style: smoothed, SVD", f"--init svdquant --smooth 0.5 --no-rotate {PLAIN}"),
-    ("principal part, no alternation", f"--init principal {PLAIN}"),
-    ("HGS, Hessian of the inputs alone", f"--hessian input {PLAIN}"),
-    ("HGS, Kronecker Hessian", PLAIN),
-    ("  + GPTQ", "--ranks uniform"),
-    ("  + QRA ranks", "--no-centre"),
-    ("default", ""),
-    ("default, activations not rotated", "--no-rotate"),
-    ("default, neither rotated nor centred", "--no-rotate --no-centre"),
-    ("default, both rotated and centred", "--centre"),
-    ("default, activation groups of 8", "--group-x 8"),
-    ("default, Hessian of the inputs alone", "--hessian input"),
-    ("default, merged Q(Q + BA)", "--deploy merged"),
-    ("1% of the parameters", "--rank 1"),
-    ("4% of the parameters", "--rank 4"),
-    ("16 ranks", "--rank 16"),
-]
+BARE = "--group-x 16 --no-rotate --no-centre"  # activations as they are, in groups of 16
+PLAIN = f"--ranks uniform --rounding rtn --smooth 0 {BARE}"
+ROWS = {  # name: flags
+    "default": "",
+    "SVDQuant style: smoothed, SVD": f"--init svdquant --ranks uniform --rounding rtn {BARE}",
+    "zero (QLoRA)": f"--init zero {PLAIN}",
+    "PiSSA": f"--init pissa {PLAIN}",
+    "LoftQ": f"--init loftq {PLAIN}",
+    "QERA": f"--init qera {PLAIN}",
+    "HGS, Hessian of the inputs alone": f"--hessian input {PLAIN}",
+    "HGS, Kronecker Hessian": PLAIN,
+    "  + GPTQ": f"--ranks uniform --smooth 0 {BARE}",
+    "  + QRA ranks": f"--smooth 0 {BARE}",
+    "  + smoothing": BARE,
+    "  + rotation": "--group-x 16 --no-centre",
+    "default, not smoothed": "--smooth 0",
+    "default, not rotated": "--no-rotate",
+    "default, groups of 16": "--group-x 16",
+    "default, centred": "--centre",
+    "default, not centred": "--no-centre",
+    "default, ranks by the spectrum alone": "--ranks spectrum",
+    "default, layers may stay in 16 bits": "--keep-16bit",
+    "default, Hessian of the inputs alone": "--hessian input",
+    "default, merged Q(Q + BA)": "--deploy merged",
+    "W4A8": "--bits-x 8",
+    "W4A8, uniform ranks": "--bits-x 8 --ranks uniform",
+    "no branch at all": "--rank 0",
+    "0.7 ranks": "--rank 0.7",
+    "4 ranks": "--rank 4",
+    "16 ranks": "--rank 16",
+}
+TESTBEDS = {"": "", ", outliers": "--outliers"}
 
 
 def main() -> None:
     cli = parser(__doc__, "runs/initialisation", 256)
     cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
+    cli.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS), help="rows")
     args = cli.parse_args()
-    cells = [(model, flags) for _, flags in ROWS for model in args.models]
+    columns = [(model, testbed) for model in args.models for testbed in TESTBEDS]
 
-    def measure(cell, call) -> dict:
-        model, flags = cell
-        out = args.out / model / name_of(flags)
-        if not (out / "report.json").exists():
-            call("train.py", "--model", model, "--steps", "0", "--eval-n", str(args.n), "--out", str(out), *flags.split())
-        report = json.loads((out / "report.json").read_text())
-        print(*cell, report["w4a4"], flush=True)
-        return report
+    def report_of(row: str, column: tuple[str, str]):
+        """The run's folder and what its report says, {} before it is there."""
+        model, testbed = column
+        out = args.out / model / name_of(f"{TESTBEDS[testbed]} {ROWS[row]}")
+        return out, json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else {}
 
-    reports = dict(zip(cells, each(measure, cells, args.jobs), strict=True))
+    def measure(cell, call):
+        (row, (model, testbed)), (out, report) = cell, report_of(*cell)
+        if not report:
+            flags = ("--model", model, "--steps", "0", "--eval-n", str(args.n), "--out", str(out))
+            call("train.py", *flags, *f"{TESTBEDS[testbed]} {ROWS[row]}".split())
+        return cell
 
-    def shown(report: dict) -> str:
-        return f"{report['w4a4']['psnr_to_fp']:.2f} ({report['w4a4']['frechet'] / report['fp']['frechet']:.3f})"
+    def shown(row: str, column: tuple[str, str]) -> str:
+        report = report_of(row, column)[1]
+        if not report:
+            return "-"
+        ours = report.get("w4a4") or report["w4a8"]
+        return f"{ours['psnr_to_fp']:.2f} ({ours['frechet'] / report['fp']['frechet']:.3f})"
 
-    rows = [[name, f"`{flags or '(none)'}`", *(shown(reports[model, flags]) for model in args.models)] for name, flags in ROWS]
-    lines = markdown(["start", "flags of `train.py --steps 0`", *args.models], *rows)
-    fp = ", ".join(f"{model} {reports[model, '']['fp']['frechet']:.1f}" for model in args.models)
-    lines.append(f"\n{args.n} pictures, 4 steps, seed 0; Frechet distance of the 16-bit model: {fp}; {MACHINE}")
-    write_table("initialisation", lines)
+    for cell in each(measure, [(row, column) for row in args.only for column in columns], args.jobs):
+        print(*cell, shown(*cell), flush=True)
+        rows = [[row, f"`{flags or '(none)'}`", *(shown(row, column) for column in columns)] for row, flags in ROWS.items()]
+        lines = markdown(["start", "flags of `train.py --steps 0`", *("".join(column) for column in columns)], *rows)
+        note = f"\n{args.n} pictures, 4 steps, seed 0; {MACHINE}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            write_table("initialisation", [*lines, note])
 
 
 if __name__ == "__main__":

@@ -101,8 +101,9 @@ def main() -> None:
     head = ["model", "layers (shapes)", *(f"strongest {most}" for most in MOST), "memory", "layers without a branch"]
     rows = [row_of(model, args.out) for model in args.models]
     lines = markdown([*head, "parameters in branches", "packed / bf16"], *rows)
-    note = f"random weights and statistics, average rank {RANK}, largest {MOST[0]}; CPU time; {MACHINE}"
-    write_table("spectra", [*lines, f"\n{note}"])
+    write_table(
+        "spectra", [*lines, f"\nrandom weights and statistics, average rank {RANK}, largest {MOST[0]}; CPU time; {MACHINE}"]
+    )
 
 
 if __name__ == "__main__":

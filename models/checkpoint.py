@@ -84,8 +84,10 @@ def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of a state_dict as model.safetensors has it."""
     if key.endswith(".scale_O") and tensor.dtype == torch.float32:
         return kernels.pack_scales(tensor)
-    narrow = tensor.dtype == torch.float32 and not key.endswith((".inv_smooth", ".shift", ".lora_scale"))
-    return tensor.bfloat16() if narrow else tensor
+    keep = key.endswith(".lora_scale") or (
+        key.endswith((".inv_smooth", ".shift")) and not torch.equal(tensor, tensor.bfloat16().float())
+    )
+    return tensor if keep or tensor.dtype != torch.float32 else tensor.bfloat16()
 
 
 def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lora_bits: int = 16) -> None:

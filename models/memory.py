@@ -63,23 +63,24 @@ class Row(NamedTuple):
         return self.codes + self.scales + self.lora + self.other
 
 
-def layer_table(family: Family, net: nn.Module, rank=16, lora_bits: int = 8, group_w: int = 64) -> list[Row]:
+def layer_table(family: Family, net: nn.Module, rank=16, lora_bits: int = 8, group_w: int = 64, **about_x: bool) -> list[Row]:
     """One Row for every Linear and Conv2d of a diffusers network (best on the meta device), one for the rest.
 
     rank: of every quantized layer, at most its smaller side, or {layer: rank}; 0: merged. lora_bits=16: 16-bit factors in the
-    file."""
+    file. about_x: those of packed_twin_of."""
     rows = []
     for name, layer in float_layers(net).items():
         kind, bias = family.precision(name), 0 if layer.bias is None else 2 * layer.bias.numel()
         bf16 = 2 * layer.weight.numel() + bias
         row = Row(name, kind, tuple(layer.weight.shape), bf16, other=bf16)
         if kind != "16bit":
-            packed = packed_twin_of(kind, layer.to("meta"), rank[name] if isinstance(rank, dict) else rank, group_w, lora_bits=8)
+            its_rank = rank[name] if isinstance(rank, dict) else rank
+            packed = packed_twin_of(kind, layer.to("meta"), its_rank, group_w, lora_bits=8, **about_x)
             size = Counter({key: tensor.nbytes for key, tensor in packed.state_dict().items()})
             lora = (size["lora_A"] + size["lora_B"]) * lora_bits // 8 + (size["lora_scale"] if lora_bits == 8 else 0)
-            row = row._replace(
-                other=bias, rank=packed.rank, codes=size["codes_OP"], scales=size["mult_P"] + size["scale_O"], lora=lora
-            )
+            scales = size["mult_P"] + size["scale_O"] + (size["inv_smooth"] + size["shift"]) // 2  # in a file they are bfloat16
+            bias = 0 if packed.bias is None else 2 * packed.bias.numel()
+            row = row._replace(other=bias, rank=packed.rank, codes=size["codes_OP"], scales=scales, lora=lora)
         rows.append(row)
     rest = 2 * sum(t.numel() for t in net.state_dict().values()) - sum(row.bf16 for row in rows)
     return [*rows, Row("norms and other parameters", "16bit", (), rest, rest)]
@@ -195,17 +196,21 @@ def step(net: nn.Module, given: dict, gradients: bool, seen: dict | None = None)
     return live.curve
 
 
-def packed_twin_of(kind: str, layer: nn.Module, rank: int, group_w: int, lora_bits: int = 16) -> PackedLayer:
-    """Of a float layer, its rank at most its smaller side."""
-    return packed_class(kind, layer)(layer, min(rank, len(layer.weight), layer.weight[0].numel()), group_w, lora_bits=lora_bits)
+def packed_twin_of(
+    kind: str, layer: nn.Module, rank: int, group_w: int, lora_bits: int = 16, smooth: bool = False, centre: bool = False
+) -> PackedLayer:
+    """Of a float layer, its rank at most its smaller side. smooth, centre: where student.py does that, in W4A4 layers."""
+    rank, w4a4 = min(rank, len(layer.weight), layer.weight[0].numel()), kind == "w4a4"
+    about_x = {"smooth": smooth and w4a4, "centred": centre and w4a4 and isinstance(layer, nn.Linear)}
+    return packed_class(kind, layer)(layer, rank, group_w, lora_bits=lora_bits, **about_x)
 
 
-def packed_twin(family: Family, net: nn.Module, rank: int, group_w: int = 64, under: str = "") -> nn.Module:
+def packed_twin(family: Family, net: nn.Module, rank: int, group_w: int = 64, under: str = "", **about_x: bool) -> nn.Module:
     """`net` (meta), its layers, or those of the module `under`, replaced in place by packed ones in training form: A and B require
-    gradients, nothing else."""
+    gradients, nothing else. about_x: those of packed_twin_of."""
     for name, layer in float_layers(net).items():
         if (kind := family.precision(name)) != "16bit" and name.startswith(under):
-            replace_layer(net, name, packed_twin_of(kind, layer, rank, group_w))
+            replace_layer(net, name, packed_twin_of(kind, layer, rank, group_w, **about_x))
     for name, p in net.named_parameters():
         p.requires_grad_("lora_" in name)
     return net
@@ -215,17 +220,18 @@ class Footprint:
     """Sizes in bytes of what training a network needs, and its activations; costs seconds for each kind of activations.
 
     build() -> the float network on the meta device, called twice. cm_rank: of the consistency LoRA on the teacher, 0 for none.
-    trains: student, or cm: that LoRA. gradients: whether the start collects G (hessian.py) as well as H."""
+    trains: student, or cm: that LoRA. gradients: whether the start collects G (hessian.py) as well as H. about_x: those of
+    packed_twin_of."""
 
     def __init__(
         self, build, latent, tokens: int, rank: int = 16, cm_rank: int = 64, dtype=torch.bfloat16, group_w: int = 64,
-        trains: str = "student", gradients: bool = True,
+        trains: str = "student", gradients: bool = True, **about_x: bool,
     ):  # fmt: skip
         self.shapes, self.trains = (tuple(latent), tokens), trains
         self.dtype, self.curves, self.seen = dtype, {}, {}
         teacher = nn.Module.to(build(), dtype)
         self.family = family_of_network(teacher)
-        student = packed_twin(self.family, nn.Module.to(build(), dtype), rank, group_w)
+        student = packed_twin(self.family, nn.Module.to(build(), dtype), rank, group_w, **about_x)
         self.mode = FakeTensorMode()
         with self.mode:
             self.student, self.teacher = (net._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)) for net in (student, teacher))

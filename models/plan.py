@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,6 +140,11 @@ def skeleton_of(cfg) -> torch.nn.Module:
     return pretrained.skeleton(cfg.model, cfg.components if pretrained.is_file(cfg.teacher) else cfg.teacher)
 
 
+def about_inputs(cfg) -> dict[str, bool]:
+    """What layers keep of their inputs, as memory.packed_twin_of takes it."""
+    return {"smooth": bool(cfg.smooth), "centre": cfg.centre}
+
+
 def footprint_of(cfg) -> Footprint:
     """Of the 4-bit student, or of the consistency model that --bits 16 trains, for pictures of --resolution."""
     if cfg.resolution:
@@ -146,6 +152,7 @@ def footprint_of(cfg) -> Footprint:
     family = FAMILIES[cfg.model]
     side = pretrained.latent_side(family, skeleton_of(cfg), cfg.resolution)
     about = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": math.ceil(cfg.rank)}
+    about |= about_inputs(cfg)
     about["gradients"] = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
     latent = (family.latent[0], side, side)
     return Footprint(lambda: skeleton_of(cfg), latent, family.tokens, dtype=cfg.torch_dtype, group_w=cfg.group_w, **about)
@@ -197,7 +204,8 @@ def dry_run(cfg) -> None:
     """Prints the table of layers, the planned peak (of one of WORLD_SIZE processes), main memory and disk that are needed, and last
     the memory ratio. UserError, after the table, if training does not fit --memory-limit."""
     family, net = FAMILIES[cfg.model], skeleton_of(cfg)
-    rows, merged = (layer_table(family, net, rank, cfg.lora_bits, cfg.group_w) for rank in (math.ceil(cfg.rank), 0))
+    table = partial(layer_table, family, net, lora_bits=cfg.lora_bits, group_w=cfg.group_w, **about_inputs(cfg))
+    rows, merged = table(math.ceil(cfg.rank)), table(0)
     paid = " (layers that the run leaves in 16 bits are paid with ranks)" if cfg.keep_16bit else ""
     print(f"{cfg.model}, rank {math.ceil(cfg.rank)}{paid}, groups of {cfg.group_w}\n\n{format_table(rows, cfg.lora_bits)}")
     print(f"{'merged, without a branch':30s}{'':15s} {ratio(merged):8.2%}\n")

@@ -353,10 +353,12 @@ def test_bad_values_make_their_own_scale_nan_and_no_other(bad):
 
 @given(widths, st.sampled_from([0.0, 0.25, 0.5, 1.0]), seeds)
 def test_smoothing_is_the_formula_and_one_for_dead_channels(I, alpha, seed):
-    """Catches swapped exponents, zero or infinite factors for channels that never fire."""
+    """Catches swapped exponents, factors that are no powers of two, zero or infinite ones for channels that never fire."""
     x, w = draw("normal", I, seed=seed).abs(), draw("normal", I, seed=seed + 1).abs()
     lam = quant.smoothing_factors(x, w, alpha)
-    assert torch.allclose(lam, x**alpha / w ** (1 - alpha), rtol=1e-5) and lam.dtype == torch.float32
+    exponent = (x**alpha / w ** (1 - alpha)).log2()
+    assert torch.equal(lam.log2().round().exp2(), lam) and lam.dtype == torch.float32
+    assert ((lam.log2() - exponent).abs() <= 0.5001).all()
     dead = torch.zeros(I)
     assert all((quant.smoothing_factors(*args, alpha) == 1).all() for args in ((dead, w), (x, dead), (dead, dead)))
 
