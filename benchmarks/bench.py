@@ -68,7 +68,8 @@ RANK = 32
 
 
 class Layer:
-    """Operands of one shape: float layer, input, float64 answer, and our packed weight with its bias and branch."""
+    """Operands of one shape: float layer, input, float64 answer, and our packed weight with its bias and branch, rotated and with
+    factors of smoothing, as train.py makes it by default (the factors are 1, which takes as long as any others)."""
 
     def __init__(self, kind: str, M: int, K: int, N: int, device: str):
         torch.manual_seed(0)
@@ -82,10 +83,12 @@ class Layer:
         self.float.requires_grad_(False)
         self.reference = copy.deepcopy(self.float).double()(self.x.double())
         w_OK = quant.flatten_conv(self.float.weight) if conv else self.float.weight
-        grid = quant.quantize_weight(w_OK, taps=9 if conv else 1)
-        U, S, V = torch.svd_lowrank(w_OK - quant.dequantize(grid), RANK, niter=1)
+        taps = 9 if conv else 1
+        grid = quant.quantize_weight(quant.rotate_taps(w_OK, taps), taps=taps)
+        U, S, V = torch.svd_lowrank(w_OK - quant.rotate_taps(quant.dequantize(grid), taps), RANK, niter=1)
         self.packed, self.bias = kernels.pack(grid), self.float.bias.clone()
         self.A, self.B = (S.sqrt()[:, None] * V.T).to(DTYPE), (U * S.sqrt()).to(DTYPE)
+        self.inv_smooth = torch.ones(w_OK.shape[1] // taps, device=device)
         self.float, self.x = self.float.to(DTYPE), self.x.to(DTYPE)
 
     def error(self, y: torch.Tensor) -> float | None:
@@ -99,11 +102,11 @@ class Layer:
         return copy.deepcopy(self.float)
 
 
-def ours(layer: Layer, backend: str, group_x: int = 16) -> Callable:
+def ours(layer: Layer, backend: str, group_x: int = 8) -> Callable:
     if backend == "native" and not (gpu.is_available() if layer.x.is_cuda else cpu.is_available()):
         raise RuntimeError("there is no Triton" if layer.x.is_cuda else "backends/cpu.cpp cannot be built here")
     fn = kernels.BACKENDS[backend](kernels.w4a4_conv2d if layer.kind == "conv" else kernels.w4a4_linear)
-    return functools.partial(fn, layer.x, layer.packed, layer.bias, layer.A, layer.B, None, group_x)
+    return functools.partial(fn, layer.x, layer.packed, layer.bias, layer.A, layer.B, layer.inv_smooth, group_x, rotated=True)
 
 
 def ceiling(layer: Layer) -> Callable:
@@ -313,8 +316,8 @@ def fill(module: nn.Module, device: str) -> nn.Module:
             tensor.random_(0, 256, generator=gen)
         elif last == "scale_O":
             tensor.fill_(2.0**-11)
-        elif last == "weight" and tensor.dim() == 1:
-            tensor.fill_(1)  # norms
+        elif last == "inv_smooth" or (last == "weight" and tensor.dim() == 1):
+            tensor.fill_(1)  # norms too
         else:
             tensor.normal_(0, 0.02, generator=gen)
     for _, layer in layers.packed_layers(module):
@@ -323,13 +326,20 @@ def fill(module: nn.Module, device: str) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def by_default(packed: nn.Module) -> nn.Module:
+    """Packed layers with activations as train.py has them by default: groups of 8, rotated where their channels allow it."""
+    for _, layer in layers.packed_layers(packed):
+        layer.group_x, layer.rotated = 8, layer.channels % quant.TURN == 0
+    return packed
+
+
 def networks(args: argparse.Namespace, part: str = "") -> tuple[nn.Module, nn.Module]:
     """bf16 denoiser and its W4A4 twin, or one `part` of them, random weights."""
     family = FAMILIES[args.model]
     with torch.device("meta"):
-        dense, packed = family.build(), memory.packed_twin(family, family.build(), args.rank, under=part)
+        dense, packed = family.build(), memory.packed_twin(family, family.build(), args.rank, under=part, smooth=True)
     dense, packed = (fill(net.get_submodule(part), args.device) for net in (dense, packed))
-    layers.set_backend(packed, "native")
+    layers.set_backend(by_default(packed), "native")
     if args.lora_bits == 8:
         layers.store_8bit(packed)  # as checkpoints of SDXL and FLUX are: factors and scales are computed in every call
     return (dense, packed) if part else (Denoiser(family, dense), Denoiser(family, packed))
@@ -468,7 +478,7 @@ def bench_costs(args: argparse.Namespace) -> Iterator[list[dict]]:
         for M, K, N, r in points:
             with torch.device("meta"):
                 dense = nn.Linear(K, N)
-                packed = layers.W4A4Linear(dense, r)
+                packed = by_default(layers.W4A4Linear(dense, r, smooth=True))
             dense, packed = (fill(layer, args.device) for layer in (dense, packed))
             layers.set_backend(packed, "native")
             x = torch.randn(M, K, device=args.device, dtype=DTYPE)
