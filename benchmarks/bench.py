@@ -68,8 +68,7 @@ RANK = 32
 
 
 class Layer:
-    """Operands of one shape: float layer, input, float64 answer, and our packed weight with its bias and branch, rotated and with
-    factors of smoothing, as train.py makes it by default (the factors are 1, which takes as long as any others)."""
+    """Operands of one shape: float layer, input, float64 answer, and our packed weight, plain or rotated, with its branch."""
 
     def __init__(self, kind: str, M: int, K: int, N: int, device: str):
         torch.manual_seed(0)
@@ -83,12 +82,14 @@ class Layer:
         self.float.requires_grad_(False)
         self.reference = copy.deepcopy(self.float).double()(self.x.double())
         w_OK = quant.flatten_conv(self.float.weight) if conv else self.float.weight
-        taps = 9 if conv else 1
-        grid = quant.quantize_weight(quant.rotate_taps(w_OK, taps), taps=taps)
-        U, S, V = torch.svd_lowrank(w_OK - quant.rotate_taps(quant.dequantize(grid), taps), RANK, niter=1)
-        self.packed, self.bias = kernels.pack(grid), self.float.bias.clone()
-        self.A, self.B = (S.sqrt()[:, None] * V.T).to(DTYPE), (U * S.sqrt()).to(DTYPE)
-        self.inv_smooth = torch.ones(w_OK.shape[1] // taps, device=device)
+        taps, self.ours = 9 if conv else 1, {}
+        for rotated in (False, True):
+            grid = quant.quantize_weight(quant.rotate_taps(w_OK, taps) if rotated else w_OK, taps=taps)
+            left = w_OK - (quant.rotate_taps(quant.dequantize(grid), taps) if rotated else quant.dequantize(grid))
+            U, S, V = torch.svd_lowrank(left, RANK, niter=1)
+            A, B = (S.sqrt()[:, None] * V.T).to(DTYPE), (U * S.sqrt()).to(DTYPE)
+            self.ours[rotated] = kernels.pack(grid), self.float.bias.clone(), A, B
+        self.inv_smooth = torch.ones(w_OK.shape[1] // taps, device=device)  # takes as long as other factors
         self.float, self.x = self.float.to(DTYPE), self.x.to(DTYPE)
 
     def error(self, y: torch.Tensor) -> float | None:
@@ -102,18 +103,19 @@ class Layer:
         return copy.deepcopy(self.float)
 
 
-def ours(layer: Layer, backend: str, group_x: int = 8) -> Callable:
+def ours(layer: Layer, backend: str, group_x: int = 8, plain: bool = False) -> Callable:
+    """The layer as train.py makes it by default, smoothed and rotated, or plain."""
     if backend == "native" and not (gpu.is_available() if layer.x.is_cuda else cpu.is_available()):
         raise RuntimeError("there is no Triton" if layer.x.is_cuda else "backends/cpu.cpp cannot be built here")
     fn = kernels.BACKENDS[backend](kernels.w4a4_conv2d if layer.kind == "conv" else kernels.w4a4_linear)
-    return functools.partial(fn, layer.x, layer.packed, layer.bias, layer.A, layer.B, layer.inv_smooth, group_x, rotated=True)
+    return functools.partial(fn, layer.x, *layer.ours[not plain], None if plain else layer.inv_smooth, group_x, rotated=not plain)
 
 
 def ceiling(layer: Layer) -> Callable:
     if not (kernels.VNNI or layer.x.is_cuda):
         raise RuntimeError("no int8 units that torch uses")
     (M, K, N), device = layer.shape, layer.x.device
-    X, W = torch.randint(-128, 113, (M, K), dtype=torch.int8, device=device), kernels.weight_int8(layer.packed).t()
+    X, W = torch.randint(-128, 113, (M, K), dtype=torch.int8, device=device), kernels.weight_int8(layer.ours[False][0]).t()
     out = torch.empty(M, N, dtype=torch.int32, device=device)
     return functools.partial(torch._int_mm, X, W, out=out)
 
@@ -168,6 +170,7 @@ CPU = {
     "float32": lambda layer: functools.partial(copy.deepcopy(layer.float).float(), layer.x.float()),
     "int8_ceiling": ceiling,
     "ours": lambda layer: ours(layer, "native"),
+    "ours_plain": lambda layer: ours(layer, "native", 16, plain=True),
     "ours_w4a8": lambda layer: ours(layer, "native", quant.EIGHT_BITS),
     "ours_compile": lambda layer: ours(layer, "compile"),
     "ours_eager": lambda layer: ours(layer, "eager"),
