@@ -165,13 +165,12 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
     ({"stage": {"student"}, "bits": {16}},
      {"steps": 1800, "rank": 48, "lr": 1e-3, "rollout": 1.0, "trajectory": "teacher", "sampling_steps": "1,2,2,4,4,4",
       "jitter": 0.1, "cached": 4096, "eval_n": 1024}),
-    ({"model": FAMILIES.keys() - PUBLIC, "stage": {"student"}, "bits": {4}},
-     {"rank": 2, "lr": 1e-4}),  # the share of parameters that 16 ranks are of SDXL
     ({"model": PUBLIC},
      {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "lora_bits": 8, "eval_n": 16,
       "dtype": "bfloat16", "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512}),
     ({"model": PUBLIC, "stage": {"student"}, "bits": {16}}, {"lr": 1e-4, "steps": 1000}),  # LCM-LoRA's figures
     *(({"model": {name}}, family.preset) for name, family in FAMILIES.items()),
+    *(({"model": {name}, "stage": {"student"}, "bits": {4}}, family.student) for name, family in FAMILIES.items()),
     ({"recipe": {"cmquant"}}, {}),  # the defaults; a recipe needs a row to be known
     ({"recipe": {"paper"}}, {"rollout": 0.0}),
 )  # fmt: skip

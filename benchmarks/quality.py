@@ -33,6 +33,7 @@ ROWS = {  # label: flags of train.py, whose default is 2 ranks on average, the s
     "W4A8 (`--bits-x 8`), no updates": f"--bits-x 8 {START}",
     "0.7 ranks, no updates": f"--rank 0.7 {START}",
     "uniform ranks, no updates": f"--ranks uniform {START}",
+    "ranks by the spectrum alone, no updates": f"--ranks spectrum {START}",
     "`--recipe paper`": "--recipe paper",
 }
 STEPS, SEED = (4, 2, 1), 1234  # SEED: of the evaluation

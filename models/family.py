@@ -58,6 +58,7 @@ class Family:
     output: Callable[[Tensor, Tensor], Tensor] = lambda y, x: y  # (network's answer, x) -> prediction (B, C, H, W)
     most_grid_points: float = 1000  # of a solver grid on the path
     preset: dict = field(default_factory=dict)  # defaults of train.Config for this family
+    student: dict = field(default_factory=dict)  # and for its 4-bit students
     # families that are trained here
     embedded: bool = False  # weights in assets/, scenes as data, whose closing report is judged by the classifier of scenes
     text: Callable[[], nn.Module] | None = None  # the text encoder inside of the denoiser
@@ -280,6 +281,7 @@ TINY = Family(  # 6.9 M parameters
     scalar=lambda t, s, guidance: s,  # timestep_cond, made for the guidance scale, carries the time that a jump goes to
     path=lambda scheduler, latent: VPPath.from_betas("v_prediction", zero_terminal_snr=True),
     transfers=outliers.unet_transfers,
+    student={"rank": 2, "lr": 1e-4},  # 2 ranks are the share of parameters that 16 are of SDXL
     **UNET,
     **EMBEDDED,
 )
@@ -290,7 +292,7 @@ TINY_FLUX = Family(  # 5.2 M parameters
     path=lambda scheduler, latent: FlowPath(),
     transfers=outliers.flux_transfers,
     classifier_free=True,
-    preset={"centre": True},
+    student={"rank": 2, "lr": 3e-4, "centre": True},
     **FLUX,
     **EMBEDDED,
 )

@@ -431,7 +431,7 @@ def test_activations_in_8_bits_are_named_in_the_report_and_come_back(weights, tm
     kinds = {
         (row["kind"], layer.group_x) for row, (_, layer) in zip(about["layers"].values(), packed_layers(student.net), strict=True)
     }
-    assert kinds == {("w4a4", quant.EIGHT_BITS), ("w4a16", 16)}
+    assert kinds == {("w4a4", quant.EIGHT_BITS), ("w4a16", 8)}
 
 
 @pytest.mark.slow
