@@ -40,8 +40,8 @@ ROWS = {  # name: flags
     "default, merged Q(Q + BA)": "--deploy merged",
     "W4A8": "--bits-x 8",
     "W4A8, uniform ranks": "--bits-x 8 --ranks uniform",
-    "no branch at all": "--rank 0",
-    "0.7 ranks": "--rank 0.7",
+    "no branch at all": "--rank 0 --rank-least 0",
+    "0.7 ranks": "--rank 0.7 --rank-least 0",
     "4 ranks": "--rank 4",
     "16 ranks": "--rank 16",
 }
