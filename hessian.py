@@ -130,7 +130,7 @@ def exchange(*tensors: Tensor, op: str = "sum") -> None:
 
 @dataclass(eq=False)
 class Stats:
-    """What one tensor that feeds one or more layers looked like during calibration."""
+    """What one tensor that feeds one or more layers, or what these make of it (`inputs`), looked like during calibration."""
 
     layers: list[str]  # names of the layers that share this input
     H_KK: Tensor  # mean of x x^T over rows, or its diagonal (K,); float32 (the float64 sum while it is accumulated)
@@ -245,7 +245,7 @@ class Range:
 
 def ranges(model: nn.Module, layer_names: list[str], run: Callable) -> dict[str, Range]:
     """{name: Range} of each layer's input, in one pass of the calibration set; layers that read one tensor share one. `run` is that
-    of collect_passes; processes exchange what they saw. ValueError for a layer that is unknown, unsupported or never called."""
+    of collect_passes; processes exchange what they saw. ValueError for a layer that is unknown or never called."""
     layers, groups, first = _find(model, layer_names), {}, {}
 
     def add(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -39,6 +39,7 @@ Dimension key: O, K a layer's matrix, r rank. Left out on purpose: ranks that ch
 """
 
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -201,9 +202,12 @@ def exchange(options: dict[str, list[Choice]], budget: float, at: dict[str, int]
     gap = sum(most.values()) + rate * budget - found
     if gap <= 1e-12 * found:
         return at
-    losses = sorted(most[name] - c.gain + rate * c.price for name in most for c in options[name])
+    loss = {
+        name: [max(0.0, most[name] - (c.gain - rate * c.price)) for c in options[name]] for name in most
+    }  # 0 of each layer's best
+    losses = sorted(itertools.chain.from_iterable(loss.values()))
     gap_or_less = min(gap, losses[min(CLOSE, len(losses)) - 1])
-    close = {name: [j for j, c in enumerate(options[name]) if most[name] - c.gain + rate * c.price <= gap_or_less] for name in most}
+    close = {name: [j for j, its in enumerate(loss[name]) if its <= gap_or_less] for name in most}
     cheapest = {name: min(options[name][j].price for j in close[name]) for name in most}
     room = budget - sum(cheapest.values())  # prices below are those beyond the cheapest
     price_S = gain_S = torch.zeros(1, dtype=torch.float64)

@@ -225,7 +225,7 @@ def energy(layer: Layer, cfg) -> float:
 
 
 def variation(layer: Layer, cfg) -> tuple[float, float]:
-    """QRA's v_x and v_w, of input and weight before smoothing."""
+    """QRA's v_x, of what is rounded (z, after smoothing and rotation), and v_w, of the float layer's weight."""
     return hessian.variation(layer.stats, layer.module.weight)
 
 

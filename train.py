@@ -41,7 +41,7 @@ import student
 import tdpt
 from data import sources
 from data.cache import Cache, Trajectories
-from layers import as_anchor, set_backend
+from layers import as_anchor, packed_layers, set_backend
 from models import checkpoint, encoders, pipeline, plan, pretrained, teacher
 from models.denoiser import FAST, Denoiser, as_cm, as_teacher, fuse, random_denoiser
 from models.family import FAMILIES
@@ -67,8 +67,9 @@ def fractions(text: str) -> str:
 
 
 def number(text: str) -> int | float:
-    """A whole number where it is one: 2, 0.7."""
-    value = float(text)
+    """A whole number where it is one: 2, 0.7. ValueError, as by float, for what is not finite."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError
     return int(value) if value.is_integer() else value
 
 
@@ -159,6 +160,10 @@ class Config:
 
 PUBLIC = {name for name, family in FAMILIES.items() if not family.embedded}  # families with public weights
 MAY_CHANGE = {f.name for f in dataclasses.fields(Config) if "may_change" in f.metadata}
+OF_STUDENTS = {  # what teachers and 16-bit models do not read
+    "outliers", "group_w", "bits_x", "group_x", "smooth", "rotate", "centre", "rounding", "init", "hessian", "iters", "ranks",
+    "rank_granule", "rank_least", "rank_most", "keep_16bit",
+}  # fmt: skip
 
 PRESETS = (  # (where it applies, what it sets); a later row wins, the command line wins over all. Change this to try yours.
     ({"stage": {"teacher"}}, {"steps": 5000, "batch": 64, "lr": 1e-3, "warmup": 200, "save_every": 200, "eval_n": 1024}),
@@ -218,7 +223,9 @@ def validate(cfg: Config) -> None:
         if "public" in f.metadata and cfg.embedded:
             require(value == f.default, f"{flag} is for models with public weights: leave it out")
     require(cfg.rank > 0 or not cfg.steps, "--rank 0 leaves nothing to train: add --steps 0")
-    require(cfg.rank_least <= cfg.rank, f"--rank-least {cfg.rank_least} must be at most --rank {cfg.rank}")
+    whole = f"--ranks uniform gives each layer {int(cfg.rank)} of --rank {cfg.rank}: give a whole number"
+    require(cfg.ranks != "uniform" or cfg.rank == int(cfg.rank), whole)
+    require(cfg.rank_least <= cfg.rank, f"--rank-least {cfg.rank_least} must be at most --rank {cfg.rank}: add --rank-least 0")
     require(not 0 < cfg.rank_most < cfg.rank, f"--rank-most {cfg.rank_most} must be at least --rank {cfg.rank}")
     weighs = f"--ranks {cfg.ranks} does not weigh what the grid costs: with --keep-16bit choose spectrum, qra or shuffled"
     require(not cfg.keep_16bit or "spectrum" in qra.METHODS[cfg.ranks].reads, weighs)
@@ -468,6 +475,8 @@ def train_student(cfg: Config, out: Path) -> None:
         print(f"{out}/start.safetensors is there: statistics, ranks and split are not made again")
     common.wait_for_all()
     packed, table = checkpoint.load_start(out)
+    if cfg.steps and not any(layer.rank for _, layer in packed_layers(packed.net)):
+        raise UserError(f"no layer got a branch, so there is nothing to train: raise --rank {cfg.rank}, or add --steps 0")
     packed.to(cfg.device, cfg.torch_dtype)
     set_backend(packed, cfg.backend)
 
@@ -529,6 +538,11 @@ def defaults(cfg: Config) -> dict:
     return {k: v for k, v in (dataclasses.asdict(Config(**presets(cfg))) | before).items() if k not in ("device", "dtype")}
 
 
+def may_change(cfg: Config) -> set[str]:
+    """Fields in which a run that has begun may go on with another value."""
+    return MAY_CHANGE | (OF_STUDENTS if cfg.bits == 16 or cfg.stage == "teacher" else set())
+
+
 def stored(cfg: Config) -> dict:
     """What config.json keeps of a configuration, with a fingerprint of the files that the run starts from. A folder may move."""
     weights = files.fingerprint(cfg.teacher, cfg.cm, cfg.components)
@@ -546,7 +560,7 @@ def train_own_cm(argv: list[str], cfg: Config) -> Config:
     argv = [*argv, *flags, "--cm", "", "--export", "", "--out", str(out)]
     if path.exists():
         of_cm = parse(argv)
-        files.refuse_another(out, stored(of_cm), MAY_CHANGE, defaults(of_cm))
+        files.refuse_another(out, stored(of_cm), may_change(of_cm), defaults(of_cm))
     else:
         main(argv)
     return dataclasses.replace(cfg, cm=str(path), cm_scale=1.0)
@@ -563,7 +577,7 @@ def main(argv: list[str]) -> None:
     began, out = time.time(), Path(cfg.out)
     if cfg.cm == "self":
         cfg = train_own_cm(argv, cfg)
-    files.open_run(out, stored(cfg), leader=process_index() == 0, may_change=MAY_CHANGE, defaults=defaults(cfg))
+    files.open_run(out, stored(cfg), leader=process_index() == 0, may_change=may_change(cfg), defaults=defaults(cfg))
     if not cfg.embedded:
         cfg = plan.planned(cfg)
     train = train_teacher if cfg.stage == "teacher" else train_cm if cfg.bits == 16 else train_student

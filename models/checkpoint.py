@@ -2,7 +2,8 @@
 
 start.safetensors    the packed student before training, its anchor A0, B0 under anchor/
 model.safetensors    packed codes uint8, multipliers two to a byte, scales one byte, LoRA (bfloat16, or int8 with two scales a
-                     rank), the 16-bit layers and the text encoder bfloat16; config.json has the table of layers
+                     rank), inv_smooth and shift (bfloat16, float32 where that would lose something), the 16-bit layers and the
+                     text encoder bfloat16; config.json has the table of layers, also of those that stay in 16 bits
 """
 
 from collections import Counter
@@ -84,10 +85,11 @@ def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of a state_dict as model.safetensors has it."""
     if key.endswith(".scale_O") and tensor.dtype == torch.float32:
         return kernels.pack_scales(tensor)
-    keep = key.endswith(".lora_scale") or (
-        key.endswith((".inv_smooth", ".shift")) and not torch.equal(tensor, tensor.bfloat16().float())
-    )
-    return tensor if keep or tensor.dtype != torch.float32 else tensor.bfloat16()
+    if tensor.dtype != torch.float32 or key.endswith(".lora_scale"):
+        return tensor
+    if key.endswith((".inv_smooth", ".shift")) and not torch.equal(tensor, tensor.bfloat16().float()):
+        return tensor
+    return tensor.bfloat16()
 
 
 def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lora_bits: int = 16) -> None:
@@ -134,7 +136,7 @@ def packed_size(student: Denoiser) -> dict[str, float]:
     values = sum(layer.out * layer.taps * layer.channels for layer in packed.values())
     codes, lora = sizes["codes_OP"] + sizes["mult_P"] + sizes["scale_O"], sizes["lora_A"] + sizes["lora_B"] + sizes["lora_scale"]
     mb, mb_bf16 = sizes.total() / 1e6, (2 * values + sizes["rest"]) / 1e6
-    return {"bits_per_weight": 8 * codes / values, "mb": mb, "mb_bf16": mb_bf16, "mb_lora": lora / 1e6}
+    return {"bits_per_weight": 8 * codes / max(1, values), "mb": mb, "mb_bf16": mb_bf16, "mb_lora": lora / 1e6}
 
 
 def composition(student: Denoiser, rows: dict[str, int]) -> dict[str, float]:
@@ -153,10 +155,10 @@ def composition(student: Denoiser, rows: dict[str, int]) -> dict[str, float]:
     state = student.net.state_dict()
     sizes["16bit"] = sum(t.numel() for k, t in state.items() if k.rpartition(".")[0] not in packed or k.endswith(".bias"))
     network = sizes.total() - sizes["branch"]
-    both = [name for name in ("w4a4", "w4a8") if name in sizes]
+    both = [name for name in ("w4a4", "w4a8") if sizes[name] or name == quant.number_format([]).lower()]
     return {
         **{f"{name}_parameters": sizes[name] / network for name in both},
         **{f"{name}_products": products[name] / products.total() for name in both},
         "branch_parameters": sizes["branch"] / network,
-        "layers_without_branch": sum(not layer.rank for layer in packed.values()) / len(packed),
+        "layers_without_branch": sum(not layer.rank for layer in packed.values()) / max(1, len(packed)),
     }

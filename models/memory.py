@@ -4,7 +4,7 @@ Packed network.  Every layer is built on the meta device as the deployed layer i
 sizes of its tensors are added up; a checkpoint holds the same tensors, byte for byte:
 
     codes      4 bits a weight, channels padded to a multiple of the group
-    scales     multipliers, 4 bits a group; a byte a row
+    scales     multipliers, 4 bits a group; a byte a row; two bytes a channel for each of inv_smooth and shift
     LoRA       A, B int8, two float32 a rank
     16 bit     layers that keep their weight, biases, norms
 
@@ -191,7 +191,7 @@ def step(net: nn.Module, given: dict, gradients: bool, seen: dict | None = None)
         for _, layer in packed_layers(net) if seen is not None else ():
             layer.run, layer.grads = (live.repeat(layer, name, seen) for name in ("run", "grads"))
         y = net(**given, return_dict=False)[0]
-        if gradients:
+        if gradients and y.requires_grad:  # it does not where no layer has a branch
             y.float().square().mean().backward()
     return live.curve
 

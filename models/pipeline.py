@@ -229,7 +229,8 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
 
     branch   A, B as deployed. The deployed network is Q + B A with Q = round(W - B0 A0): the initial B0 A0 is the principal part
              of W that was kept off the grid, so W + B A has it twice and draws no better pictures. It is the deployed network,
-             but for the rounding of activations, on a base whose weights are the dequantized Q (kernels.dequantize); with
+             but for the rounding of activations, on a base whose weights are Q (PackedLayer.merged_weight without a branch, by
+             inv_smooth) and whose biases are the packed layers'; with
              --init zero, where B0 = 0, it is the update. Else: to read ranks and directions with PEFT's tools, to compare runs.
     update   B A - B0 A0, what training changed (at twice the rank, with the A0, B0 of start.safetensors): meant for the 16-bit
              consistency model, that is the base with the --cm LoRA. Part of it repairs rounding that the base does not have."""

@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import tempfile
 import time
@@ -188,6 +189,12 @@ def fingerprint(*paths: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def flag(field: str, value) -> str:
+    """A field of train.Config as the command line has it."""
+    name = field.replace("_", "-")
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {shlex.quote(str(value))}"
+
+
 def refuse_another(out: Path, config: dict, may_change: Set[str] = frozenset(), defaults: dict | None = None) -> None:
     """UserError if the run in `out` cannot go on as `config`, in fields other than those of may_change. DamagedConfig as
     read_config. A field that the run does not know, since it is of an older version, had its value in `defaults` there."""
@@ -197,8 +204,7 @@ def refuse_another(out: Path, config: dict, may_change: Set[str] = frozenset(), 
     asked = {k for k in config.keys() & old.keys() - may_change if str(old[k]) != str(config[k])}  # --split 0.5 was a number once
     moved = {k for k in ("teacher", "cm", "components") if config.get(k) and Path(config[k]).exists()}  # "files of .." has these
     if changed := sorted(asked - moved):
-        said = {True: "--{0}", False: "--no-{0}"}
-        began = " ".join(said.get(old[k], "--{0} {1}").format(k.replace("_", "-"), old[k]) for k in changed if k.isidentifier())
+        began = " ".join(flag(k, old[k]) for k in changed if k.isidentifier())
         go_on = f", or go on with {began}" if began else ""
         raise UserError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or delete the folder{go_on}")
 

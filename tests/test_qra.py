@@ -226,6 +226,15 @@ def test_allocation_with_any_price_is_equivariant(shape_list, seed, price, rando
     assert again == {new[n]: r for n, r in ranks.items()}
 
 
+def test_more_layers_than_choices_are_searched():
+    """Catches: layers of which no choice is left."""
+    shapes = {f"layer{i}": (64 + i % 7, 96) for i in range(qra.CLOSE + 300)}
+    gen = torch.Generator().manual_seed(0)
+    stats = {name: {"spectrum": torch.rand(16, generator=gen).sort(descending=True).values, "energy": 1.0} for name in shapes}
+    ranks = qra.allocate(shapes, stats, "spectrum", rank=3, most=16)
+    assert 0.999 < qra.total(ranks, shapes) / qra.total(dict.fromkeys(shapes, 3), shapes) <= 1
+
+
 def test_a_layer_goes_to_16_bits_where_its_rank_would_cost_more():
     """Catches: 16 bits that win what the computed part of the spectrum does, and a dead layer that is kept in 16 bits."""
     shapes = named([(16, 64), (64, 64), (64, 64)])

@@ -3,6 +3,7 @@
 Quality is not judged here (README has it); that nothing is lost, and that what is drawn is what was trained, is.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -494,7 +496,8 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--tdpt-phases 9 --grid 8", "--tdpt-phases 9 is more than the 8 points"),
         ("--rank-granule 0", "--rank-granule must be at least 1"),
         ("--rank-least -1", "--rank-least must be at least 0"),
-        ("--rank-least 9", "--rank-least 9 must be at most --rank 8"),
+        ("--rank-least 9", "--rank-least 9 must be at most --rank 8: add --rank-least 0"),
+        ("--ranks uniform --rank 0.7", "--ranks uniform gives each layer 0 of --rank 0.7: give a whole number"),
         ("--keep-16bit --ranks uniform", "--ranks uniform does not weigh what the grid costs"),
         ("--keep-16bit --ranks qra --deploy merged", "--deploy merged is strict W4A4: leave out --keep-16bit"),
         ("--rank-most 7", "--rank-most 7 must be at least --rank 8"),
@@ -597,6 +600,34 @@ def test_what_may_change_is_said_by_the_fields_themselves(finished):
     with pytest.raises(UserError, match="another micro"):
         files.refuse_another(finished, config | {"micro": 7}, train.MAY_CHANGE - {"micro"})
     files.refuse_another(finished, config | {"a field of tomorrow": 7}, set())
+
+
+def test_what_a_refusal_says_is_a_command_that_goes_on(tmp_path):
+    """Catches 0 and 1 that are taken for booleans, values that a shell would split or drop, and runs that are refused for what they
+    do not read."""
+    cfg = train.parse("--smooth 0 --seed 0 --rollout 1 --no-rotate --rank 1 --rank-most 0 --split 0.25".split())
+    old = train.stored(dataclasses.replace(cfg, data="", cm="a b.safetensors"))
+    files.write_json(tmp_path / "config.json", {"format": files.FORMAT, "config": old})
+    other = train.stored(train.parse("--smooth 0.5 --seed 1 --rollout 0 --rank 2 --rank-most 99 --data x --cm y".split()))
+    with pytest.raises(UserError, match="or go on with ") as refusal:
+        files.refuse_another(tmp_path, other, train.MAY_CHANGE)
+    again = train.parse(shlex.split(str(refusal.value).partition("go on with ")[2]))
+    files.refuse_another(
+        tmp_path, train.stored(again) | {"files of teacher and cm": old["files of teacher and cm"]}, train.MAY_CHANGE
+    )
+    assert train.OF_STUDENTS < {f.name for f in dataclasses.fields(train.Config)}
+    for flags, refused in (("--bits 16", False), ("--stage teacher", False), ("", True)):
+        cfg = train.parse(flags.split())
+        files.write_json(tmp_path / "config.json", {"format": files.FORMAT, "config": train.stored(cfg) | {"group_x": 128}})
+        with pytest.raises(UserError, match="another group_x") if refused else contextlib.nullcontext():
+            files.refuse_another(tmp_path, train.stored(cfg), train.may_change(cfg))
+
+
+@pytest.mark.slow
+def test_a_budget_that_gives_no_layer_a_branch_is_refused_before_training(weights, tmp_path):
+    """Catches an optimizer without parameters and a loss without a gradient."""
+    with pytest.raises(UserError, match=r"no layer got a branch, .*: raise --rank 0.0001, or add --steps 0"):
+        run(weights, tmp_path / "r", "--ranks variation --rank 0.0001")
 
 
 def as_format_3(folder: Path) -> dict:
