@@ -502,7 +502,7 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--keep-16bit --ranks qra --deploy merged", "--deploy merged is strict W4A4: leave out --keep-16bit"),
         ("--rank-most 7", "--rank-most 7 must be at least --rank 8"),
         ("--rank 0", "--rank 0 leaves nothing to train: add --steps 0"),
-        ("--rank 1.5 --bits 16", "--bits 16 trains a LoRA of --rank 1, 2, .., not of 1.5"),
+        ("--rank 1.5 --ranks qra --bits 16", "--bits 16 trains a LoRA of --rank 1, 2, .., not of 1.5"),
         ("--dtype half", "invalid choice: 'half'"),
         ("--teacher none.safetensors", "none.safetensors does not exist: make it with"),
         ("--data nowhere", "not a folder"),
