@@ -107,8 +107,10 @@ def ours(layer: Layer, backend: str, group_x: int = 8, plain: bool = False) -> C
     """The layer as train.py makes it by default, smoothed and rotated, or plain."""
     if backend == "native" and not (gpu.is_available() if layer.x.is_cuda else cpu.is_available()):
         raise RuntimeError("there is no Triton" if layer.x.is_cuda else "backends/cpu.cpp cannot be built here")
-    fn = kernels.BACKENDS[backend](kernels.w4a4_conv2d if layer.kind == "conv" else kernels.w4a4_linear)
-    return functools.partial(fn, layer.x, *layer.ours[not plain], None if plain else layer.inv_smooth, group_x, rotated=not plain)
+    conv, inv_smooth = layer.kind == "conv", None if plain else layer.inv_smooth
+    fn = kernels.BACKENDS[backend](kernels.w4a4_conv2d if conv else kernels.w4a4_linear)
+    more = ((3, 3), (1, 1), (1, 1)) if conv else (None,)  # geometry, or no shift
+    return functools.partial(fn, layer.x, *layer.ours[not plain], inv_smooth, group_x, *more, not plain)
 
 
 def ceiling(layer: Layer) -> Callable:
