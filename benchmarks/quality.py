@@ -32,6 +32,7 @@ ROWS = {  # label: flags of train.py, whose default is 2 ranks on average, the s
     "outlier channels, SVDQuant style, no updates": f"--outliers {SVDQUANT} {START}",
     "W4A8 (`--bits-x 8`), no updates": f"--bits-x 8 {START}",
     "0.7 ranks, no updates": f"--rank 0.7 --rank-least 0 {START}",
+    "uniform ranks": "--ranks uniform",
     "uniform ranks, no updates": f"--ranks uniform {START}",
     "ranks by the spectrum alone, no updates": f"--ranks spectrum {START}",
     "`--recipe paper`": "--recipe paper",
