@@ -333,9 +333,12 @@ class _InputPass:
         shape = (K,) if self.diagonals else (K, K)
         size = 8 * math.prod(shape)
         wide = size > self.budget
-        if not self.one_in_main_memory if wide else size <= self.left:
-            self.left -= 0 if wide else size
-            self.one_in_main_memory |= wide
+        fits = not self.one_in_main_memory if wide else size <= self.left
+        if fits and wide:
+            self.one_in_main_memory = True
+        elif fits:
+            self.left -= size
+        if fits:
             zeros = partial(torch.zeros, device=x.device)
             absmax_BinI, calls_Bin = zeros(self.bins, channels), zeros(self.bins, dtype=torch.int64)
             H_KK = torch.zeros(shape, dtype=torch.float64, device="cpu" if wide else x.device)

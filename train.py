@@ -107,7 +107,7 @@ class Config:
     dtype: str = option(str(FAST).removeprefix("torch."), "of networks; default what the CPU is fast in", ("bfloat16", "float32"))
     # number format
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
-    bits_x: int = option(4, "of activations; 8: as fast on INT8 units and closer to 16 bits, somewhat slower on AVX2", (4, 8))
+    bits_x: int = option(4, "of activations; 8: by the same int8 product, and closer to 16 bits", (4, 8))
     group_x: int = option(8, "activations that share a multiplier (4 bits); 16: faster on AVX2", quant.GROUPS)
     smooth: float = option(0.5, "SmoothQuant's exponent a; 0: off", share=True)
     rotate: bool = option(True, "activations are rotated in blocks of 16 channels before they are rounded", before=False)
