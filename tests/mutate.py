@@ -62,7 +62,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("a least rank by default", "qra.py", "def bounds(rank, granule=1, least=0,", "def bounds(rank, granule=1, least=1,", "qra"),
     ("16 bits that pay for ranks given back", "qra.py", "there.price - here.price, there", "there.price, there", "qra"),
     ("no exchange after greedy", "qra.py", "gap <= 1e-12 * found", "gap <= found", "qra"),
-    ("choices that could win left out", "qra.py", "rate * c.price <= gap_or_less", "2 * rate * c.price <= gap_or_less", "qra"),
+    ("choices that could win left out", "qra.py", "if its <= gap_or_less", "if 2 * its <= gap_or_less", "qra"),
     ("states that win less kept", "qra.py", "gain_S <= torch.cat", "gain_S >= torch.cat", "qra"),
     ("an exchange above the budget", "qra.py", "~beaten & (price_S <= room)", "~beaten & (price_S >= 0)", "qra"),
     ("16 bits win one rank", "qra.py", '{"spectrum": [known["whole"]]}', '{"spectrum": known["spectrum"][:1]}', "qra"),
