@@ -241,11 +241,18 @@ class Range:
     low_I: Tensor  # float32, min x
     high_I: Tensor  # float32, max x
     mean_I: Tensor  # float32, E[x]
+    rows_TI: Tensor | None = None  # one row (token or pixel) of each sample that this process saw, in x's dtype, in main memory
 
 
-def ranges(model: nn.Module, layer_names: list[str], run: Callable) -> dict[str, Range]:
+def one_row_each(x_NTI: Tensor, seen: int) -> Tensor:
+    """(N, I): one row of each sample n of a batch, the `seen` + n th of all samples, from places that scatter over its T rows."""
+    n = torch.arange(len(x_NTI), device=x_NTI.device)
+    return x_NTI[n, (seen + n) * 40503 % x_NTI.shape[1]]  # 2^16 over the golden ratio
+
+
+def ranges(model: nn.Module, layer_names: list[str], run: Callable, rows: bool = False) -> dict[str, Range]:
     """{name: Range} of each layer's input, in one pass of the calibration set; layers that read one tensor share one. `run` is that
-    of collect_passes; processes exchange what they saw. ValueError for a layer that is unknown or never called."""
+    of collect_passes; processes exchange what they saw, except rows_TI. ValueError for a layer that is unknown or never called."""
     layers, groups, first = _find(model, layer_names), {}, {}
 
     def add(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -255,12 +262,15 @@ def ranges(model: nn.Module, layer_names: list[str], run: Callable) -> dict[str,
         if first[name] != name:
             return
         groups.setdefault(name, _Group([name], (), None)).remember(x)
-        x_TI = x.detach().movedim(1, -1).flatten(0, -2) if isinstance(module, nn.Conv2d) else x.detach().flatten(0, -2)
+        x_NTI = (x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x).detach().unflatten(0, (len(x), 1)).flatten(1, -2)
+        if rows:
+            kept.setdefault(name, []).append(one_row_each(x_NTI, sum(map(len, kept.get(name, [])))).cpu())
+        x_TI = x_NTI.flatten(0, 1)
         total = torch.cat([x_TI.sum(0, dtype=torch.float64), x_TI.new_tensor([len(x_TI)], dtype=torch.float64)])
         extremes = torch.cat([-x_TI.amin(0), x_TI.amax(0)]).float()
         sums[name], most[name] = sums.get(name, 0) + total, torch.maximum(most.get(name, extremes), extremes)
 
-    sums, most = {}, {}  # the last entry of a sum counts rows
+    sums, most, kept = {}, {}, {}  # the last entry of a sum counts rows
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(add, name), with_kwargs=True))
@@ -272,7 +282,7 @@ def ranges(model: nn.Module, layer_names: list[str], run: Callable) -> dict[str,
     found = {}
     for name, total in sums.items():
         minus_low_I, high_I = most[name].chunk(2)
-        found[name] = Range(name, -minus_low_I, high_I, (total[:-1] / total[-1]).float())
+        found[name] = Range(name, -minus_low_I, high_I, (total[:-1] / total[-1]).float(), torch.cat(kept[name]) if rows else None)
     return {name: found[first[name]] for name in layers}
 
 

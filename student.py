@@ -123,7 +123,7 @@ class Layer:
     kind: str  # w4a4 or w4a16 (Family.precision)
     index: int  # in the network's order
     rotated: bool = False  # --rotate, where its channels divide into blocks
-    smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors (--smooth)
+    smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors (--smooth), None: 1
     shift_I: Tensor | None = None  # the mean of x / lambda (--centre)
     stats: hessian.Stats | None = None  # of what it quantizes, z of layers.py
     w_OK: Tensor | None = None  # float32, tap-major, times smooth_I, rotated
@@ -183,6 +183,35 @@ def rank_bounds(cfg) -> qra.Bounds:
 def activation_group(cfg) -> int:
     """group_x of W4A4 layers: --group-x, or quant.EIGHT_BITS."""
     return quant.EIGHT_BITS if cfg.bits_x == 8 else cfg.group_x
+
+
+def with_change(layers: list[Layer], lambda_I: Tensor | None, shift_I: Tensor | None) -> list[Layer]:
+    """The layers, in place, which now change their input by these."""
+    for layer in layers:
+        layer.smooth_I, layer.shift_I = lambda_I, shift_I
+    return layers
+
+
+def loss_on_grid(layers: list[Layer], x_TI: Tensor, cfg) -> float:
+    """What rounding to nearest costs the layers that read x, as they change it now: the sum over them of
+
+        (E ||W (z - q(z))||^2 + E ||(W - q(W)) z||^2) / E ||W z||^2
+
+    over the rows of all processes. Each tap of a convolution is counted like an output of its own."""
+    sums = []
+    for layer in layers:
+        w_OK = layer.weight(layer.module.weight.device)
+        z_TI = layer.grid_input(x_TI.to(w_OK.device))
+        grid_z = quant.quantize_activation(z_TI, activation_group(cfg))
+        lost_TI = z_TI - quant.dequantize_activation(*grid_z, z_TI.shape[1])
+        lost_OK = w_OK - quant.dequantize(quant.quantize_weight(w_OK, cfg.group_w, layer.taps))
+        for inputs, weight in ((lost_TI, w_OK), (z_TI, lost_OK), (z_TI, w_OK)):
+            by_tap = weight.unflatten(1, (layer.taps, -1)).movedim(1, 0).flatten(0, 1)
+            sums.append((inputs @ by_tap.mT).square().sum(dtype=torch.float64))
+    total = torch.stack(sums)
+    hessian.exchange(total)
+    z, w, energy = total.view(-1, 3).T
+    return float(((z + w) / energy.clamp_min(quant.TINY)).sum())
 
 
 def rank_price(cfg) -> Callable:
@@ -254,31 +283,40 @@ class Calibration:
         backward = backward if reads_gradients(cfg) else None
         sums = (8 * sum(side**2 for side in sides) for sides in zip(*(layer.shape for layer in layers), strict=True))
         self.diagonals = backward is not None and max(sums) > self.half  # what the ranks are given of H
-        if cfg.centre or cfg.smooth:
+        if cfg.centre or any(cfg.exponents):
             w4a4 = [layer for layer in layers if layer.kind == "w4a4"]
-            self.centre_and_smooth(w4a4, hessian.ranges(base.net, [layer.name for layer in w4a4], forward))
+            seen = hessian.ranges(base.net, [layer.name for layer in w4a4], forward, rows=len(cfg.exponents) > 1)
+            self.centre_and_smooth(w4a4, seen)
         changed = {k: v.grid_input for k, v in self.layers.items() if v.rotated or v.shift_I is not None or v.smooth_I is not None}
         about_inputs = {"group_x": activation_group(cfg), "inputs": changed}
         self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, **about_inputs)
         self.everything: dict | None = None  # a slice that holds all layers
 
     def centre_and_smooth(self, layers: list[Layer], ranges: dict[str, hessian.Range]) -> None:
-        """The shift and lambda of each layer. Those that read one tensor have one lambda, for the largest of their weights, so that
-        they also share z and its statistics."""
+        """The shift and lambda of each layer. Those that read one tensor have one lambda, so that they also share z and its
+        statistics: of --smooth's exponents the one whose lambda costs them least."""
         together: dict[str, list[Layer]] = {}
         for layer in layers:
             together.setdefault(ranges[layer.name].first, []).append(layer)
         for first, group in together.items():
-            seen, lambda_I = ranges[first], None
-            centre = self.cfg.centre and all(isinstance(layer.module, nn.Linear) for layer in group)
-            mean_I = seen.mean_I if centre else torch.zeros_like(seen.mean_I)
-            if self.cfg.smooth:
-                wmax_I = torch.stack([layer.module.weight.abs().movedim(1, -1).flatten(0, -2).amax(0) for layer in group]).amax(0)
-                xmax_I = torch.maximum(seen.high_I - mean_I, mean_I - seen.low_I)
-                lambda_I = quant.smoothing_factors(xmax_I, wmax_I, self.cfg.smooth)
-            for layer in group:
-                shift_I = mean_I if lambda_I is None else mean_I / lambda_I
-                layer.smooth_I, layer.shift_I = lambda_I, shift_I.bfloat16().float() if centre else None  # a file has bfloat16
+            seen, linear = ranges[first], all(isinstance(layer.module, nn.Linear) for layer in group)
+            mean_I = seen.mean_I if self.cfg.centre and linear else None
+            changes = [self.change(group, seen, mean_I, a) for a in self.cfg.exponents]
+            least = changes[0]
+            if len(changes) > 1:
+                least = min(changes, key=lambda change: loss_on_grid(with_change(group, *change), seen.rows_TI, self.cfg))
+            with_change(group, *least)
+
+    @staticmethod
+    def change(group: list[Layer], seen: hessian.Range, mean_I: Tensor | None, a: float) -> tuple[Tensor | None, Tensor | None]:
+        """(lambda, shift) for SmoothQuant's exponent a and the largest of the layers' weights; None where there is none."""
+        wmax_I = torch.stack([layer.module.weight.abs().movedim(1, -1).flatten(0, -2).amax(0) for layer in group]).amax(0)
+        middle_I = 0 if mean_I is None else mean_I
+        xmax_I = torch.maximum(seen.high_I - middle_I, middle_I - seen.low_I)
+        lambda_I = quant.smoothing_factors(xmax_I, wmax_I, a) if a else None
+        if mean_I is None:
+            return lambda_I, None
+        return lambda_I, (mean_I if lambda_I is None else mean_I / lambda_I).bfloat16().float()  # a file has bfloat16
 
     def __iter__(self) -> Iterator[Layer]:
         for part in [self.everything] if self.everything else self.slices():

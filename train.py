@@ -109,7 +109,7 @@ class Config:
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
     bits_x: int = option(4, "of activations; 8: by the same int8 product, and closer to 16 bits", (4, 8))
     group_x: int = option(8, "activations that share a multiplier (4 bits); 16: faster on AVX2", quant.GROUPS)
-    smooth: float = option(0.5, "SmoothQuant's exponent a; 0: off", share=True)
+    smooth: str = option("0.0,0.25,0.5,0.75", "SmoothQuant's a; each input takes the best; 0: off", share=True, type=fractions)
     rotate: bool = option(True, "activations are rotated in blocks of 16 channels before they are rounded", before=False)
     centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias", before=False)
     rounding: str = option("gptq", "how weights are rounded, see quant.py", quant.ROUNDINGS)
@@ -151,6 +151,11 @@ class Config:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def exponents(self) -> list[float]:
+        """Of --smooth; 0 is an input that is not smoothed."""
+        return [float(a) for a in self.smooth.split(",")]
 
     @property
     def embedded(self) -> bool:

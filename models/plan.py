@@ -142,7 +142,7 @@ def skeleton_of(cfg) -> torch.nn.Module:
 
 def about_inputs(cfg) -> dict[str, bool]:
     """What layers keep of their inputs, as memory.packed_twin_of takes it."""
-    return {"smooth": bool(cfg.smooth), "centre": cfg.centre}
+    return {"smooth": any(cfg.exponents), "centre": cfg.centre}
 
 
 def footprint_of(cfg) -> Footprint:

@@ -462,6 +462,22 @@ def test_ranges_are_those_of_all_rows_and_name_who_reads_the_same_input():
         hessian.ranges(Chain(), ["head"], lambda set_bin: None)
 
 
+def test_ranges_keep_one_row_of_each_sample_however_samples_are_cut_into_batches():
+    """Catches rows of the first sample only, the same place in each, rows that are views of whole inputs."""
+    model, x_NTI = nn.Sequential(nn.Linear(16, 4)), torch.arange(12 * 7).repeat_interleave(16).view(12, 7, 16).float()
+    kept = [
+        hessian.ranges(model, ["0"], lambda set_bin, n=n: [model(x) for x in x_NTI.split(n)], rows=True)["0"].rows_TI
+        for n in (12, 5)
+    ]
+    assert torch.equal(*kept) and kept[0].shape == (12, 16) and kept[0].untyped_storage().nbytes() == 4 * 12 * 16
+    sample, place = (kept[0][:, 0].long() // 7).tolist(), (kept[0][:, 0].long() % 7).tolist()
+    assert sample == list(range(12)) and len(set(place)) > 4
+    image = nn.Sequential(nn.Conv2d(16, 4, 1))
+    seen = hessian.ranges(image, ["0"], lambda set_bin: image(x_NTI.mT.unflatten(2, (7, 1))), rows=True)["0"]
+    assert torch.equal(seen.rows_TI, kept[0])
+    assert hessian.ranges(model, ["0"], lambda set_bin: model(x_NTI[:, 0]), rows=True)["0"].rows_TI.shape == (12, 16)
+
+
 def _share(_, index: int, folder: str) -> None:
     """What one of two processes collects from its half of the samples."""
     patience = datetime.timedelta(seconds=60)
@@ -487,7 +503,7 @@ def _statistics(local_rows: slice) -> tuple[hessian.Stats, torch.Tensor, dict[st
         return len(x[local_rows])
 
     of_input = vars(hessian.ranges(model, ["0"], lambda set_bin: model(x[local_rows]))["0"])
-    return stats, collect_outputs(model, ["0"], backward)["0"], {k: v for k, v in of_input.items() if k != "first"}
+    return stats, collect_outputs(model, ["0"], backward)["0"], {k: v for k, v in of_input.items() if k not in ("first", "rows_TI")}
 
 
 def test_two_processes_share_their_statistics(tmp_path):
