@@ -291,7 +291,7 @@ class _InputPass:
     for, in the order of their first calls. A small group may overtake a big one that does not fit any more."""
 
     def __init__(
-        self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int | None, inputs: dict, diagonals: bool
+        self, layers: dict[str, nn.Module], budget_bytes: int, bins: int, group_x: int | dict | None, inputs: dict, diagonals: bool
     ):
         self.layers, self.bins, self.group_x, self.inputs, self.diagonals = layers, bins, group_x, inputs, diagonals
         self.windows = {name: _window(layer, name) for name, layer in layers.items()}
@@ -327,7 +327,8 @@ class _InputPass:
             if group.stats:
                 x_NI = x.detach().movedim(1, -1) if group.window else x.detach()
                 z_NI = self.inputs.get(name, lambda x: x)(x_NI)
-                group.stats.add(z_NI.movedim(-1, 1) if group.window else z_NI, group.window, self.bin, self.group_x)
+                group_x = self.group_x.get(name) if isinstance(self.group_x, dict) else self.group_x
+                group.stats.add(z_NI.movedim(-1, 1) if group.window else z_NI, group.window, self.bin, group_x)
         elif not group.reads(x):
             raise ValueError(f"layers {group.layers[0]!r} and {name!r} shared their input at first, later not")
 
@@ -371,7 +372,7 @@ def collect_passes(
     run: Callable,
     budget_bytes: int = 2 << 30,
     bins: int = 4,
-    group_x: int | None = None,
+    group_x: int | dict[str, int] | None = None,
     inputs: dict[str, Callable] | None = None,
     diagonals: bool = False,
 ) -> Iterator[dict[str, Stats]]:
@@ -379,7 +380,8 @@ def collect_passes(
 
     run(set_bin) drives the whole calibration set through `model` once and calls set_bin(i), 0 <= i < bins, before each
     forward to say which timestep bin it belongs to (bin 0 until it is said). It must repeat itself on each pass.
-    group_x also measures what rounding the inputs costs (`noise_I`): 4 bits in groups of that size, or quant.EIGHT_BITS.
+    group_x also measures what rounding the inputs costs (`noise_I`): 4 bits in groups of that size, or quant.EIGHT_BITS; {name:
+    one of these} where layers differ.
     inputs: {name: function of x (.., I)} for layers whose statistics are those of what it returns, a tensor of the same shape, and
     not of x; layers that share their input share that.
     diagonals: of each H the diagonal alone, for which one pass is enough.

@@ -83,13 +83,12 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
             continue
         grid = dict(group=cfg.group_w, taps=layer.taps, rounding=cfg.rounding)
         gw, A_rK, B_Or = hgs_lora.decompose(layer.w_OK, layer.white, rank, cfg.init, iters=cfg.iters, generator=gen, **grid)
-        group_x = activation_group(cfg) if layer.kind == "w4a4" else cfg.group_x  # W4A16 rounds no activations
-        about_x = dict(smooth_I=layer.smooth_I, group_x=group_x, rotated=layer.rotated, shift_I=layer.shift_I)
+        about_x = dict(smooth_I=layer.smooth_I, group_x=layer.group_x, rotated=layer.rotated, shift_I=layer.shift_I)
         packed[layer.name] = packed_class(layer.kind, layer.module).from_float(layer.module, gw, A_rK, B_Or, **about_x).cpu()
         error = hgs_lora.relative_error(layer.w_OK, layer.white.L_KK, gw, A_rK, B_Or)
         table[layer.name] = {"kind": layer.kind, "shape": layer.shape, "rank": rank, "smooth": layer.smooth_I is not None}
         table[layer.name] |= {"rotated": layer.rotated, "centred": layer.shift_I is not None}
-        table[layer.name] |= {"group_w": cfg.group_w, "group_x": group_x, "error": error}
+        table[layer.name] |= {"group_w": cfg.group_w, "group_x": layer.group_x, "error": error}
 
     # The packed layers take the float layers' places
     for layer in layers:
@@ -122,6 +121,7 @@ class Layer:
     module: nn.Module  # Linear or Conv2d
     kind: str  # w4a4 or w4a16 (Family.precision)
     index: int  # in the network's order
+    group_x: int  # activations that share a multiplier, or quant.EIGHT_BITS; W4A16 rounds none
     rotated: bool = False  # --rotate, where its channels divide into blocks
     smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors (--smooth), None: 1
     shift_I: Tensor | None = None  # the mean of x / lambda (--centre)
@@ -162,8 +162,11 @@ class Layer:
 def layers_to_quantize(cfg, base: Denoiser) -> list[Layer]:
     """In the network's order. UserError if --rank is too large for one, or --hessian-mb too small."""
     known = ((name, module, base.family.precision(name)) for name, module in float_layers(base.net).items())
-    layers = [Layer(*about, index) for index, about in enumerate(about for about in known if about[2] != "16bit")]
+    packed = (about for about in known if about[2] != "16bit")
+    layers = [Layer(*about, index, cfg.group_x) for index, about in enumerate(packed)]
     for layer in layers:
+        if layer.kind == "w4a4" and cfg.bits_x == 8:
+            layer.group_x = quant.EIGHT_BITS
         layer.rotated = cfg.rotate and layer.kind == "w4a4" and layer.module.weight.shape[1] % quant.TURN == 0
         if cfg.rank > min(layer.shape):
             shape = tuple(layer.module.weight.shape)
@@ -178,11 +181,6 @@ def layers_to_quantize(cfg, base: Denoiser) -> list[Layer]:
 
 def rank_bounds(cfg) -> qra.Bounds:
     return qra.bounds(cfg.rank, cfg.rank_granule, cfg.rank_least, cfg.rank_most)
-
-
-def activation_group(cfg) -> int:
-    """group_x of W4A4 layers: --group-x, or quant.EIGHT_BITS."""
-    return quant.EIGHT_BITS if cfg.bits_x == 8 else cfg.group_x
 
 
 def with_change(layers: list[Layer], lambda_I: Tensor | None, shift_I: Tensor | None) -> list[Layer]:
@@ -202,7 +200,7 @@ def loss_on_grid(layers: list[Layer], x_TI: Tensor, cfg) -> float:
     for layer in layers:
         w_OK = layer.weight(layer.module.weight.device)
         z_TI = layer.grid_input(x_TI.to(w_OK.device))
-        grid_z = quant.quantize_activation(z_TI, activation_group(cfg))
+        grid_z = quant.quantize_activation(z_TI, layer.group_x)
         lost_TI = z_TI - quant.dequantize_activation(*grid_z, z_TI.shape[1])
         lost_OK = w_OK - quant.dequantize(quant.quantize_weight(w_OK, cfg.group_w, layer.taps))
         for inputs, weight in ((lost_TI, w_OK), (z_TI, lost_OK), (z_TI, w_OK)):
@@ -288,9 +286,11 @@ class Calibration:
             seen = hessian.ranges(base.net, [layer.name for layer in w4a4], forward, rows=len(cfg.exponents) > 1)
             self.centre_and_smooth(w4a4, seen)
         changed = {k: v.grid_input for k, v in self.layers.items() if v.rotated or v.shift_I is not None or v.smooth_I is not None}
-        about_inputs = {"group_x": activation_group(cfg), "inputs": changed}
-        self.slices = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, **about_inputs)
+        collect = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, inputs=changed)
+        self.slices = lambda **more: collect(group_x={name: layer.group_x for name, layer in self.layers.items()}, **more)
         self.everything: dict | None = None  # a slice that holds all layers
+        if cfg.inputs_8bit:
+            self.give_8_bits(cfg.inputs_8bit)
 
     def centre_and_smooth(self, layers: list[Layer], ranges: dict[str, hessian.Range]) -> None:
         """The shift and lambda of each layer. Those that read one tensor have one lambda, so that they also share z and its
@@ -332,6 +332,20 @@ class Calibration:
             return
         for part in self.slices(diagonals=True):
             yield from self.prepared(part)
+
+    def give_8_bits(self, n: int) -> None:
+        """To the n inputs whose rounding to 4 bits costs the picture most: tr(R W N W^T R^T), over all layers that read them."""
+        costs, readers = {}, {}
+        for layer in self.for_ranks():
+            if layer.kind == "w4a4":
+                lost = hgs_lora.whitened_gram(layer.w_OK, layer.white.noise_K.sqrt(), layer.white.G_OO, dtype=torch.float32).trace()
+                costs[layer.name], readers[layer.name] = float(lost), layer.stats.layers
+        costs, readers = of_all_processes(costs), of_all_processes(readers)
+        together = {names[0]: sum(costs[name] for name in names) for names in readers.values()}
+        for first in sorted(together, key=together.get, reverse=True)[:n]:
+            for name in readers[first]:
+                self.layers[name].group_x = quant.EIGHT_BITS
+        self.everything = None  # their N is another
 
     def prepared(self, part: dict[str, tuple[hessian.Stats, Tensor | None]]) -> Iterator[Layer]:
         """The layers of one slice that this process works on; those that read one input (q, k and v) come one after the other and

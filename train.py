@@ -108,6 +108,7 @@ class Config:
     # number format
     group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
     bits_x: int = option(4, "of activations; 8: by the same int8 product, and closer to 16 bits", (4, 8))
+    inputs_8bit: int = option(0, "inputs of W4A4 layers that have 8 bits: those whose rounding costs the picture most", least=0)
     group_x: int = option(8, "activations that share a multiplier (4 bits); 16: faster on AVX2", quant.GROUPS)
     smooth: str = option("0.0,0.25,0.5,0.75", "SmoothQuant's a; each input takes the best; 0: off", share=True, type=fractions)
     rotate: bool = option(True, "activations are rotated in blocks of 16 channels before they are rounded", before=False)
@@ -166,8 +167,8 @@ class Config:
 PUBLIC = {name for name, family in FAMILIES.items() if not family.embedded}  # families with public weights
 MAY_CHANGE = {f.name for f in dataclasses.fields(Config) if "may_change" in f.metadata}
 OF_STUDENTS = {  # what teachers and 16-bit models do not read
-    "outliers", "group_w", "bits_x", "group_x", "smooth", "rotate", "centre", "rounding", "init", "hessian", "iters", "ranks",
-    "rank_granule", "rank_least", "rank_most", "keep_16bit",
+    "outliers", "group_w", "bits_x", "inputs_8bit", "group_x", "smooth", "rotate", "centre", "rounding", "init", "hessian", "iters",
+    "ranks", "rank_granule", "rank_least", "rank_most", "keep_16bit",
 }  # fmt: skip
 
 PRESETS = (  # (where it applies, what it sets); a later row wins, the command line wins over all. Change this to try yours.
@@ -235,6 +236,9 @@ def validate(cfg: Config) -> None:
     weighs = f"--ranks {cfg.ranks} does not weigh what the grid costs: with --keep-16bit choose spectrum, qra or shuffled"
     require(not cfg.keep_16bit or "spectrum" in qra.METHODS[cfg.ranks].reads, weighs)
     require(not cfg.keep_16bit or cfg.deploy == "branch", "--deploy merged is strict W4A4: leave out --keep-16bit")
+    require(not (cfg.inputs_8bit and cfg.bits_x == 8), "--bits-x 8 gives all inputs 8 bits: leave out --inputs-8bit")
+    gradients = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
+    require(gradients or not cfg.inputs_8bit, "--inputs-8bit weighs by gradients: use it with --hessian kron and --init hgs")
     n = process_count()
     require(cfg.batch % n == 0, f"--batch {cfg.batch} does not divide among {n} processes")
     require(cfg.calibration >= n, f"--calibration {cfg.calibration} leaves some of {n} processes without a caption: give more")

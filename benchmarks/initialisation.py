@@ -14,36 +14,37 @@ import json
 from benchmarks.jobs import MACHINE, each, name_of, parser
 from benchmarks.tables import markdown, write_table
 
-BARE = "--group-x 16 --no-rotate --no-centre"  # activations as they are, in groups of 16
-PLAIN = f"--ranks uniform --rounding rtn --smooth 0 {BARE}"
+BARE = "--smooth 0 --no-rotate --no-centre --group-x 16"  # activations as they are, in groups of 16
+PLAIN = f"--ranks uniform --rounding rtn {BARE}"
 ROWS = {  # name: flags
     "default": "",
-    "SVDQuant style: smoothed, SVD": f"--init svdquant --ranks uniform --rounding rtn {BARE}",
-    "zero (QLoRA)": f"--init zero {PLAIN}",
+    "not smoothed": "--smooth 0",
+    "one exponent for all": "--smooth 0.5",
+    "not rotated": "--no-rotate",
+    "groups of 16": "--group-x 16",
+    "centred": "--centre",
+    "not centred": "--no-centre",
+    "16 inputs in 8 bits": "--inputs-8bit 16",
+    "all inputs in 8 bits (W4A8)": "--bits-x 8",
+    "SVDQuant style: smoothed, SVD": "--init svdquant --ranks uniform --rounding rtn --smooth 0.5 --no-rotate --no-centre --group-x 16",
+    "uniform ranks": "--ranks uniform",
+    "ranks by the spectrum alone": "--ranks spectrum",
+    "layers may stay in 16 bits": "--keep-16bit",
+    "Hessian of the inputs alone": "--hessian input",
+    "no branch at all": "--rank 0 --rank-least 0",
+    "0.7 ranks": "--rank 0.7 --rank-least 0",
+    "4 ranks": "--rank 4",
+    "16 ranks": "--rank 16",
+    "merged Q(Q + BA)": "--deploy merged",
+    "W4A8, uniform ranks": "--bits-x 8 --ranks uniform",
+    "zero (QLoRA), activations as they are": f"--init zero {PLAIN}",
     "PiSSA": f"--init pissa {PLAIN}",
     "LoftQ": f"--init loftq {PLAIN}",
     "QERA": f"--init qera {PLAIN}",
     "HGS, Hessian of the inputs alone": f"--hessian input {PLAIN}",
     "HGS, Kronecker Hessian": PLAIN,
-    "  + GPTQ": f"--ranks uniform --smooth 0 {BARE}",
-    "  + QRA ranks": f"--smooth 0 {BARE}",
-    "  + smoothing": BARE,
-    "  + rotation": "--group-x 16 --no-centre",
-    "default, not smoothed": "--smooth 0",
-    "default, not rotated": "--no-rotate",
-    "default, groups of 16": "--group-x 16",
-    "default, centred": "--centre",
-    "default, not centred": "--no-centre",
-    "default, ranks by the spectrum alone": "--ranks spectrum",
-    "default, layers may stay in 16 bits": "--keep-16bit",
-    "default, Hessian of the inputs alone": "--hessian input",
-    "default, merged Q(Q + BA)": "--deploy merged",
-    "W4A8": "--bits-x 8",
-    "W4A8, uniform ranks": "--bits-x 8 --ranks uniform",
-    "no branch at all": "--rank 0 --rank-least 0",
-    "0.7 ranks": "--rank 0.7 --rank-least 0",
-    "4 ranks": "--rank 4",
-    "16 ranks": "--rank 16",
+    "  + GPTQ": f"--ranks uniform {BARE}",
+    "  + QRA ranks": BARE,
 }
 TESTBEDS = {"": "", ", outliers": "--outliers"}
 

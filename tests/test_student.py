@@ -215,7 +215,7 @@ def test_loss_on_grid_is_that_of_both_roundings_over_the_output(kind, rotated):
     torch.manual_seed(0)
     module, cfg = nn.Linear(32, 24) if kind == "linear" else nn.Conv2d(32, 24, 3), train.parse(["--group-x", "16"])
     x_TI, lambda_I = torch.randn(40, 32), torch.randint(-2, 3, (32,)).float().exp2()
-    group = [student.Layer(name, module, "w4a4", 0, rotated) for name in "ab"]
+    group = [student.Layer(name, module, "w4a4", 0, 16, rotated) for name in "ab"]
     group[1].module = copy.deepcopy(module.requires_grad_(False))
     group[1].module.weight.data *= 128  # counts no more than the other
     student.with_change(group, lambda_I, torch.ones(32) if kind == "linear" else None)
@@ -281,6 +281,39 @@ def test_activations_in_8_bits_are_those_of_w4a4_layers():
         calibration = student.Calibration(cfg, base, student.layers_to_quantize(cfg, base), cond, torch.ones(1, 4, 8, 8))
         noise.append(torch.cat([layer.white.noise_K for layer in calibration if layer.kind == "w4a4"]))
     assert 0 < noise[1].mean() < 0.1 * noise[0].mean()
+
+
+def test_the_inputs_that_cost_most_have_8_bits():
+    """Catches: readers of one tensor that differ, the cheapest inputs, noise of 4 bits in ranks and split, a cost without gradients
+    or without the weight, a table that does not say so."""
+    flags = "--model sdxl --sampling-steps 1 --micro 1 --hessian-mb 4096"
+    cond = {"tokens": torch.randn(2, 77, denoiser().net.text, generator=torch.Generator().manual_seed(1))}  # those of `build`
+    x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+
+    def calibration(more: str) -> tuple[list[student.Layer], student.Calibration]:
+        cfg, base = train.parse(f"{flags} {more}".split()), denoiser()
+        chosen = student.layers_to_quantize(cfg, base)
+        return chosen, student.Calibration(cfg, base, chosen, cond, x_T)
+
+    _, four = calibration("")
+    costs, noise = {}, {}
+    for layer in four:
+        if layer.kind == "w4a4":
+            lost = torch.einsum("ok,k,pk,op->", layer.w_OK.double(), layer.white.noise_K, layer.w_OK.double(), layer.white.G_OO)
+            first, noise[layer.name] = layer.stats.layers[0], layer.white.noise_K
+            costs[first] = costs.get(first, 0) + float(lost)
+    most = sorted(costs, key=costs.get, reverse=True)[:17]
+    chosen, some = calibration("--inputs-8bit 17")
+    eight = {layer.name for layer in chosen if layer.group_x == quant.EIGHT_BITS}
+    for layer in some:
+        if layer.kind == "w4a4":
+            assert (layer.name in eight) == (layer.stats.layers[0] in most)
+            ratio = layer.white.noise_K.sum() / noise[layer.name].sum()
+            assert ratio < 0.1 if layer.name in eight else ratio == 1
+    assert len(eight) > 17, "some of them are read by several layers"
+    packed, table = build("--inputs-8bit 17 --init hgs --iters 1")
+    assert {name for name, row in table.items() if row["group_x"] == quant.EIGHT_BITS} == eight
+    assert {name for name, layer in layers.packed_layers(packed.net) if layer.group_x == quant.EIGHT_BITS} == eight
 
 
 # ---------------------------------------------------------------- rules for ranks
