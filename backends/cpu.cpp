@@ -517,8 +517,16 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
   void keep_for_branch(int64_t p) const {
     const T* from = x + p * s.I;
     Low* to = branch + s.padded(p) * Cl;
-    if (!inv) convert(from, s.I, to);
-    for (int64_t k = 0; k < s.I && inv; k++) to[k] = rounded<T, Low>(to_float(from[k]) * inv[k]);
+    if (!inv) return convert(from, s.I, to);
+    const int64_t whole = s.I / LANES * LANES;
+    for (int64_t k = 0; k < whole; k += LANES) {
+      float product[LANES];
+      T near[LANES];
+      smoothed(from + k, inv + k, LANES, product);
+      store(near, load<F>(product));
+      convert(near, LANES, to + k);
+    }
+    for (int64_t k = whole; k < s.I; k++) to[k] = rounded<T, Low>(to_float(from[k]) * inv[k]);
   }
 
   void share_scales() const {  // from a bound for every pixel to the scale of its sample

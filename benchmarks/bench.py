@@ -305,10 +305,11 @@ def table(rows: list[dict], mine: str = "ours", base: str = "bf16", corner: str 
 
 def bench_kernels(args: argparse.Namespace) -> Iterator[list[dict]]:
     cuda = args.device == "cuda"
+    implementations = {k: v for k, v in (CUDA if cuda else CPU).items() if not args.only or k in args.only}
     for model, kind, M, K, N in QUICK if args.quick else SDXL + (FLUX if cuda else FLUX_CPU):
         print(f"{model} {kind} {M} x {K} x {N}", file=sys.stderr)
         torch.compiler.reset()
-        yield measure(Layer(kind, M, K, N, args.device), CUDA if cuda else CPU, args.rounds, cuda)
+        yield measure(Layer(kind, M, K, N, args.device), implementations, args.rounds, cuda)
 
 
 def fill(module: nn.Module, device: str) -> nn.Module:
@@ -574,6 +575,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
             cli.add_argument("--model", choices=tuple(FAMILIES), default="tiny")
             cli.add_argument("--rank", type=int, default=16)
     clis["kernels"].add_argument("--quick", action="store_true")
+    clis["kernels"].add_argument("--only", nargs="+", choices=list(CPU | CUDA), help="implementations")
     clis["model"].add_argument("--lora-bits", type=int, choices=(8, 16), help="8: the form of SDXL's and FLUX's checkpoints")
     clis["model"].add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, as CUDA graphs")
     clis["train"].add_argument("--batch", type=int, default=32)

@@ -26,7 +26,7 @@ ROWS = {  # name: flags
     "not centred": "--no-centre",
     "16 inputs in 8 bits": "--inputs-8bit 16",
     "all inputs in 8 bits (W4A8)": "--bits-x 8",
-    "SVDQuant style: smoothed, SVD": "--init svdquant --ranks uniform --rounding rtn --smooth 0.5 --no-rotate --no-centre --group-x 16",
+    "SVDQuant style: smoothed, SVD": f"--init svdquant {PLAIN.replace('--smooth 0', '--smooth 0.5')}",
     "uniform ranks": "--ranks uniform",
     "ranks by the spectrum alone": "--ranks spectrum",
     "layers may stay in 16 bits": "--keep-16bit",
