@@ -5,8 +5,8 @@ parameters does not change. [R] The criteria are activation dynamics and spectra
 
     choice      r_l = least, least + granule, .. up to `most` or min(O, K), where 0 is no branch; or None, which leaves the layer in
                 16 bits, where the price says what that costs
-    price       price_l(r) of a choice: `parameters`, r (O_l + K_l) and no 16 bits [A]; or `bits`, what is stored; or one's own
-                (K = kh kw I for a convolution)
+    price       price_l(r) of a choice: `parameters`, r (O_l + K_l) and no 16 bits [A]; or `bits`, what is stored; or one's own,
+                such as time (kernels.branch_time), which may jump (K = kh kw I for a convolution)
     budget      sum_l price_l(r_l) <= sum_l price_l(rank), and it is never exceeded
     gain        gain_l,i = g_l sigma_l,i^2 / E_l                     of the i-th rank, i = 1, 2, ..
                 g_l      = (v_x v_w)^beta                            variation of activations and of weights
@@ -136,9 +136,15 @@ def bits(shape, r, lora_bits=16, group=64):
     return 16 * O * K - (4 + 4 / group) * O * K - 8 * O if r is None else r * (lora_bits * (O + K) + (64 if lora_bits == 8 else 0))
 
 
+def of_each(price, shapes) -> dict[str, Callable]:
+    """{layer: price}, as it is or of one price for all."""
+    return price if isinstance(price, dict) else dict.fromkeys(shapes, price)
+
+
 def total(ranks, shapes, price=parameters):
     """What an allocation costs."""
-    return sum(price(shapes[name], r) for name, r in ranks.items())
+    prices = of_each(price, shapes)
+    return sum(prices[name](shapes[name], r) for name, r in ranks.items())
 
 
 # ----------------------------------------------------------------------------------------------------------- allocation
@@ -150,13 +156,15 @@ class Choice(NamedTuple):
     rank: int | None  # None: 16 bits
     price: float
     gain: float  # of all its ranks
-    step: float = 0.0  # of its last granule alone
+    step: float = 0.0  # beyond the choice before it
 
 
 def choices(gains, whole, shape, price, granule, least, most) -> list[Choice]:
-    """Of one layer: its ranks, ascending, then 16 bits if they are on offer. Ranks beyond the end of a curve win nothing more."""
-    ranks = range(least, min(most, *shape) + 1, granule)
-    made = [Choice(r, price(shape, r), sum(gains[:r]), sum(gains[max(0, r - granule) : r])) for r in ranks]
+    """Of one layer: its ranks, ascending, then 16 bits if they are on offer. Ranks beyond the end of a curve win nothing more. Of
+    ranks at one price there is the largest."""
+    ranks = [*range(least, min(most, *shape) + 1, granule)]
+    ranks = [r for r, more in zip(ranks, [*ranks[1:], None], strict=True) if more is None or price(shape, more) > price(shape, r)]
+    made = [Choice(r, price(shape, r), sum(gains[:r]), sum(gains[before:r])) for before, r in itertools.pairwise([0, *ranks])]
     return [*made, Choice(None, price(shape, None), whole)] if math.isfinite(price(shape, None)) else made
 
 
@@ -268,7 +276,8 @@ def allocate(
 
     statistics {name: {statistic: value}} with at least what METHODS[method].reads names, and `whole` where the price of 16 bits is
     finite. granule, least, most: see `bounds`; ranks are least + a multiple of the granule, and `uniform` does not look at them.
-    price(shape, r): `parameters`, `bits` with its arguments bound, or one's own, such as a rank's milliseconds, which may jump.
+    price(shape, r), or {name: price}: `parameters`, `bits` with its arguments bound, or one's own, such as a rank's milliseconds,
+    which may jump.
     ValueError, one sentence: unknown method, one that cannot weigh 16 bits, rank larger than a layer, bounds out of order,
     statistics not finite.
     """
@@ -279,12 +288,13 @@ def allocate(
         if rank > min(O, K):
             raise ValueError(f"rank {rank} is larger than layer {name} ({O} x {K})")
     wholes = dict.fromkeys(shapes)
-    if any(math.isfinite(price(shape, None)) for shape in shapes.values()):
+    prices = of_each(price, shapes)
+    if any(math.isfinite(prices[name](shape, None)) for name, shape in shapes.items()):
         wholes = gains_of_16_bits(method, statistics, shapes, beta, seed)
     if METHODS[method].gains is None:
         return dict.fromkeys(shapes, int(rank))
     gains = METHODS[method].gains(shapes, statistics, beta, seed)
-    options = {name: choices(gains[name], wholes[name], shape, price, *limits) for name, shape in shapes.items()}
+    options = {name: choices(gains[name], wholes[name], shape, prices[name], *limits) for name, shape in shapes.items()}
     budget = total(dict.fromkeys(shapes, rank), shapes, price)
     at, rate = greedy(options, budget, dict.fromkeys(shapes, 0))
     at, _ = greedy(options, budget, exchange(options, budget, at, rate))  # what is left buys ranks that win nothing

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import hessian
 import hgs_lora
+import kernels
 import qra
 import quant
 import tdpt
@@ -70,9 +71,9 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
         statistics[layer.name] = {name: STATISTICS[name](layer, cfg) for name in reads}
 
     # 2. Ranks: QRA
-    shapes = {layer.name: layer.shape for layer in layers}
-    about_ranks = dict(seed=cfg.seed, price=rank_price(cfg))
-    ranks = qra.allocate(shapes, of_all_processes(statistics), cfg.ranks, cfg.rank, *rank_bounds(cfg), **about_ranks)
+    shapes, statistics = {layer.name: layer.shape for layer in layers}, of_all_processes(statistics)
+    about_ranks = dict(seed=cfg.seed, price=rank_price(cfg, statistics))
+    ranks = qra.allocate(shapes, statistics, cfg.ranks, cfg.rank, *rank_bounds(cfg), **about_ranks)
 
     # 3. Split: W ~ Q + B A, HGS-LoRA
     packed, table = {}, {}
@@ -212,14 +213,17 @@ def loss_on_grid(layers: list[Layer], x_TI: Tensor, cfg) -> float:
     return float(((z + w) / energy.clamp_min(quant.TINY)).sum())
 
 
-def rank_price(cfg) -> Callable:
-    """Of the ranks' budget: parameters, or stored bits where layers may stay in 16 bits."""
+def rank_price(cfg, statistics: dict[str, dict]) -> Callable | dict[str, Callable]:
+    """Of the ranks' budget: parameters, the time of the branches, or stored bits where layers may stay in 16 bits."""
+    if cfg.rank_price == "time":
+        return {name: partial(kernels.branch_time, rows=known["rows"]) for name, known in statistics.items()}
     return partial(qra.bits, lora_bits=cfg.lora_bits, group=cfg.group_w) if cfg.keep_16bit else qra.parameters
 
 
 def rank_statistics(cfg) -> tuple[str, ...]:
     """Names of what the ranks read."""
-    return (*qra.METHODS[cfg.ranks].reads, *(["whole"] if cfg.keep_16bit else []))
+    more = {"whole": cfg.keep_16bit, "rows": cfg.rank_price == "time"}
+    return (*qra.METHODS[cfg.ranks].reads, *(name for name, wanted in more.items() if wanted))
 
 
 def reads_gradients(cfg) -> bool:
@@ -256,10 +260,16 @@ def variation(layer: Layer, cfg) -> tuple[float, float]:
     return hessian.variation(layer.stats, layer.module.weight)
 
 
+def rows(layer: Layer, cfg) -> int:
+    """Tokens or output pixels that went through it."""
+    return layer.stats.count
+
+
 # What rules of qra.METHODS may read, each from a layer as Calibration.for_ranks hands it out: change this to add yours
 STATISTICS: dict[str, Callable] = {
     "spectrum": spectrum,
     "whole": whole,  # where layers may stay in 16 bits
+    "rows": rows,  # where time is the price
     "energy": energy,
     "variation": variation,
 }

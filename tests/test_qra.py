@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import kernels
 import qra
 
 METHODS = tuple(qra.METHODS)
@@ -128,6 +129,18 @@ def test_allocation_is_equivariant_under_renaming_of_layers(shape_list, seed, me
     ranks = qra.allocate(shapes, stats, method, rank=8)
     again = qra.allocate({new[n]: s for n, s in shapes.items()}, renamed, method, rank=8)
     assert again == {new[n]: r for n, r in ranks.items()}
+
+
+def test_each_layer_may_have_its_own_price_and_ranks_at_one_price_come_together():
+    """Catches: the price of another layer, the fewer of two ranks that cost the same, a gain that is counted twice."""
+    shapes = {"slow": (40, 60), "fast": (40, 60)}
+    stats = {name: {"spectrum": [1.0] * 40, "energy": 1.0, "variation": (1.0, 1.0)} for name in shapes}
+    price = {name: functools.partial(kernels.branch_time, rows=rows) for name, rows in (("slow", 1000), ("fast", 100))}
+    assert qra.allocate(shapes, stats, rank=16, price=price) == {"slow": 0, "fast": 40}
+    less = qra.allocate(shapes, stats, rank=15, most=15, price=price)
+    assert less == {"slow": 15, "fast": 15} and qra.total(less, shapes, price) == 1100 * 100 * 36
+    options = qra.choices([4.0, 3.0, 2.0, 1.0], None, (4, 4), lambda shape, r: math.inf if r is None else (r + 1) // 2, 1, 0, 4)
+    assert [(c.rank, c.price, c.gain, c.step) for c in options] == [(0, 0, 0, 0), (2, 1, 7, 7), (4, 2, 10, 3)]
 
 
 small = st.integers(6, 20)

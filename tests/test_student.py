@@ -320,7 +320,7 @@ def test_the_inputs_that_cost_most_have_8_bits():
 
 
 def test_every_statistic_that_a_rule_reads_can_be_measured():
-    assert {"whole"}.union(*(rule.reads for rule in qra.METHODS.values())) == set(student.STATISTICS)
+    assert {"whole", "rows"}.union(*(rule.reads for rule in qra.METHODS.values())) == set(student.STATISTICS)
 
 
 def test_a_rule_of_ones_own_with_its_own_statistic_is_one_row_each(monkeypatch):
@@ -404,7 +404,7 @@ def test_ranks_and_16_bits_share_one_budget_of_stored_bits(monkeypatch):
 
     def allocate(shapes, statistics, *args, price, **kwargs):
         asked.append(price)
-        assert all(("whole" in known) == (price is not qra.parameters) for known in statistics.values())
+        assert all(("whole" in known) == isinstance(price, functools.partial) for known in statistics.values())
         return original(shapes, statistics, *args, price=price, **kwargs)
 
     original = qra.allocate
@@ -416,6 +416,30 @@ def test_ranks_and_16_bits_share_one_budget_of_stored_bits(monkeypatch):
     assert bits((64, 64), 3) == 3 * (8 * 128 + 64) and bits_16((64, 64), 3) == 3 * 16 * 128
     assert bits((64, 64), None) == (16 - 4 - 4 / 64) * 64**2 - 8 * 64
     assert bits_16((64, 64), None) == (16 - 4 - 4 / 32) * 64**2 - 8 * 64
+
+
+def test_ranks_are_priced_by_the_time_of_their_branches(monkeypatch):
+    """Catches: one number of rows for all layers, pixels of the input where a convolution halves them, a budget that is exceeded,
+    branches beside layers of many rows that win less per time than those of few."""
+    seen = {}
+
+    def allocate(shapes, statistics, *args, price, **kwargs):
+        seen.update(shapes=shapes, price=price, ranks=original(shapes, statistics, *args, price=price, **kwargs))
+        return seen["ranks"]
+
+    original = qra.allocate
+    monkeypatch.setattr(qra, "allocate", allocate)
+    _, table = build(f"{FULL} --rank-price time --rank 16")
+    shapes, price = seen["shapes"], seen["price"]
+    work = {name: price[name](shapes[name], 16) / (36 * sum(shapes[name])) for name in shapes}  # 16 ranks and reading are 36
+    samples = 2 * 64  # captions, pixels of 8 x 8
+    kinds = {"block.resnets.0.conv1": samples, "block.downsamplers.0.conv": samples / 4}
+    kinds |= {name: 2 * 77 for name in shapes if re.search("attn2.to_[kv]", name)} | {"block.resnets.0.time_emb_proj": 2}
+    assert {name: work[name] for name in kinds} == pytest.approx(kinds)
+    ranks = {name: row["rank"] for name, row in table.items()}
+    assert ranks == seen["ranks"] and qra.total(ranks, shapes, price) <= qra.total(dict.fromkeys(shapes, 16), shapes, price)
+    assert {rank % 16 for name, rank in ranks.items() if rank < min(shapes[name])} == {0}, "what computes in the same time"
+    assert ranks["block.resnets.0.time_emb_proj"] > 16, "of few rows"
 
 
 @pytest.fixture(scope="module")
