@@ -241,13 +241,14 @@ class Range:
     low_I: Tensor  # float32, min x
     high_I: Tensor  # float32, max x
     mean_I: Tensor  # float32, E[x]
-    rows_TI: Tensor | None = None  # one row (token or pixel) of each sample that this process saw, in x's dtype, in main memory
+    rows_TI: Tensor | None = None  # one row (token or pixel) of each sample that this process saw, in x's dtype, in main memory;
+    # which one, that depends on the order of the samples, and so on batches and processes
 
 
 def one_row_each(x_NTI: Tensor, seen: int) -> Tensor:
     """(N, I): one row of each sample n of a batch, the `seen` + n th of all samples, from places that scatter over its T rows."""
     n = torch.arange(len(x_NTI), device=x_NTI.device)
-    return x_NTI[n, (seen + n) * 40503 % x_NTI.shape[1]]  # 2^16 over the golden ratio
+    return x_NTI[n, (seen + n) * 40503 % 2**16 % x_NTI.shape[1]]  # 2^16 over the golden ratio
 
 
 def ranges(model: nn.Module, layer_names: list[str], run: Callable, rows: bool = False) -> dict[str, Range]:
@@ -327,17 +328,20 @@ class _InputPass:
             if group.stats:
                 x_NI = x.detach().movedim(1, -1) if group.window else x.detach()
                 z_NI = self.inputs.get(name, lambda x: x)(x_NI)
-                group_x = self.group_x.get(name) if isinstance(self.group_x, dict) else self.group_x
-                group.stats.add(z_NI.movedim(-1, 1) if group.window else z_NI, group.window, self.bin, group_x)
+                group.stats.add(z_NI.movedim(-1, 1) if group.window else z_NI, group.window, self.bin, self.rounded_in(name))
         elif not group.reads(x):
             raise ValueError(f"layers {group.layers[0]!r} and {name!r} shared their input at first, later not")
+
+    def rounded_in(self, name: str) -> int | None:
+        return self.group_x[name] if isinstance(self.group_x, dict) else self.group_x
 
     def join(self, name: str, x: Tensor) -> _Group:
         """First call of a layer: the group that reads the same tensor through the same window, or a new one."""
         window, weight = self.windows[name], self.layers[name].weight
+        mine = window, name in self.inputs, self.rounded_in(name)
         for group in self.group_of.values():
-            alike = group.window == window and (name in self.inputs) == (group.layers[0] in self.inputs)
-            if alike and group.reads(x):
+            first = group.layers[0]
+            if mine == (group.window, first in self.inputs, self.rounded_in(first)) and group.reads(x):
                 group.layers.append(name)
                 return group
         layers, stats, channels, K = [name], None, weight.shape[1], weight[0].numel()
@@ -381,7 +385,7 @@ def collect_passes(
     run(set_bin) drives the whole calibration set through `model` once and calls set_bin(i), 0 <= i < bins, before each
     forward to say which timestep bin it belongs to (bin 0 until it is said). It must repeat itself on each pass.
     group_x also measures what rounding the inputs costs (`noise_I`): 4 bits in groups of that size, or quant.EIGHT_BITS; {name:
-    one of these} where layers differ.
+    one of these, or None} where layers differ, which then do not share.
     inputs: {name: function of x (.., I)} for layers whose statistics are those of what it returns, a tensor of the same shape, and
     not of x; layers that share their input share that.
     diagonals: of each H the diagonal alone, for which one pass is enough.

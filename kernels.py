@@ -62,14 +62,15 @@ EXACT = 1024  # columns whose products sum exactly in float32
 VNNI = CPU.get("avx512_vnni", False)
 NIBBLES, ONES, SIGNS = 0x0F0F0F0F, 0x01010101, 0x80808080 - 2**32  # four byte lanes of an int32
 
-REGISTER, READING = 16, 20  # ranks that a branch computes at a time; what having one takes beside them, in ranks (docs/speed.md)
+REGISTER, READING = 16, 16  # ranks that a branch computes at a time; what having one takes beside them, in ranks
 
 # ------------------------------------------------------------------------------------------------ what a branch costs
 
 
 def branch_time(shape: tuple[int, int], r: int | None, rows: int) -> float:
-    """Of a branch of rank r beside a layer (O, K), for so many rows, in multiply-adds: a price of qra.py. It is proportional to the
-    time on a CPU with AVX512-VNNI, where ranks are computed a register at a time. Layers in 16 bits are not on offer: inf."""
+    """Of a branch of rank r beside a layer (O, K), for so many rows, in multiply-adds: a price of qra.py, under which parameters
+    have no bound. It is about proportional to the time on a CPU with AVX512-VNNI (docs/speed.md, how time grows), where ranks are
+    computed a register at a time. Layers in 16 bits are not on offer: inf."""
     return math.inf if r is None else rows * sum(shape) * (READING + math.ceil(r / REGISTER) * REGISTER) * (r > 0)
 
 

@@ -326,8 +326,8 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
 
 
 def number_format(model: nn.Module) -> str:
-    """W4A4 or W4A8 (quant.number_format)."""
-    return quant.number_format(layer.group_x for _, layer in packed_layers(model))
+    """W4A4, W4A8 or W4A4/8 (quant.number_format), of the layers that round activations."""
+    return quant.number_format(layer.group_x for _, layer in packed_layers(model) if not isinstance(layer, W4A16Linear))
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -13,12 +13,14 @@ bounds what statistics and factors hold at a time:
     split           1/4 H, 1/4 G, 1/2 the factors of one layer
 
 A layer whose factors need more than that (hgs_lora.factor_bytes) is split on the CPU. Ranks weigh all layers against each other, so
-the layers are gone through twice, for the ranks and for the splits. Where one slice holds them all, their statistics stay for the
-second time. Where not, the ranks get by with the diagonals of all H, from one pass, and passes for G. The network itself is changed
-at the very end, since later slices are measured on it; until then the packed layers wait in main memory.
+the layers are gone through twice, for the ranks and for the splits, and with --inputs-8bit once more before that. Where one
+slice holds them all, their statistics stay for the second time. Where not, the ranks get by with the diagonals of all H, from one
+pass, and passes for G. The network itself is changed at the very end, since later slices are measured on it; until then the packed
+layers wait in main memory. Before all that, some rows of each input are there too (--smooth).
 
 Each process of a torchrun drives its own captions; sums and maxima are exchanged (hessian.py), every layer is split by one process
-and sent to the others. Which process does what changes the last bits of the sums and nothing else.
+and sent to the others. Which process does what, and --micro, change the last bits of the sums, the draws behind G and which rows
+smoothing is chosen by.
 """
 
 import contextlib
@@ -34,7 +36,6 @@ from tqdm import tqdm
 
 import hessian
 import hgs_lora
-import kernels
 import qra
 import quant
 import tdpt
@@ -71,9 +72,9 @@ def build(cfg, base: Denoiser, cond: dict[str, Tensor], x_T: Tensor) -> tuple[De
         statistics[layer.name] = {name: STATISTICS[name](layer, cfg) for name in reads}
 
     # 2. Ranks: QRA
-    shapes, statistics = {layer.name: layer.shape for layer in layers}, of_all_processes(statistics)
-    about_ranks = dict(seed=cfg.seed, price=rank_price(cfg, statistics))
-    ranks = qra.allocate(shapes, statistics, cfg.ranks, cfg.rank, *rank_bounds(cfg), **about_ranks)
+    shapes = {layer.name: layer.shape for layer in layers}
+    about_ranks = dict(seed=cfg.seed, price=rank_price(cfg))
+    ranks = qra.allocate(shapes, of_all_processes(statistics), cfg.ranks, cfg.rank, *rank_bounds(cfg), **about_ranks)
 
     # 3. Split: W ~ Q + B A, HGS-LoRA
     packed, table = {}, {}
@@ -124,7 +125,7 @@ class Layer:
     index: int  # in the network's order
     group_x: int  # activations that share a multiplier, or quant.EIGHT_BITS; W4A16 rounds none
     rotated: bool = False  # --rotate, where its channels divide into blocks
-    smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors (--smooth), None: 1
+    smooth_I: Tensor | None = None  # lambda of quant.smoothing_factors (--smooth); None: not smoothed
     shift_I: Tensor | None = None  # the mean of x / lambda (--centre)
     stats: hessian.Stats | None = None  # of what it quantizes, z of layers.py
     w_OK: Tensor | None = None  # float32, tap-major, times smooth_I, rotated
@@ -137,6 +138,11 @@ class Layer:
     @property
     def taps(self) -> int:
         return self.module.weight[0, 0].numel()
+
+    @property
+    def rounded_in(self) -> int | None:
+        """group_x of what it rounds."""
+        return self.group_x if self.kind == "w4a4" else None
 
     @property
     def owner(self) -> int:
@@ -184,7 +190,7 @@ def rank_bounds(cfg) -> qra.Bounds:
     return qra.bounds(cfg.rank, cfg.rank_granule, cfg.rank_least, cfg.rank_most)
 
 
-def with_change(layers: list[Layer], lambda_I: Tensor | None, shift_I: Tensor | None) -> list[Layer]:
+def changed_by(layers: list[Layer], lambda_I: Tensor | None, shift_I: Tensor | None) -> list[Layer]:
     """The layers, in place, which now change their input by these."""
     for layer in layers:
         layer.smooth_I, layer.shift_I = lambda_I, shift_I
@@ -196,7 +202,8 @@ def loss_on_grid(layers: list[Layer], x_TI: Tensor, cfg) -> float:
 
         (E ||W (z - q(z))||^2 + E ||(W - q(W)) z||^2) / E ||W z||^2
 
-    over the rows of all processes. Each tap of a convolution is counted like an output of its own."""
+    over the rows of all processes. Each tap of a convolution is counted like an output of its own, and each of its pixels is
+    rounded with a scale of its own; in the kernels a picture has one."""
     sums = []
     for layer in layers:
         w_OK = layer.weight(layer.module.weight.device)
@@ -213,17 +220,14 @@ def loss_on_grid(layers: list[Layer], x_TI: Tensor, cfg) -> float:
     return float(((z + w) / energy.clamp_min(quant.TINY)).sum())
 
 
-def rank_price(cfg, statistics: dict[str, dict]) -> Callable | dict[str, Callable]:
-    """Of the ranks' budget: parameters, the time of the branches, or stored bits where layers may stay in 16 bits."""
-    if cfg.rank_price == "time":
-        return {name: partial(kernels.branch_time, rows=known["rows"]) for name, known in statistics.items()}
+def rank_price(cfg) -> Callable:
+    """Of the ranks' budget: parameters, or stored bits where layers may stay in 16 bits."""
     return partial(qra.bits, lora_bits=cfg.lora_bits, group=cfg.group_w) if cfg.keep_16bit else qra.parameters
 
 
 def rank_statistics(cfg) -> tuple[str, ...]:
     """Names of what the ranks read."""
-    more = {"whole": cfg.keep_16bit, "rows": cfg.rank_price == "time"}
-    return (*qra.METHODS[cfg.ranks].reads, *(name for name, wanted in more.items() if wanted))
+    return (*qra.METHODS[cfg.ranks].reads, *(["whole"] if cfg.keep_16bit else []))
 
 
 def reads_gradients(cfg) -> bool:
@@ -260,16 +264,10 @@ def variation(layer: Layer, cfg) -> tuple[float, float]:
     return hessian.variation(layer.stats, layer.module.weight)
 
 
-def rows(layer: Layer, cfg) -> int:
-    """Tokens or output pixels that went through it."""
-    return layer.stats.count
-
-
 # What rules of qra.METHODS may read, each from a layer as Calibration.for_ranks hands it out: change this to add yours
 STATISTICS: dict[str, Callable] = {
     "spectrum": spectrum,
     "whole": whole,  # where layers may stay in 16 bits
-    "rows": rows,  # where time is the price
     "energy": energy,
     "variation": variation,
 }
@@ -293,11 +291,11 @@ class Calibration:
         self.diagonals = backward is not None and max(sums) > self.half  # what the ranks are given of H
         if cfg.centre or any(cfg.exponents):
             w4a4 = [layer for layer in layers if layer.kind == "w4a4"]
-            seen = hessian.ranges(base.net, [layer.name for layer in w4a4], forward, rows=len(cfg.exponents) > 1)
-            self.centre_and_smooth(w4a4, seen)
+            names, rows = [layer.name for layer in w4a4], len(cfg.exponents) > 1
+            self.centre_and_smooth(w4a4, hessian.ranges(base.net, names, forward, rows))
         changed = {k: v.grid_input for k, v in self.layers.items() if v.rotated or v.shift_I is not None or v.smooth_I is not None}
         collect = partial(hessian.slices, base.net, list(self.layers), forward, backward, self.half, inputs=changed)
-        self.slices = lambda **more: collect(group_x={name: layer.group_x for name, layer in self.layers.items()}, **more)
+        self.slices = lambda **more: collect(group_x={name: layer.rounded_in for name, layer in self.layers.items()}, **more)
         self.everything: dict | None = None  # a slice that holds all layers
         if cfg.inputs_8bit:
             self.give_8_bits(cfg.inputs_8bit)
@@ -311,14 +309,16 @@ class Calibration:
         for first, group in together.items():
             seen, linear = ranges[first], all(isinstance(layer.module, nn.Linear) for layer in group)
             mean_I = seen.mean_I if self.cfg.centre and linear else None
-            changes = [self.change(group, seen, mean_I, a) for a in self.cfg.exponents]
+            changes = [self.lambda_and_shift(group, seen, mean_I, a) for a in self.cfg.exponents]
             least = changes[0]
             if len(changes) > 1:
-                least = min(changes, key=lambda change: loss_on_grid(with_change(group, *change), seen.rows_TI, self.cfg))
-            with_change(group, *least)
+                least = min(changes, key=lambda change: loss_on_grid(changed_by(group, *change), seen.rows_TI, self.cfg))
+            changed_by(group, *least)
 
     @staticmethod
-    def change(group: list[Layer], seen: hessian.Range, mean_I: Tensor | None, a: float) -> tuple[Tensor | None, Tensor | None]:
+    def lambda_and_shift(
+        group: list[Layer], seen: hessian.Range, mean_I: Tensor | None, a: float
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(lambda, shift) for SmoothQuant's exponent a and the largest of the layers' weights; None where there is none."""
         wmax_I = torch.stack([layer.module.weight.abs().movedim(1, -1).flatten(0, -2).amax(0) for layer in group]).amax(0)
         middle_I = 0 if mean_I is None else mean_I
@@ -344,12 +344,12 @@ class Calibration:
             yield from self.prepared(part)
 
     def give_8_bits(self, n: int) -> None:
-        """To the n inputs whose rounding to 4 bits costs the picture most: tr(R W N W^T R^T), over all layers that read them."""
+        """To the n inputs whose rounding to 4 bits costs the picture most: tr(G W N W^T), over all layers that read them."""
         costs, readers = {}, {}
         for layer in self.for_ranks():
             if layer.kind == "w4a4":
-                lost = hgs_lora.whitened_gram(layer.w_OK, layer.white.noise_K.sqrt(), layer.white.G_OO, dtype=torch.float32).trace()
-                costs[layer.name], readers[layer.name] = float(lost), layer.stats.layers
+                lost_OK = (layer.white.G_OO.float() @ layer.w_OK) * layer.w_OK * layer.white.noise_K.float()
+                costs[layer.name], readers[layer.name] = float(lost_OK.sum(dtype=torch.float64)), layer.stats.layers
         costs, readers = of_all_processes(costs), of_all_processes(readers)
         together = {names[0]: sum(costs[name] for name in names) for names in readers.values()}
         for first in sorted(together, key=together.get, reverse=True)[:n]:

@@ -123,7 +123,6 @@ class Config:
     rank_granule: int = option(1, "ranks are --rank-least and multiples of this more", least=1, before=0)
     rank_least: int = option(0, "least rank of a layer; 0: a layer may have no branch", least=0, before=-1)
     rank_most: int = option(0, "largest rank of a layer; 0: four times --rank, at least 64", least=0)
-    rank_price: str = option("parameters", "what the ranks' budget counts; time: of branches, on a CPU", ("parameters", "time"))
     keep_16bit: bool = option(False, "a layer may stay in 16 bits, at the price in stored bits; off: all are W4A4, as in the paper")
     calibration: int = option(64, "captions for Hessians and variation", least=1)
     gradient_captions: int = option(0, "of these, for gradients, whose passes take four times as long; 0: all", least=0)
@@ -169,7 +168,7 @@ PUBLIC = {name for name, family in FAMILIES.items() if not family.embedded}  # f
 MAY_CHANGE = {f.name for f in dataclasses.fields(Config) if "may_change" in f.metadata}
 OF_STUDENTS = {  # what teachers and 16-bit models do not read
     "outliers", "group_w", "bits_x", "inputs_8bit", "group_x", "smooth", "rotate", "centre", "rounding", "init", "hessian", "iters",
-    "ranks", "rank_granule", "rank_least", "rank_most", "rank_price", "keep_16bit",
+    "ranks", "rank_granule", "rank_least", "rank_most", "keep_16bit",
 }  # fmt: skip
 
 PRESETS = (  # (where it applies, what it sets); a later row wins, the command line wins over all. Change this to try yours.
@@ -236,9 +235,6 @@ def validate(cfg: Config) -> None:
     require(not 0 < cfg.rank_most < cfg.rank, f"--rank-most {cfg.rank_most} must be at least --rank {cfg.rank}")
     weighs = f"--ranks {cfg.ranks} does not weigh what the grid costs: with --keep-16bit choose spectrum, qra or shuffled"
     require(not cfg.keep_16bit or "spectrum" in qra.METHODS[cfg.ranks].reads, weighs)
-    timed = cfg.rank_price == "time"
-    require(not (timed and cfg.keep_16bit), "--keep-16bit is priced in stored bits: leave out --rank-price time")
-    require(not timed or cfg.ranks != "uniform", "--ranks uniform has no prices to weigh: leave out --rank-price time")
     require(not cfg.keep_16bit or cfg.deploy == "branch", "--deploy merged is strict W4A4: leave out --keep-16bit")
     require(not (cfg.inputs_8bit and cfg.bits_x == 8), "--bits-x 8 gives all inputs 8 bits: leave out --inputs-8bit")
     gradients = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)

@@ -306,6 +306,8 @@ def table(rows: list[dict], mine: str = "ours", base: str = "bf16", corner: str 
 def bench_kernels(args: argparse.Namespace) -> Iterator[list[dict]]:
     cuda = args.device == "cuda"
     implementations = {k: v for k, v in (CUDA if cuda else CPU).items() if not args.only or k in args.only}
+    if not implementations:
+        sys.exit(f"--only {' '.join(args.only)} is not for {args.device}")
     for model, kind, M, K, N in QUICK if args.quick else SDXL + (FLUX if cuda else FLUX_CPU):
         print(f"{model} {kind} {M} x {K} x {N}", file=sys.stderr)
         torch.compiler.reset()

@@ -67,7 +67,7 @@ def write_card(folder: str | Path) -> Path:
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     origin = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
     number_format = quant.number_format(row["group_x"] for row in layers.values() if row["kind"] == "w4a4")
-    tags = ["cmquant", "consistency-model", number_format.lower(), "quantized"]
+    tags = ["cmquant", "consistency-model", number_format.lower().replace("/", "-"), "quantized"]
     front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin)
     size, twin = _sizes(weights, layers)
     groups = sorted({(row["group_w"], row["group_x"]) for row in layers.values() if row["kind"] == "w4a4"})
@@ -76,7 +76,7 @@ def write_card(folder: str | Path) -> Path:
     text = template.format(
         front=front.to_yaml(),
         title=f"{Path(base).name}, {number_format} in few steps",
-        bits_x=number_format[-1],
+        bits_x=number_format.partition("A")[2],
         base=base,
         licence=in_words,
         groups=" and ".join(_groups(*pair) for pair in groups),

@@ -471,7 +471,10 @@ def test_ranges_keep_one_row_of_each_sample_however_samples_are_cut_into_batches
     ]
     assert torch.equal(*kept) and kept[0].shape == (12, 16) and kept[0].untyped_storage().nbytes() == 4 * 12 * 16
     sample, place = (kept[0][:, 0].long() // 7).tolist(), (kept[0][:, 0].long() % 7).tolist()
-    assert sample == list(range(12)) and len(set(place)) > 4
+    assert sample == list(range(12)) and len(set(place)) >= 4
+    for T in (77, 4608):  # captions; captions and pixels
+        places = hessian.one_row_each(torch.arange(T).expand(64, T)[..., None], 0)[:, 0]
+        assert len(places.unique()) > 48 and places.max() > 0.9 * T and len((places % 3).unique()) == 3
     image = nn.Sequential(nn.Conv2d(16, 4, 1))
     seen = hessian.ranges(image, ["0"], lambda set_bin: image(x_NTI.mT.unflatten(2, (7, 1))), rows=True)["0"]
     assert torch.equal(seen.rows_TI, kept[0])

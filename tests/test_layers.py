@@ -545,7 +545,9 @@ def test_activations_in_8_bits_leave_the_error_of_the_weight(kind):
     assert errors[0] < 0.5 * errors[1]
     merged = merged_layer(eight)
     assert merged.group_x == quant.EIGHT_BITS and "8-bit activations" in repr(merged) and "group_x=16" in repr(four)
-    assert number_format(nn.Sequential(four, merged)) == "W4A8" and number_format(nn.Sequential(four)) == "W4A4"
+    sixteen = make_layer("w4a16", group_x=16, smooth=False, I=64)[1]  # rounds no activations
+    named = {"W4A8": [merged, eight, sixteen], "W4A4": [four, sixteen], "W4A4/8": [four, merged]}
+    assert {name: number_format(nn.Sequential(*mixed)) for name, mixed in named.items()} == {name: name for name in named}
 
 
 def unflat(packed):

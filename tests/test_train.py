@@ -498,8 +498,6 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--rank-least -1", "--rank-least must be at least 0"),
         ("--rank-least 9", "--rank-least 9 must be at most --rank 8: add --rank-least 0"),
         ("--ranks uniform --rank 0.7", "--ranks uniform gives each layer 0 of --rank 0.7: give a whole number"),
-        ("--keep-16bit --rank-price time", "--keep-16bit is priced in stored bits"),
-        ("--ranks uniform --rank-price time", "--ranks uniform has no prices to weigh"),
         ("--inputs-8bit 3 --bits-x 8", "--bits-x 8 gives all inputs 8 bits: leave out --inputs-8bit"),
         ("--inputs-8bit 3 --hessian input", "--inputs-8bit weighs by gradients"),
         ("--smooth 0,2", "--smooth must be from 0 to 1"),
