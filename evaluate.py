@@ -183,14 +183,14 @@ def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int
     """Size and composition (with `rows` of its layers) of a checkpoint and its scores, printed (the scores as `said`) and in
     report.json -> packed size / that in bf16."""
     s = checkpoint.packed_size(student) | checkpoint.composition(student, rows)
-    ratio, name = s["mb"] / s["mb_bf16"], number_format(student)
+    ratio, kinds = s["mb"] / s["mb_bf16"], [kind for kind in ("w4a4", "w4a8") if s.get(f"{kind}_parameters")]
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
     print(f"network {s['mb']:.2f} MB, of it LoRA {s['mb_lora']:.2f} MB; bf16 {s['mb_bf16']:.2f} MB: memory_ratio {ratio:.3f}")
-    print(
-        f"{name}: {s[f'{name.lower()}_parameters']:.1%} of the parameters, {s[f'{name.lower()}_products']:.1%} of the products of "
-        f"linear and convolution layers\nbranches add {s['branch_parameters']:.2%} to the parameters; "
-        f"{s['layers_without_branch']:.0%} of the packed layers have none"
-    )
+    for kind in kinds:
+        shares = f"{s[f'{kind}_parameters']:.1%} of the parameters, {s[f'{kind}_products']:.1%} of the products"
+        print(f"{kind.upper()}: {shares} of linear and convolution layers")
+    without = f"{s['layers_without_branch']:.0%} of the packed layers have none"
+    print(f"branches add {s['branch_parameters']:.2%} to the parameters; {without}")
     print(said)
     with files.atomic(out / "report.json") as file:
         file.write_text(json.dumps({"steps": steps, "n": n, **s, **scores}, indent=1))

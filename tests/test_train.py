@@ -423,17 +423,21 @@ def test_merged_deployment_has_no_branch_and_draws(weights, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_activations_in_8_bits_are_named_in_the_report_and_come_back(weights, tmp_path, monkeypatch, capsys):
-    """Catches a row that says w4a4, a checkpoint that is loaded with activations in 4 bits."""
+@pytest.mark.parametrize(
+    "flags,name", [("--bits-x 8", "w4a8"), ("--inputs-8bit 3 --hessian kron --ranks qra --init hgs --iters 1", "w4a4/8")]
+)
+def test_activations_in_8_bits_are_named_in_the_report_and_come_back(weights, tmp_path, monkeypatch, capsys, flags, name):
+    """Catches a row that says w4a4, a checkpoint that is loaded with activations in 4 bits, closing lines without a format."""
     monkeypatch.setattr(evaluate, "load_classifier", lambda: evaluate.SceneClassifier().eval().requires_grad_(False))
-    run(weights, tmp_path / "r", "--steps 0 --bits-x 8")
-    rows = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert "w4a4" not in rows and f"w4a8 {rows['w4a8']['frechet']:>31.2f}" in capsys.readouterr().out
+    run(weights, tmp_path / "r", f"--steps 0 {flags}")
+    rows, said = json.loads((tmp_path / "r" / "report.json").read_text()), capsys.readouterr().out
+    assert "w4a4" not in rows and f"{name:26}{rows[name]['frechet']:>10.2f}" in said
+    assert ("W4A4: " in said, "W4A8: " in said) == (name == "w4a4/8", True)
     student, about = checkpoint.load_checkpoint(tmp_path / "r")
     kinds = {
         (row["kind"], layer.group_x) for row, (_, layer) in zip(about["layers"].values(), packed_layers(student.net), strict=True)
     }
-    assert kinds == {("w4a4", quant.EIGHT_BITS), ("w4a16", 8)}
+    assert kinds == {("w4a4", quant.EIGHT_BITS), ("w4a16", 8), *([("w4a4", 8)] if name == "w4a4/8" else [])}
 
 
 @pytest.mark.slow
