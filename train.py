@@ -232,7 +232,8 @@ def validate(cfg: Config) -> None:
     whole = f"--ranks uniform gives each layer {int(cfg.rank)} of --rank {cfg.rank}: give a whole number"
     require(cfg.ranks != "uniform" or cfg.rank == int(cfg.rank), whole)
     require(cfg.rank_least <= cfg.rank, f"--rank-least {cfg.rank_least} must be at most --rank {cfg.rank}: add --rank-least 0")
-    require(not 0 < cfg.rank_most < cfg.rank, f"--rank-most {cfg.rank_most} must be at least --rank {cfg.rank}")
+    most = f"--rank-most {cfg.rank_most} must be at least --rank {cfg.rank}: add --rank-most 0"
+    require(not 0 < cfg.rank_most < cfg.rank, most)
     weighs = f"--ranks {cfg.ranks} does not weigh what the grid costs: with --keep-16bit choose spectrum, qra or shuffled"
     require(not cfg.keep_16bit or "spectrum" in qra.METHODS[cfg.ranks].reads, weighs)
     require(not cfg.keep_16bit or cfg.deploy == "branch", "--deploy merged is strict W4A4: leave out --keep-16bit")

@@ -292,7 +292,7 @@ TINY_FLUX = Family(  # 5.2 M parameters
     path=lambda scheduler, latent: FlowPath(),
     transfers=outliers.flux_transfers,
     classifier_free=True,
-    student={"rank": 2, "rank_least": 1, "lr": 3e-4, "centre": True},  # each layer has something to train
+    student={"rank": 2, "rank_least": 1, "rank_most": 4, "lr": 3e-4, "centre": True},  # each layer has something to train
     **FLUX,
     **EMBEDDED,
 )
