@@ -210,7 +210,13 @@ def parse(argv: list[str]) -> Config:
             about |= {"type": f.metadata.get("type", f.type), "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **about)
     given = vars(parser.parse_args(argv))
-    return Config(**(presets(Config(**given)) | given))
+    preset = presets(Config(**given))
+    cfg = Config(**(preset | given))
+    bounds = {
+        "rank_least": cfg.rank_least > cfg.rank,
+        "rank_most": 0 < cfg.rank_most < cfg.rank,
+    }  # presets have those of their rank
+    return dataclasses.replace(cfg, **{k: 0 for k, contradicts in bounds.items() if contradicts and k not in given})
 
 
 def require(right: bool, message: str) -> None:

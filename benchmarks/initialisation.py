@@ -34,7 +34,7 @@ ROWS = {  # name: flags
     "no branch at all": "--rank 0 --rank-least 0",
     "0.7 ranks": "--rank 0.7 --rank-least 0",
     "4 ranks": "--rank 4",
-    "16 ranks": "--rank 16 --rank-most 0",
+    "16 ranks": "--rank 16",
     "merged Q(Q + BA)": "--deploy merged",
     "W4A8, uniform ranks": "--bits-x 8 --ranks uniform",
     "zero (QLoRA), activations as they are": f"--init zero {PLAIN}",

@@ -507,7 +507,7 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--smooth 0,2", "--smooth must be from 0 to 1"),
         ("--keep-16bit --ranks uniform", "--ranks uniform does not weigh what the grid costs"),
         ("--keep-16bit --ranks qra --deploy merged", "--deploy merged is strict W4A4: leave out --keep-16bit"),
-        ("--rank-most 7", "--rank-most 7 must be at least --rank 8"),
+        ("--rank-most 7", "--rank-most 7 must be at least --rank 8: add --rank-most 0"),
         ("--rank 0", "--rank 0 leaves nothing to train: add --steps 0"),
         ("--rank 1.5 --ranks qra --bits 16", "--bits 16 trains a LoRA of --rank 1, 2, .., not of 1.5"),
         ("--dtype half", "invalid choice: 'half'"),
@@ -652,6 +652,18 @@ def as_format_3(folder: Path) -> dict:
             about["start"] = files.recorded_checksum(folder / "start.safetensors")
         files.write_tensors(folder / f"{name}.safetensors", tensors, about, files.run_digest(folder))
     return config
+
+
+def test_bounds_of_ranks_that_a_family_sets_give_way_to_a_rank_that_they_contradict():
+    """Catches `--rank 16` or `--rank 0.7` refused for a flag that was not given, and bounds that were given and are ignored."""
+
+    def bounds(flags: str) -> tuple[int, int]:
+        cfg = train.parse(f"--model tiny-flux {flags}".split())
+        return cfg.rank_least, cfg.rank_most
+
+    assert bounds("") == bounds("--rank 3") == (1, 4)
+    assert bounds("--rank 16") == (1, 0) and bounds("--rank 0.7") == (0, 4)
+    assert bounds("--rank 16 --rank-most 4 --rank-least 17") == (17, 4)  # which validate refuses
 
 
 @pytest.mark.slow
