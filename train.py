@@ -215,7 +215,7 @@ def parse(argv: list[str]) -> Config:
     bounds = {
         "rank_least": cfg.rank_least > cfg.rank,
         "rank_most": 0 < cfg.rank_most < cfg.rank,
-    }  # presets have those of their rank
+    }  # those of a preset
     return dataclasses.replace(cfg, **{k: 0 for k, contradicts in bounds.items() if contradicts and k not in given})
 
 

@@ -776,4 +776,4 @@ def test_every_field_of_the_configuration_has_a_reader():
     readers = [ROOT / f"{name}.py" for name in ("train", "student", "hgs_lora", "sample", "evaluate")]
     code = "".join(file.read_text() for file in (*readers, *(ROOT / "models").glob("*.py")))
     for f in dataclasses.fields(train.Config):
-        assert re.search(rf"\bcfg\.{f.name}\b|config\[\"{f.name}\"\]|\"config\"\]\[\"{f.name}\"\]", code), f.name
+        assert re.search(rf"\b(cfg|self)\.{f.name}\b|config\[\"{f.name}\"\]|\"config\"\]\[\"{f.name}\"\]", code), f.name
