@@ -79,6 +79,7 @@ def main() -> None:
     for cell in each(measure, [(row, column) for row in args.only for column in columns], args.jobs):
         print(*cell, shown(*cell), flush=True)
         rows = [[row, f"`{flags or '(none)'}`", *(shown(row, column) for column in columns)] for row, flags in ROWS.items()]
+        rows = [row for row in rows if {*row[2:]} != {"-"}]
         lines = markdown(["start", "flags of `train.py --steps 0`", *("".join(column) for column in columns)], *rows)
         note = f"\n{args.n} pictures, 4 steps, seed 0; {MACHINE}"
         with contextlib.redirect_stdout(io.StringIO()):
