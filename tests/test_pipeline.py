@@ -231,14 +231,14 @@ def test_a_run_of_a_gpu_takes_the_kernels_of_a_cpu(runs, tmp_path):
 def test_saved_pipelines_come_back_bit_for_bit(runs, tmp_path, name):
     """Catches a stored form that loses bits, torch_dtype cast onto packed tensors, a table without a field, a lost scheduler,
     activations of other bits."""
-    groups = [row["group_x"] for row in files.read_config(runs[name])["layers"].values() if row["kind"] == "w4a4"]
-    assert quant.number_format(groups) == "W4A8"
+    rows = [row for row in files.read_config(runs[name])["layers"].values() if row["kind"] != "16bit"]
+    assert quant.number_format(row["group_x"] for row in rows if row["kind"] == "w4a4") == "W4A4/8"
     for dtype in (torch.float32, torch.bfloat16):
         pipe = load(runs[name], dtype=dtype)
         pipeline.save_pipeline(pipe, tmp_path / str(dtype))
         again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / str(dtype), torch_dtype=dtype))
         assert type(again) is type(pipe) and same_tensors(denoiser_of(pipe), denoiser_of(again))
-        assert [layer.group_x for _, layer in packed_layers(denoiser_of(again))] == groups
+        assert [layer.group_x for _, layer in packed_layers(denoiser_of(again))] == [row["group_x"] for row in rows]
         backends = {layer.backend for _, layer in packed_layers(denoiser_of(again))}
         assert backends == {"eager"}  # as the run's
         before = latents(pipe)
@@ -491,7 +491,8 @@ def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):
             and "- cmquant\n" in front
         )
         assert "- snr: 24.500\n" in text and "| w4a4 | 31.250 |" in text and "groups of 64 (weights), 16 (activations)" in text
-        assert "W4A8 in few steps" in text and "activations in 8 bits" in text and "layers 16 bit, " in text
+        assert "W4A4/8 in few steps" in text and "- w4a4-8\n" in front and "and 4/8-bit activations" in text
+        assert "activations in 8 bits" in text and "layers 16 bit, " in text
         assert " layers W4A4, " in text and " layers W4A8" in text
         assert base.startswith("someone") == ("see someone/else" in text)
         size = sum(v.nbytes for v in load_file(folder / "model.safetensors").values())
