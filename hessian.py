@@ -241,8 +241,9 @@ class Range:
     low_I: Tensor  # float32, min x
     high_I: Tensor  # float32, max x
     mean_I: Tensor  # float32, E[x]
-    rows_TI: Tensor | None = None  # one row (token or pixel) of each sample that this process saw, in x's dtype, in main memory;
-    # which one, that depends on the order of the samples, and so on batches and processes
+    # one row (token or pixel) of each sample that this process saw, in x's dtype, in main memory. Which rows depends on the order
+    # of the samples, and so on batches and processes
+    rows_TI: Tensor | None = None
 
 
 def one_row_each(x_NTI: Tensor, seen: int) -> Tensor:

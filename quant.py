@@ -78,7 +78,9 @@ def check_group(group: int) -> None:
 def number_format(groups_x: Iterable[int]) -> str:
     """W4A4; W4A8 where all of the layers' group_x are EIGHT_BITS; W4A4/8 where some are."""
     eight = {group == EIGHT_BITS for group in groups_x}
-    return {frozenset({True}): "W4A8", frozenset({True, False}): "W4A4/8"}.get(frozenset(eight), "W4A4")
+    if True not in eight:
+        return "W4A4"
+    return "W4A4/8" if False in eight else "W4A8"
 
 
 @dataclass

@@ -309,24 +309,27 @@ class Calibration:
         for first, group in together.items():
             seen, linear = ranges[first], all(isinstance(layer.module, nn.Linear) for layer in group)
             mean_I = seen.mean_I if self.cfg.centre and linear else None
-            changes = [self.lambda_and_shift(group, seen, mean_I, a) for a in self.cfg.exponents]
+            changes = self.changes_of_input(group, seen, mean_I, self.cfg.exponents)
             least = changes[0]
             if len(changes) > 1:
                 least = min(changes, key=lambda change: loss_on_grid(changed_by(group, *change), seen.rows_TI, self.cfg))
             changed_by(group, *least)
 
     @staticmethod
-    def lambda_and_shift(
-        group: list[Layer], seen: hessian.Range, mean_I: Tensor | None, a: float
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(lambda, shift) for SmoothQuant's exponent a and the largest of the layers' weights; None where there is none."""
+    def changes_of_input(
+        group: list[Layer], seen: hessian.Range, mean_I: Tensor | None, exponents: list[float]
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """(lambda, shift) for each of SmoothQuant's exponents and the largest of the layers' weights; None where there is none."""
         wmax_I = torch.stack([layer.module.weight.abs().movedim(1, -1).flatten(0, -2).amax(0) for layer in group]).amax(0)
         middle_I = 0 if mean_I is None else mean_I
         xmax_I = torch.maximum(seen.high_I - middle_I, middle_I - seen.low_I)
-        lambda_I = quant.smoothing_factors(xmax_I, wmax_I, a) if a else None
-        if mean_I is None:
-            return lambda_I, None
-        return lambda_I, (mean_I if lambda_I is None else mean_I / lambda_I).bfloat16().float()  # a file has bfloat16
+        changes = []
+        for a in exponents:
+            lambda_I, shift_I = quant.smoothing_factors(xmax_I, wmax_I, a) if a else None, None
+            if mean_I is not None:
+                shift_I = (mean_I if lambda_I is None else mean_I / lambda_I).bfloat16().float()  # a file has bfloat16
+            changes.append((lambda_I, shift_I))
+        return changes
 
     def __iter__(self) -> Iterator[Layer]:
         for part in [self.everything] if self.everything else self.slices():

@@ -198,7 +198,8 @@ def presets(cfg: Config) -> dict:
 
 
 def parse(argv: list[str]) -> Config:
-    """Defaults < PRESETS < command line. Unknown flags and abbreviations are refused with exit code 2."""
+    """Defaults < PRESETS < command line, whose --rank takes away the bounds of a preset that contradict it. Unknown flags and
+    abbreviations are refused with exit code 2."""
     layout = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__, formatter_class=layout)
     for f in dataclasses.fields(Config):
@@ -212,11 +213,8 @@ def parse(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     preset = presets(Config(**given))
     cfg = Config(**(preset | given))
-    bounds = {
-        "rank_least": cfg.rank_least > cfg.rank,
-        "rank_most": 0 < cfg.rank_most < cfg.rank,
-    }  # those of a preset
-    return dataclasses.replace(cfg, **{k: 0 for k, contradicts in bounds.items() if contradicts and k not in given})
+    contradicted = {"rank_least": cfg.rank_least > cfg.rank, "rank_most": 0 < cfg.rank_most < cfg.rank}
+    return dataclasses.replace(cfg, **{k: 0 for k, wrong in contradicted.items() if wrong and k not in given})
 
 
 def require(right: bool, message: str) -> None:
@@ -244,8 +242,8 @@ def validate(cfg: Config) -> None:
     require(not cfg.keep_16bit or "spectrum" in qra.METHODS[cfg.ranks].reads, weighs)
     require(not cfg.keep_16bit or cfg.deploy == "branch", "--deploy merged is strict W4A4: leave out --keep-16bit")
     require(not (cfg.inputs_8bit and cfg.bits_x == 8), "--bits-x 8 gives all inputs 8 bits: leave out --inputs-8bit")
-    gradients = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
-    require(gradients or not cfg.inputs_8bit, "--inputs-8bit weighs by gradients: use it with --hessian kron and --init hgs")
+    gradients = "--inputs-8bit weighs by gradients: use it with --hessian kron and --init hgs"
+    require(student.reads_gradients(cfg) or not cfg.inputs_8bit, gradients)
     n = process_count()
     require(cfg.batch % n == 0, f"--batch {cfg.batch} does not divide among {n} processes")
     require(cfg.calibration >= n, f"--calibration {cfg.calibration} leaves some of {n} processes without a caption: give more")

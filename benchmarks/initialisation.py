@@ -12,6 +12,7 @@ import io
 import json
 
 from benchmarks.jobs import MACHINE, each, name_of, parser
+from benchmarks.quality import SVDQUANT
 from benchmarks.tables import markdown, write_table
 
 BARE = "--smooth 0 --no-rotate --no-centre --group-x 16"  # activations as they are, in groups of 16
@@ -26,7 +27,7 @@ ROWS = {  # name: flags
     "not centred": "--no-centre",
     "16 inputs in 8 bits": "--inputs-8bit 16",
     "all inputs in 8 bits (W4A8)": "--bits-x 8",
-    "SVDQuant style: smoothed, SVD": f"--init svdquant {PLAIN.replace('--smooth 0', '--smooth 0.5')}",
+    "SVDQuant style: smoothed, SVD": f"{SVDQUANT} --group-x 16",
     "uniform ranks": "--ranks uniform",
     "ranks by the spectrum alone": "--ranks spectrum",
     "layers may stay in 16 bits": "--keep-16bit",

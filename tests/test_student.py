@@ -252,7 +252,8 @@ def test_every_input_is_smoothed_as_its_readers_lose_least():
     for first, group in groups.items():
         assert len({None if layer.smooth_I is None else tuple(layer.smooth_I.tolist()) for layer in group}) == 1
         taken = group[0].smooth_I, group[0].shift_I
-        changes = {a: student.Calibration.lambda_and_shift(group, found[first], None, a) for a in cfg.exponents}
+        found_for_each = student.Calibration.changes_of_input(group, found[first], None, cfg.exponents)
+        changes = dict(zip(cfg.exponents, found_for_each, strict=True))
         losses = {a: student.loss_on_grid(student.changed_by(group, *c), found[first].rows_TI, cfg) for a, c in changes.items()}
         best = min(losses, key=losses.get)
         lambda_I, _ = changes[best]
