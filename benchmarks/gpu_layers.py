@@ -6,9 +6,9 @@ Both sides as CUDA graphs (triton.testing.do_bench_cudagraph, the median of its 
 32, bias, unpacking and quantization in it. `prepare` is the first launch alone (backends/gpu.py), TOPS counts the rest."""
 
 import torch
-import triton
 
 from backends import gpu
+from backends.gpu import triton  # None where there is none
 from benchmarks.bench import CUDA, Layer
 from benchmarks.tables import markdown
 
