@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 import tdpt
@@ -38,7 +39,8 @@ REFERENCE_SEED = 777_000  # of the rendered scenes that Frechet distances are me
 
 
 class SceneClassifier(nn.Module):
-    """Classifier of scenes. forward: pictures (B, 3, 32, 32) in [-1, 1] -> features (B, 128); heads: features -> logits."""
+    """Classifier of scenes, which it sees at 32x32 pixels.
+    forward: pictures (B, 3, H, H) in [-1, 1] -> features (B, 128); heads: features -> logits."""
 
     GROUPS = (len(scenes.SHAPES) + 1, len(scenes.COLORS), len(scenes.SIZES), len(scenes.PATTERNS))  # shape 0: nothing there
     num_features = 128
@@ -56,7 +58,7 @@ class SceneClassifier(nn.Module):
         self.texture = nn.Linear(self.num_features, len(scenes.TEXTURES))
 
     def forward(self, pictures):
-        return self.trunk(pictures)
+        return self.trunk(F.adaptive_avg_pool2d(pictures, scenes.SIDE))
 
     def heads(self, features):
         """Logits: background, texture (B, 1, 3), and by place shape, color, size, pattern (B, P, n)."""
@@ -91,13 +93,13 @@ def load_classifier(path: Path = files.ASSETS / "classifier.safetensors") -> Sce
 
 
 @torch.no_grad()
-def real_pictures(classifier: SceneClassifier, n: int = 4096) -> tuple[float, torch.Tensor]:
-    """(prompt accuracy, features) of n rendered scenes."""
+def real_pictures(classifier: SceneClassifier, n: int = 4096, side: int = scenes.SIDE) -> tuple[float, torch.Tensor]:
+    """(prompt accuracy, features) of n rendered scenes of `side` pixels."""
     parts, right = [], []
     for k in range(0, n, 256):
         gen = step_generator(REFERENCE_SEED, k)
         scene = scenes.random_scenes(min(256, n - k), gen)
-        parts.append(classifier(scenes.render(scene, gen)))
+        parts.append(classifier(scenes.render(scene, gen, side)))
         right.append(all_right(classifier, parts[-1], scene))
     return torch.cat(right).float().mean().item(), torch.cat(parts)
 
@@ -119,17 +121,18 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Judge:
-    """n prompts and noises (function of seed), the classifier, features of rendered scenes: the same questions for any model."""
+    """n prompts and noises (function of seed), the classifier, features of rendered scenes of `side` pixels: the same questions for
+    any model."""
 
-    def __init__(self, n: int, seed: int, reference: int = 4096):
-        self.classifier, self.seed = load_classifier(), seed
+    def __init__(self, n: int, seed: int, reference: int = 4096, side: int = scenes.SIDE):
+        self.classifier, self.seed, self.side = load_classifier(), seed, side
         self.scene = scenes.random_scenes(n, step_generator(seed, 0))
         self.captions = [scenes.caption_of(self.scene, i) for i in range(n)]
-        _, self.real = real_pictures(self.classifier, reference)
+        _, self.real = real_pictures(self.classifier, reference, side)
 
     def rendered(self) -> dict[str, float]:
         """Scores of the renderer itself on the same prompts: the row "real"."""
-        return self.score(scenes.render(self.scene, step_generator(self.seed, 1)))
+        return self.score(scenes.render(self.scene, step_generator(self.seed, 1), self.side))
 
     def draw(self, name: str, model, denoiser: Denoiser, steps: int) -> torch.Tensor:
         return draw(model, denoiser, self.captions, steps, 1_000_000 * self.seed, bar=f"{name}, {steps} steps")
@@ -153,7 +156,7 @@ def network_report(network: Denoiser, config: dict, cm: bool) -> dict[str, dict[
     """Scores of 16-bit weights at the end of their training, printed: the guided teacher and, if `cm`, the consistency model."""
     if config["data"]:
         return {}  # the classifier knows nothing of the user's pictures
-    judge = Judge(config["eval_n"], 4321)
+    judge = Judge(config["eval_n"], 4321, side=network.family.side)
     teacher = ("teacher, guided", guided_teacher(network, config["guidance"]))
     runs = [(*teacher, 25), (*teacher, 4)] + [("fp", as_cm(network), steps) for steps in (4, 2, 1) if cm]
     rows = {"real": judge.rendered()}
@@ -202,14 +205,14 @@ def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     student, _ = checkpoint.load_checkpoint(out)
     name = number_format(student).lower()
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
-        captions = sources.source(config["data"]).captions(config["eval_n"], step_generator(4321, 0))
+        captions = sources.source(config["data"], network.family.side).captions(config["eval_n"], step_generator(4321, 0))
         fp = draw(as_cm(network), network, captions, 4, 4321)
         with counted_rows(student.net) as rows:
             psnr_to_fp = psnr(fp, draw(student, student, captions, 4, 4321))
         scores = {name: {"psnr_to_fp": psnr_to_fp}}
         said = f"{len(captions)} of the folder's captions: {psnr_to_fp:.2f} dB to the fp model"
     else:
-        judge = Judge(config["eval_n"], 4321, reference=2048)
+        judge = Judge(config["eval_n"], 4321, reference=2048, side=network.family.side)
         fp = judge.draw("fp", as_cm(network), network, 4)
         with counted_rows(student.net) as rows:
             drawn = judge.draw(name, student, student, 4)
@@ -262,7 +265,7 @@ def main(argv: list[str]) -> None:
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
     network = pretrained.load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
-    judge = Judge(args.n, args.seed)
+    judge = Judge(args.n, args.seed, side=network.family.side)
     rows = {"real": judge.rendered()}
     teacher = guided_teacher(network, config["guidance"])
     if args.teacher == "both":

@@ -180,7 +180,7 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
      {"steps": 500, "batch": 16, "micro": 1, "checkpointing": True, "lr": 1e-5, "lora_bits": 8, "eval_n": 16,
       "dtype": "bfloat16", "data": "prompts", "calibration": 32, "hessian_mb": 0, "cached": 512}),
     ({"model": PUBLIC, "stage": {"student"}, "bits": {16}}, {"lr": 1e-4, "steps": 1000}),  # LCM-LoRA's figures
-    *(({"model": {name}}, family.preset) for name, family in FAMILIES.items()),
+    *(({"model": {name}, "stage": {"student"}}, family.preset) for name, family in FAMILIES.items()),
     *(({"model": {name}, "stage": {"student"}, "bits": {4}}, family.student) for name, family in FAMILIES.items()),
     ({"recipe": {"cmquant"}}, {}),  # the defaults; a recipe needs a row to be known
     ({"recipe": {"paper"}}, {"rollout": 0.0}),
@@ -526,7 +526,7 @@ def train_cm(cfg: Config, out: Path) -> None:
 
 def train_teacher(cfg: Config, out: Path) -> None:
     """An embedded teacher, MODEL.safetensors: the exponential average of its weights."""
-    pictures = sources.source(cfg.data)
+    pictures = sources.source(cfg.data, FAMILIES[cfg.model].side)
     torch.manual_seed(cfg.seed)
     network = pretrained.load_teacher(cfg.model, cfg.teacher) if cfg.teacher else random_denoiser(cfg.model)
     params = dict(network.requires_grad_().to(cfg.device).named_parameters())

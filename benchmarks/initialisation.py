@@ -11,8 +11,7 @@ import contextlib
 import io
 import json
 
-from benchmarks.jobs import MACHINE, each, name_of, parser
-from benchmarks.quality import SVDQUANT
+from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
 from benchmarks.tables import markdown, write_table
 
 BARE = "--smooth 0 --no-rotate --no-centre --group-x 16"  # activations as they are, in groups of 16

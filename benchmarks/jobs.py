@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.tables import ROOT
 
+SVDQUANT = "--init svdquant --smooth 0.5 --no-rotate --no-centre --ranks uniform --rounding rtn"  # its start, in our number format
 MACHINE = f"{platform.machine()} CPU, torch {torch.__version__}"
 
 

@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 
 import evaluate
-from benchmarks.jobs import MACHINE, each, name_of, parser
+import train
+from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
 from benchmarks.tables import markdown, write_table
 from models import checkpoint, pretrained
-from models.denoiser import FAST, as_cm, guided_teacher
+from models.denoiser import FAST, Denoiser, as_cm, guided_teacher
+from models.family import FAMILIES
 from run import files
 
-START, SVDQUANT = "--steps 0", "--init svdquant --smooth 0.5 --no-rotate --no-centre --ranks uniform --rounding rtn"
+START = "--steps 0"
 ROWS = {  # label: flags of train.py, whose default is 2 ranks on average, the share of parameters that 16 are of SDXL
     "CMQuant (default)": "",
     "CMQuant, no updates": START,
@@ -53,10 +55,16 @@ def write(path: Path, rows: dict) -> None:
         file.write_text(json.dumps(rows))
 
 
+def network_of(model: str) -> Denoiser:
+    """The teacher with its consistency LoRA, from where a student of `model` takes them by default."""
+    weights = train.presets(train.Config(model=model))
+    return pretrained.load_embedded_cm(model, weights.get("teacher", ""), weights.get("cm", "")).to(FAST)
+
+
 @torch.no_grad()
 def score_fp(model: str, n: int, out: Path) -> None:
     """fp.json, scores of rendered pictures and of the 16-bit consistency model, and fp-STEPS.safetensors, its pictures."""
-    judge, network = evaluate.Judge(n, SEED), pretrained.load_embedded_cm(model).to(FAST)
+    judge, network = evaluate.Judge(n, SEED, side=FAMILIES[model].side), network_of(model)
     rows = {"real pictures": {"": judge.rendered()}, "fp CM": {}}
     for steps in STEPS:
         pictures = judge.draw("fp", as_cm(network), network, steps)
@@ -68,7 +76,7 @@ def score_fp(model: str, n: int, out: Path) -> None:
 @torch.no_grad()
 def score_teacher(model: str, n: int, out: Path) -> None:
     """teacher.json, scores of the guided teacher."""
-    judge, network = evaluate.Judge(n, SEED), pretrained.load_embedded_cm(model).to(FAST)
+    judge, network = evaluate.Judge(n, SEED, side=FAMILIES[model].side), network_of(model)
     teacher = guided_teacher(network, 1.5)
     rows = {steps: judge.score(judge.draw("teacher", teacher, network, steps)) for steps in (25, *STEPS)}
     write(out / "teacher.json", {"teacher, guided": rows})
@@ -77,7 +85,7 @@ def score_teacher(model: str, n: int, out: Path) -> None:
 @torch.no_grad()
 def score_run(folder: Path, model: str, n: int, out: Path) -> None:
     """scores-N.json of a finished run."""
-    judge, (student, _), rows = evaluate.Judge(n, SEED), checkpoint.load_checkpoint(folder), {}
+    judge, (student, _), rows = evaluate.Judge(n, SEED, side=FAMILIES[model].side), checkpoint.load_checkpoint(folder), {}
     for steps in STEPS if folder.name.endswith("-0") else STEPS[:1]:
         fp = files.read_tensors(out / f"fp-{steps}.safetensors", "delete the folder")[0]["pictures"]
         rows[steps] = judge.score(judge.draw("ours", student, student, steps), fp)

@@ -1,6 +1,6 @@
-"""Procedural scenes: captioned pictures without end, for the tiny models.
+"""Procedural scenes: captioned pictures without end, for the embedded models.
 
-A scene is one or two objects on a textured background, 32x32 pixels:
+A scene is one or two objects on a textured background, 32x32 pixels, or the same drawn at a larger size:
 
     a large striped red ring on the left and a small blue square on the right, wavy gray background
       size  pattern colour shape     place                                     texture background
@@ -14,7 +14,7 @@ iterator state has to be saved to resume exactly, and R processes that each keep
 import torch
 import torch.nn.functional as F
 
-SIDE = 32  # pixels
+SIDE = 32  # pixels; the unit of all lengths here
 SHAPES = ("circle", "ring", "square", "triangle", "cross")
 COLORS = ("red", "yellow", "green", "blue", "purple", "white")
 SIZES = ("small", "large")
@@ -79,14 +79,15 @@ def _inside(shape_B, u_BHW, v_BHW):
     return torch.stack(options, 1)[torch.arange(len(shape_B)), shape_B].float()
 
 
-def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
-    """Draws the scenes: (n, 3, 32, 32) float32 in [-1, 1], 2x2 supersampled."""
+def render(scene: dict[str, torch.Tensor], gen: torch.Generator, side: int = SIDE) -> torch.Tensor:
+    """Draws the scenes: (n, 3, side, side) float32 in [-1, 1], 2x2 supersampled; the same scenes at any multiple of 32 pixels."""
     n = len(scene["count"])
 
     def rand(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=gen)
 
-    axis = (torch.arange(2 * SIDE) + 0.5) / 2
+    fine = 2 * side // SIDE  # samples along a pixel of 32
+    axis = (torch.arange(2 * side) + 0.5) / fine
     y, x = torch.meshgrid(axis, axis, indexing="ij")
 
     # background: a lighting gradient, and, where the caption says so, upright waves of random length and phase, or faint grain,
@@ -94,7 +95,7 @@ def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor
     lighting = rand(0, 2 * torch.pi, 1, 1)
     ramp = ((x - 16) * lighting.cos() + (y - 16) * lighting.sin()) / 16
     wave = torch.sin(2 * torch.pi * (x / rand(5, 8, 1, 1) + rand(0, 1, 1, 1)))
-    grain = torch.randn(n, SIDE, SIDE, generator=gen).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    grain = torch.randn(n, SIDE, SIDE, generator=gen).repeat_interleave(fine, 1).repeat_interleave(fine, 2)
     kind = scene["texture"][:, None, None]
     shade = 0.06 * ramp + 0.09 * wave * (kind == 1) + 0.08 * grain * (kind == 2)
     image = BACKGROUND_RGB[scene["background"]][:, :, None, None] + rand(-0.03, 0.03, 3, 1, 1) + shade[:, None]
@@ -119,12 +120,15 @@ def render(scene: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor
 
 
 class Scenes:
-    """The procedural source: unlimited, deterministic."""
+    """The procedural source: unlimited, deterministic. side: of its pictures, in pixels."""
+
+    def __init__(self, side: int = SIDE):
+        self.side = side
 
     def batch(self, n: int, gen: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-        """n pictures (n, 3, 32, 32) in [-1, 1] and their captions."""
+        """n pictures (n, 3, side, side) in [-1, 1] and their captions."""
         scene = random_scenes(n, gen)
-        return render(scene, gen), [caption_of(scene, i) for i in range(n)]
+        return render(scene, gen, self.side), [caption_of(scene, i) for i in range(n)]
 
     def captions(self, n: int, gen: torch.Generator) -> list[str]:
         scene = random_scenes(n, gen)

@@ -1,7 +1,7 @@
 """Where a user's own captioned pictures come from.
 
-The tiny models keep theirs in memory, at 32x32 pixels: `source(SPEC)` is a `Folder`, or, without SPEC, the procedural scenes. Both
-have batch(n, gen) -> pictures (n, 3, 32, 32) in [-1, 1] with n captions, and captions(n, gen).
+The embedded models keep theirs in memory, at 32x32 or 64x64 pixels: `source(SPEC, side)` is a `Folder`, or, without SPEC, the
+procedural scenes. Both have batch(n, gen) -> pictures (n, 3, side, side) in [-1, 1] with n captions, and captions(n, gen).
 
 Models with public weights read pictures of any size, once, into a cache (data/cache.py). `captioned(SPEC)` finds out what
 --data names:
@@ -95,24 +95,24 @@ def _captions_beside(folder: Path) -> list[tuple[Path, str]]:
 
 
 class Folder:
-    """Captioned pictures of a folder for the tiny models.
+    """Captioned pictures of a folder for the embedded models.
 
-    Pictures are cut to the square in their middle, scaled to 32x32 pixels and kept in memory. Those that cannot be read are left
+    Pictures are cut to the square in their middle, scaled to `side` pixels and kept in memory. Those that cannot be read are left
     out; they are named and counted. UserError: no such folder, no captions, no readable picture."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, side: int = scenes.SIDE):
         if not Path(path).is_dir():
             raise UserError(f"--data {path} is not a folder: give a folder of pictures with metadata.jsonl or .txt captions")
-        found = [(text, self._square(picture)) for _, text, picture in _folder(path)]
+        found = [(text, self._square(picture, side)) for _, text, picture in _folder(path)]
         if not found:
             raise UserError(f"no picture in {path} could be read: check the files")
         self.texts, self.pictures = [text for text, _ in found], torch.stack([picture for _, picture in found])
 
     @staticmethod
-    def _square(picture: Image.Image) -> Tensor:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side)).resize((scenes.SIDE, scenes.SIDE), Image.Resampling.LANCZOS)
+    def _square(picture: Image.Image, side: int) -> Tensor:
+        whole = min(picture.size)
+        left, top = (picture.width - whole) // 2, (picture.height - whole) // 2
+        picture = picture.crop((left, top, left + whole, top + whole)).resize((side, side), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
     def batch(self, n: int, gen: torch.Generator) -> tuple[Tensor, list[str]]:
@@ -124,14 +124,14 @@ class Folder:
         return self.batch(n, gen)[1]
 
 
-def source(path: str = "") -> scenes.Scenes | Folder:
-    """--data of the tiny models: the procedural scenes, or a folder."""
-    return Folder(path) if path else scenes.Scenes()
+def source(path: str = "", side: int = scenes.SIDE) -> scenes.Scenes | Folder:
+    """--data of the embedded models, whose pictures have `side` pixels: the procedural scenes, or a folder."""
+    return Folder(path, side) if path else scenes.Scenes(side)
 
 
 class LiveExamples:
-    """What training asks of its data, for a tiny model: drawn and encoded by `network` when it is asked for. The other models have
-    a `cache.Cache`.
+    """What training asks of its data, for an embedded model: drawn and encoded by `network` when it is asked for. The other
+    models have a `cache.Cache`.
 
     Every process draws the whole batch of n from `gen` and keeps `local_rows` of it, so that several processes see together what
     one sees alone. cond is a dict of tensors, batch first."""

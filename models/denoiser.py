@@ -57,8 +57,8 @@ class Denoiser(nn.Module):
         return {"tokens": tokens, "pooled": pooled}
 
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Latents (B, 12, 16, 16) of an embedded model's pictures (B, 3, 32, 32) in [-1, 1]."""
-        return tiny.to_latents(pictures)
+        """Latents (B, C, H, W) of an embedded model's pictures (B, 3, side, side) in [-1, 1]."""
+        return tiny.to_latents(pictures, self.latent[0])
 
     def forward(self, x, t, s, cond):
         dtype = self.dtype
@@ -193,8 +193,8 @@ def start_noise(n: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 @torch.no_grad()
 def draw(model, denoiser: Denoiser, captions: list[str], steps: int, seed: int = 0, bar: str = "") -> torch.Tensor:
-    """Pictures (n, 3, 32, 32) in [-1, 1] by `steps` jumps of `model`, a function of (x, t, s, cond) on denoiser's path. bar: what
-    its progress bar says; "": there is none."""
+    """Pictures (n, 3, side, side) in [-1, 1] by `steps` jumps of `model`, a function of (x, t, s, cond) on denoiser's path. bar:
+    what its progress bar says; "": there is none."""
     pictures = []
     for i in tqdm(range(0, len(captions), 64), bar, leave=False, disable=not bar):
         part = captions[i : i + 64]

@@ -109,7 +109,7 @@ def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cac
     are loaded if something is missing in it, and leave memory with this call. Captions without pictures get latents if TDPT asks
     for any."""
     if network.family.embedded:
-        return sources.LiveExamples(sources.source(cfg.data), network)
+        return sources.LiveExamples(sources.source(cfg.data, network.family.side), network)
     source, encoders, folder = sources.captioned(cfg.data), Encoders(cfg, network), Path(cfg.cache or out / "cache")
     if (first := next(iter(source.rows()), None)) is None:
         raise UserError(f"--data {cfg.data} has no captions: look at what it names")

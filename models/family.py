@@ -6,6 +6,7 @@ encodes captions. A new family is a new record in FAMILIES, its official archite
 config.json has it, without what is the default of the class), and its miniature in the tests.
 
     tiny, tiny-flux      trained here (assets/), on procedural scenes, with a text encoder of their own (tiny.py)
+    small                tiny twice as wide, on scenes of 64x64 pixels; its weights do not ship
     sdxl, sd15, flux     public weights in diffusers' formats (models/pretrained.py); sd15 includes Stable Diffusion 2.x and
                          SD-Turbo, which are the same classes at another width of the text
 
@@ -100,6 +101,11 @@ class Family:
         logging.set_verbosity(before)  # a text encoder whose file lacks weights must be heard of
         return cls
 
+    @property
+    def side(self) -> int:
+        """Pixels along a side of an embedded model's pictures."""
+        return self.latent[1] * tiny.patch(self.latent[0])
+
     def build_meta(self) -> nn.Module:
         """The official network in bfloat16, without memory."""
         with torch.device("meta"):
@@ -128,7 +134,10 @@ def unet_inputs(config, x: Tensor, timestep: Tensor, cond: dict[str, Tensor], sc
     if scalar is not None:
         given["timestep_cond"] = get_timestep_embedding(scalar, config.time_cond_proj_dim).to(x)
     if config.addition_embed_type == "text_time":
-        sizes = cond["time_ids"] if "time_ids" in cond else timestep.new_tensor(tiny.TIME_IDS).expand(len(x), 6)
+        sizes = cond.get("time_ids")
+        if sizes is None:  # an embedded model, whose pictures have one size
+            side = x.shape[-1] * tiny.patch(x.shape[1])
+            sizes = timestep.new_tensor([[side, side, 0, 0, side, side]]).expand(len(x), 6)
         given["added_cond_kwargs"] = {"text_embeds": cond["pooled"], "time_ids": sizes}
     return given
 
@@ -269,24 +278,39 @@ FLUX = dict(
     output=flux_output,
     precision=flux_precision,
 )
-EMBEDDED = dict(latent=tiny.LATENT, tokens=tiny.TOKENS, embedded=True, text=tiny.TinyText)
+EMBEDDED = dict(tokens=tiny.TOKENS, embedded=True, text=tiny.TinyText)
+EMBEDDED_UNET = (
+    UNET
+    | EMBEDDED
+    | dict(
+        prepare=tiny.prepare_unet,
+        scalar=lambda t, s, guidance: s,  # timestep_cond, made for the guidance scale, carries the time that a jump goes to
+        path=lambda scheduler, latent: VPPath.from_betas("v_prediction", zero_terminal_snr=True),
+        transfers=outliers.unet_transfers,
+    )
+)
 SDXL_LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
 SD_LICENCE = "https://huggingface.co/spaces/CompVis/stable-diffusion-license"
 DEV_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
 
 TINY = Family(  # 6.9 M parameters
     name="tiny",
-    prepare=tiny.prepare_unet,
+    latent=tiny.LATENT,
     is_one=lambda config: config.get("in_channels") == tiny.LATENT[0],
-    scalar=lambda t, s, guidance: s,  # timestep_cond, made for the guidance scale, carries the time that a jump goes to
-    path=lambda scheduler, latent: VPPath.from_betas("v_prediction", zero_terminal_snr=True),
-    transfers=outliers.unet_transfers,
     student={"rank": 2, "lr": 1e-4},  # 2 ranks are the share of parameters that 16 are of SDXL
-    **UNET,
-    **EMBEDDED,
+    **EMBEDDED_UNET,
+)
+SMALL = Family(  # 26.8 M parameters: tiny at twice the width, on pictures of twice the size
+    name="small",
+    latent=tiny.SMALL_LATENT,
+    is_one=lambda config: config.get("in_channels") == tiny.SMALL_LATENT[0],
+    preset={"teacher": "runs/small-teacher/small.safetensors"},  # what the stages before it leave: weights do not ship
+    student={"rank": 4, "lr": 1e-4, "cm": "runs/small-cm/small-cm.safetensors"},
+    **EMBEDDED_UNET,
 )
 TINY_FLUX = Family(  # 5.2 M parameters
     name="tiny-flux",
+    latent=tiny.LATENT,
     is_one=lambda config: config.get("in_channels") == 4 * tiny.LATENT[0],
     scalar=lambda t, s, guidance: torch.zeros_like(t) if s is None else s,  # the input for guidance carries it here
     path=lambda scheduler, latent: FlowPath(),
@@ -350,4 +374,4 @@ FLUX_DEV = Family(  # FLUX.1 [dev], 11.90 B parameters
     },
     **FLUX,
 )
-FAMILIES = {family.name: family for family in (TINY, TINY_FLUX, SDXL, SD15, FLUX_DEV)}
+FAMILIES = {family.name: family for family in (TINY, SMALL, TINY_FLUX, SDXL, SD15, FLUX_DEV)}

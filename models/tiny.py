@@ -1,9 +1,10 @@
-"""The embedded models, tiny (SDXL's UNet class) and tiny-flux (FLUX's transformer class): their text encoder, and how 32x32
+"""The embedded models, tiny and small (SDXL's UNet class) and tiny-flux (FLUX's transformer class): their text encoder, and how
 pictures become latents.
 
 Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 """
 
+import math
 import re
 import zlib
 
@@ -13,11 +14,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from data import scenes
-
 TOKENS, WIDTH, BUCKETS = 24, 128, 1024  # of the text encoder
-TIME_IDS = [[scenes.SIDE, scenes.SIDE, 0, 0, scenes.SIDE, scenes.SIDE]]
 LATENT = (12, 16, 16)  # 32x32 pictures, pixel-unshuffled
+SMALL_LATENT = (48, 16, 16)  # 64x64 pictures
 LATENT_SCALE = 2.0  # procedural pictures have a standard deviation near 0.5
 
 
@@ -54,16 +53,21 @@ class TinyText(nn.Module):
 
 
 def prepare_unet(net: UNet2DConditionModel) -> None:
-    """What a new network of tiny needs beside its configuration."""
+    """What a new UNet needs beside its configuration."""
     net.set_attn_processor(AttnProcessor())  # at 64 tokens the plain product beats the CPU's flash attention
     nn.init.zeros_(net.time_embedding.cond_proj.weight)  # so that a consistency model starts from the teacher's function
 
 
-def to_latents(pictures: torch.Tensor) -> torch.Tensor:
-    """(B, 3, 32, 32) in [-1, 1] -> (B, 12, 16, 16), about unit variance."""
-    return F.pixel_unshuffle(pictures, 2) * LATENT_SCALE
+def patch(channels: int) -> int:
+    """Pixels along a side of the square that is one latent position: 3 patch^2 = channels."""
+    return math.isqrt(channels // 3)
+
+
+def to_latents(pictures: torch.Tensor, channels: int) -> torch.Tensor:
+    """(B, 3, p H, p W) in [-1, 1] -> (B, channels, H, W), p = patch(channels), about unit variance."""
+    return F.pixel_unshuffle(pictures, patch(channels)) * LATENT_SCALE
 
 
 def to_pictures(latents: torch.Tensor) -> torch.Tensor:
-    """(B, 12, 16, 16) -> (B, 3, 32, 32), clamped to [-1, 1]."""
-    return F.pixel_shuffle(latents.float() / LATENT_SCALE, 2).clamp(-1, 1)
+    """(B, C, H, W) -> (B, 3, p H, p W), clamped to [-1, 1]."""
+    return F.pixel_shuffle(latents.float() / LATENT_SCALE, patch(latents.shape[1])).clamp(-1, 1)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import evaluate
 from benchmarks import emoji
 from data import scenes, sources
 from models import tiny
@@ -67,6 +68,18 @@ def test_the_color_of_a_large_plain_circle_is_on_the_picture():
     pictures = scenes.render(scene, step_generator(0, 0))
     for i, (x, y) in enumerate(scenes.CENTER.round().int().tolist()):
         assert (pictures[i, :, y, x] - (2 * scenes.RGB[i] - 1)).abs().max() < 0.35
+
+
+def test_a_scene_is_the_same_scene_at_twice_the_size():
+    """Catches lengths in pixels of the picture instead of the scene's, finer grain, and another order of random numbers."""
+    scene = scenes.random_scenes(64, step_generator(0, 0))
+    plain, large = (scenes.render(scene, step_generator(0, 1), side) for side in (32, 64))
+    assert large.shape == (64, 3, 64, 64)
+    assert (torch.nn.functional.avg_pool2d(large, 2) - plain).abs().mean() < 0.02  # edges are sampled more finely
+    classifier = evaluate.load_classifier()
+    assert evaluate.all_right(classifier, classifier(large), scene).float().mean() > 0.95
+    pictures, captions = sources.source("", 64).batch(2, step_generator(0, 0))
+    assert pictures.shape == (2, 3, 64, 64) and captions == sources.source("").captions(2, step_generator(0, 0))
 
 
 def test_smooth_wavy_and_grainy_backgrounds_are_what_their_words_say():
@@ -174,7 +187,7 @@ def test_live_examples_are_those_of_the_source_and_processes_share_them(tmp_path
     live, gen, same = sources.LiveExamples(source, network), step_generator(1, 2), step_generator(1, 2)
     pictures, captions = source.batch(6, gen)
     x0, cond = live.latents(6, same, slice(1, None, 2))
-    assert torch.equal(x0, tiny.to_latents(pictures)[1::2]) and x0.dtype == torch.float32
+    assert torch.equal(x0, tiny.to_latents(pictures, 12)[1::2]) and x0.dtype == torch.float32
     assert all(torch.equal(v, cond[k]) for k, v in network.encode(captions[1::2]).items())
     texts, cond = source.captions(6, gen), live.conditions(6, same, slice(0, None, 2))
     assert all(torch.equal(v, cond[k]) for k, v in network.encode(texts[0::2]).items())

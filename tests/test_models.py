@@ -104,10 +104,14 @@ def test_only_the_consistency_model_depends_on_the_destination(name):
         assert torch.equal(ask(model, network, s=0.5), ask(model, network, s=1.0)) != depends
 
 
-def test_pictures_survive_the_latents():
-    """Catches a wrong scale or shuffle order."""
-    x = torch.rand(3, 3, 32, 32) * 2 - 1
-    torch.testing.assert_close(tiny.to_pictures(tiny.to_latents(x)), x)
+@pytest.mark.parametrize("name", miniature.EMBEDDED)
+def test_pictures_survive_the_latents(name):
+    """Catches a wrong scale or shuffle order, and latents that are not of the shape that the network was built for."""
+    family = FAMILIES[name]
+    x = torch.rand(3, 3, family.side, family.side) * 2 - 1
+    latents = tiny.to_latents(x, family.latent[0])
+    assert latents.shape[1:] == family.latent
+    torch.testing.assert_close(tiny.to_pictures(latents), x)
 
 
 def test_missing_truncated_and_foreign_teacher_are_one_sentence(tmp_path):

@@ -101,7 +101,7 @@ def short_reports():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "PROMPTS", PAIR)
         patch.setattr(sample, "draw", lambda model, net, prompts, steps, *seed: draw(model, net, prompts, min(steps, 4), *seed))
-        patch.setattr(evaluate, "real_pictures", lambda reader, n=256: real_pictures(reader, min(n, 256)))
+        patch.setattr(evaluate, "real_pictures", lambda reader, n=256, *side: real_pictures(reader, min(n, 256), *side))
         yield
 
 
@@ -324,6 +324,25 @@ def test_teacher_then_consistency_lora_are_files_that_the_next_stage_loads(pictu
     train.main(f"{flags} {teacher} {goes_on} --out {tmp_path}/d".split())
     begun, ended = (files.read_tensors(tmp_path / d / f"{model}-cm.safetensors", "")[0] for d in "cd")
     assert all(torch.equal(begun[k], ended[k]) for k in begun) and len(begun) == len(ended)
+
+
+@pytest.mark.slow
+def test_a_model_whose_weights_do_not_ship_is_made_by_three_commands(tmp_path, monkeypatch):
+    """Catches a stage that does not find what the stage before it wrote, a sentence without the command that makes what is missing,
+    a folder that then refuses the very command, and scores of pictures of another size than the model's."""
+    monkeypatch.chdir(tmp_path)
+    student = "--model small --steps 1 --batch 2 --calibration 2 --init zero --ranks uniform --rounding rtn --eval-n 2".split()
+    with pytest.raises(UserError, match=r"make it with `python train\.py --model small --stage teacher`"):
+        train.main(student)
+    train.main("--model small --stage teacher --steps 1 --batch 2 --eval-n 2".split())
+    with pytest.raises(UserError, match=r"make it with `python train\.py --model small --bits 16`"):
+        train.main(student)
+    train.main("--model small --bits 16 --steps 1 --batch 2 --trajectory fp --eval-n 2".split())
+    train.main(student)
+    report = json.loads(Path("runs/small/report.json").read_text())
+    assert report["fp"]["frechet"] > 0 and report["w4a4"]["psnr_to_fp"] > 10
+    assert 0.017 < report["branch_parameters"] < 0.023  # SDXL's share
+    assert Image.open("runs/small/samples/4-steps.png").height > 4 * 64
 
 
 def test_scores_of_16_bit_weights_are_those_of_what_they_draw(monkeypatch):
