@@ -5,7 +5,8 @@
 Needs no weights and no pictures. Weights are Gaussian; what the spectra read of statistics, the diagonal of H, N and G, is drawn
 with the spread that it has on `tiny` and `tiny-flux` (SPREAD). One layer of each shape is worked on at its full size, from G to the
 strongest values; the other layers of that shape are counted with its time, and have its values times a strength of their own, as
-Gaussian matrices of one size differ in little else. Shapes that are done lie in OUT/MODEL.json and are not done again. Writes
+Gaussian matrices of one size differ in little else. Shapes that are done lie in OUT/MODEL.json and are not done again. The time of
+branches is that of one call at the base's own size, by kernels.branch_time, as a share of what uniform ranks would take. Writes
 docs/tables/spectra.md.
 """
 
@@ -13,12 +14,16 @@ import argparse
 import json
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+import evaluate
 import hgs_lora
+import kernels
 import qra
 import train
 from benchmarks.bench import peak_growth
@@ -26,7 +31,7 @@ from benchmarks.jobs import MACHINE
 from benchmarks.tables import markdown, write_table
 from models import memory, plan
 from models.denoiser import float_layers
-from models.family import FAMILIES
+from models.family import FAMILIES, Family
 from run.common import step_generator
 
 RANK, MOST = 16, (64, 256)  # the average rank of these models; how many values are computed
@@ -61,8 +66,18 @@ def measured(O: int, K: int, kind: str) -> dict:
     return found | {"mb": peak_growth(spectra, cuda=False)}
 
 
+def rows_of(family: Family) -> Counter:
+    """{layer: tokens or pixels of its output} in one call of the network for one picture of the base's size."""
+    net = family.build_meta()
+    given = memory.example_inputs(net, family.latent, family.tokens, 1, torch.bfloat16)
+    with torch.no_grad(), evaluate.counted_rows(net) as rows:
+        net(**tree_map_only(Tensor, lambda t: t.to("meta"), given), return_dict=False)
+    return rows
+
+
 def allocated(kinds: dict[str, str], shapes: dict[str, tuple], spectra: dict[str, list[float]], model: str) -> list[str]:
-    """Ranks of layers whose strengths are drawn -> shares of layers without a branch and of parameters in LoRA, memory ratio."""
+    """Ranks of layers whose strengths are drawn -> shares of layers without a branch, of the branches' time and of parameters in
+    LoRA, memory ratio."""
     strength = dict(zip(shapes, log_normal(len(shapes), "layers", step_generator(0, 0)).sqrt().tolist(), strict=True))
     sigma = {name: [strength[name] * value for value in spectra[str((*shape, kinds[name]))]] for name, shape in shapes.items()}
     statistics = {name: {"spectrum": sigma[name][: MOST[0]], "energy": 1.0} for name in shapes}
@@ -70,8 +85,10 @@ def allocated(kinds: dict[str, str], shapes: dict[str, tuple], spectra: dict[str
     net = FAMILIES[model].build_meta()
     rows = memory.layer_table(FAMILIES[model], net, ranks, **plan.about_inputs(train.parse(["--model", model])))
     lora = sum(ranks[name] * sum(shape) for name, shape in shapes.items()) / (sum(row.bf16 for row in rows) / 2)
-    none = sum(rank == 0 for rank in ranks.values()) / len(ranks)
-    return [f"{none:.0%}", f"{lora:.2%}", f"{memory.ratio(rows):.4f}"]
+    none, tokens = sum(rank == 0 for rank in ranks.values()) / len(ranks), rows_of(FAMILIES[model])
+    time_of = {name: partial(kernels.branch_time, shape, rows=tokens[name]) for name, shape in shapes.items()}
+    times = sum(time_of[name](rank) for name, rank in ranks.items()) / sum(call(RANK) for call in time_of.values())
+    return [f"{none:.0%}", f"{times:.2f}", f"{lora:.2%}", f"{memory.ratio(rows):.4f}"]
 
 
 def row_of(model: str, out: Path) -> list:
@@ -100,11 +117,10 @@ def main() -> None:
     args = args.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     head = ["model", "layers (shapes)", *(f"strongest {most}" for most in MOST), "memory", "layers without a branch"]
-    rows = [row_of(model, args.out) for model in args.models]
-    lines = markdown([*head, "parameters in branches", "packed / bf16"], *rows)
-    write_table(
-        "spectra", [*lines, f"\nrandom weights and statistics, average rank {RANK}, largest {MOST[0]}; CPU time; {MACHINE}"]
-    )
+    head += ["time of branches", "parameters in branches", "packed / bf16"]
+    lines = markdown(head, *(row_of(model, args.out) for model in args.models))
+    note = f"\nrandom weights and statistics, average rank {RANK}, largest {MOST[0]}; CPU time; {MACHINE}"
+    write_table("spectra", [*lines, note])
 
 
 if __name__ == "__main__":
