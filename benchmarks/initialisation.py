@@ -7,8 +7,6 @@ every cell: for each model, as it is and with outlier channels (`--outliers`), P
 multiple of the 16-bit model's.
 """
 
-import contextlib
-import io
 import json
 
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
@@ -82,8 +80,7 @@ def main() -> None:
         rows = [row for row in rows if {*row[2:]} != {"-"}]
         lines = markdown(["start", "flags of `train.py --steps 0`", *("".join(column) for column in columns)], *rows)
         note = f"\n{args.n} pictures, 4 steps, seed 0; {MACHINE}"
-        with contextlib.redirect_stdout(io.StringIO()):
-            write_table("initialisation", [*lines, note])
+        write_table("initialisation", [*lines, note], show=False)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ worth reading before the end. "x fp" is the Frechet distance as a multiple of th
 Seeds after the first are scored at 4 steps only. --teacher adds the guided teacher's rows, which take the longest.
 """
 
-import contextlib
-import io
 import json
 import statistics
 from functools import partial
@@ -152,8 +150,7 @@ def main() -> None:
     for run in each(work, runs, args.jobs):
         print(*run, flush=True)
         note = f"\n{args.n} pictures, evaluation seed {SEED}; networks in {str(FAST).removeprefix('torch.')}; {MACHINE}"
-        with contextlib.redirect_stdout(io.StringIO()):  # the whole table after each run is too much of a screen
-            write_table("quality", [*table(args.models, args.n, args.seeds, args.out), note])
+        write_table("quality", [*table(args.models, args.n, args.seeds, args.out), note], show=False)  # too much of a screen
 
 
 if __name__ == "__main__":

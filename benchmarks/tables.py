@@ -48,11 +48,12 @@ def include_all() -> None:
         path.write_text(include(path.read_text()))
 
 
-def write_table(name: str, lines: list[str]) -> None:
-    """docs/tables/NAME.md, the pages that show it, and the same to the screen."""
+def write_table(name: str, lines: list[str], show: bool = True) -> None:
+    """docs/tables/NAME.md, the pages that show it, and (`show`) the same to the screen."""
     (TABLES / f"{name}.md").write_text("\n".join(lines) + "\n")
     include_all()
-    print("\n".join(lines))
+    if show:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":
