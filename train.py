@@ -84,7 +84,7 @@ class Config:
     out: str = option("", "run folder; default runs/MODEL, runs/MODEL-cm or runs/MODEL-teacher")
     data: str = option("", "captioned pictures, see data/sources.py; default scenes, or our own list of prompts for public models")
     cache: str = option("", "folder of the latents and text embeddings; default OUT/cache", public=True)
-    teacher: str = option("", "weights, or where --stage teacher starts; default: what ships (small: its own run's), the official base")
+    teacher: str = option("", "weights, or where --stage teacher starts; default: what ships, small's own run, the official base")
     components: str = option("", "if the teacher is one file: hub id or folder of its configs and tokenizers", public=True)
     weights: str = option("", "random: the full-size network with random weights, to rehearse", ("", "random"), public=True)
     cm: str = option("", "consistency LoRA; default: what ships (small: its own run's); public models: diffusers' format, or self")
