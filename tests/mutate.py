@@ -4,13 +4,16 @@ python tests/mutate.py              all of them: an hour on two cores; Triton 3.
 python tests/mutate.py PHRASE       those whose first column holds the phrase
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+JOBS = 2  # at a time, each with its share of the cores
 MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file that must notice
     ("sign of the zero point", "kernels.py", ".to(torch.int8) - ZERO", ".to(torch.int8) + ZERO", "kernels"),
     ("nibble order", "kernels.py", "return low | high << 4", "return high | low << 4", "kernels"),
@@ -128,24 +131,28 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
 ]  # fmt: skip
 
 
+def is_noticed(row: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether the test file of a mutation fails on a copy of the code with it, and pytest's last line."""
+    _, name, line, broken, test = row
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "code"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".hypothesis", "__pycache__", "venv", ".venv"))
+        code = (copy / name).read_text()
+        if code.count(line) < 1:
+            sys.exit(f"mutate.py: {name} has no line {line!r} any more: update MUTATIONS")
+        (copy / name).write_text(code.replace(line, broken))
+        job = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/test_{test}.py"]
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // JOBS))}
+        done = subprocess.run(job, cwd=copy, env=env, capture_output=True, text=True)
+    return done.returncode == 1, done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
 def main() -> None:
     missed, chosen = [], [row for row in MUTATIONS if " ".join(sys.argv[1:]) in row[0]]
-    for what, name, line, broken, test in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "code"
-            shutil.copytree(
-                ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".hypothesis", "__pycache__", "venv", ".venv")
-            )
-            code = (copy / name).read_text()
-            if code.count(line) < 1:
-                sys.exit(f"mutate.py: {name} has no line {line!r} any more: update MUTATIONS")
-            (copy / name).write_text(code.replace(line, broken))
-            job = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/test_{test}.py"]
-            done = subprocess.run(job, cwd=copy, capture_output=True, text=True)
-        noticed = done.returncode == 1
-        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-        print(f"{'noticed' if noticed else 'MISSED ':8} {name:14} {what:32} {last}", flush=True)
-        missed += [] if noticed else [what]
+    with ThreadPoolExecutor(JOBS) as pool:
+        for (what, name, *_), (noticed, last) in zip(chosen, pool.map(is_noticed, chosen), strict=True):
+            print(f"{'noticed' if noticed else 'MISSED ':8} {name:14} {what:32} {last}", flush=True)
+            missed += [] if noticed else [what]
     print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations make a test fail")
     sys.exit(1 if missed else 0)
 
