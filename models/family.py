@@ -60,6 +60,7 @@ class Family:
     most_grid_points: float = 1000  # of a solver grid on the path
     preset: dict = field(default_factory=dict)  # defaults of train.Config for this family
     student: dict = field(default_factory=dict)  # and for its 4-bit students
+    student_w4a8: dict = field(default_factory=dict)  # and for those with --bits-x 8
     # families that are trained here
     embedded: bool = False  # weights in assets/, scenes as data, whose closing report is judged by the classifier of scenes
     text: Callable[[], nn.Module] | None = None  # the text encoder inside of the denoiser
@@ -298,6 +299,7 @@ TINY = Family(  # 6.9 M parameters
     latent=tiny.LATENT,
     is_one=lambda config: config.get("in_channels") == tiny.LATENT[0],
     student={"rank": 2, "lr": 1e-4},  # 2 ranks are the share of parameters that 16 are of SDXL
+    student_w4a8={"lr": 2e-5},  # what is to be mended is a quarter as large: steps of 1e-4 may do more harm
     **EMBEDDED_UNET,
 )
 SMALL = Family(  # 26.8 M parameters: tiny at twice the width, on pictures of twice the size
@@ -306,6 +308,7 @@ SMALL = Family(  # 26.8 M parameters: tiny at twice the width, on pictures of tw
     is_one=lambda config: config.get("in_channels") == tiny.SMALL_LATENT[0],
     preset={"teacher": "runs/small-teacher/small.safetensors"},  # what the stages before it leave: weights do not ship
     student={"rank": 4, "lr": 1e-4, "cm": "runs/small-cm/small-cm.safetensors"},
+    student_w4a8={"lr": 2e-5},
     **EMBEDDED_UNET,
 )
 TINY_FLUX = Family(  # 5.2 M parameters
