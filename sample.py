@@ -11,14 +11,13 @@ Picture i of a call starts from the noise of seed + i, whatever the number of pr
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from data import sources
 from layers import number_format, packed_layers
 from models import checkpoint, pipeline, pretrained
-from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher, start_noise
+from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher
 from models.family import family_of_network
 from run import files
 from run.common import UserError, free_memory, run_script
@@ -68,24 +67,6 @@ def closing_pictures(out: Path, network: Denoiser, config: dict) -> None:
 # Public models, by diffusers' pipelines
 
 
-def draw_with_pipeline(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: float | None = None) -> torch.Tensor:
-    """Pictures (n, 3, H, W) in [-1, 1] by a diffusers pipeline, one at a time. guidance: default that of a consistency model."""
-    net, side = pipeline.denoiser_of(pipe), pipe.default_sample_size
-    family = family_of_network(net)
-    if guidance is None:
-        guidance = family.few_step_guidance(pipeline.quantization_config(net).guidance)
-    shape = (family.latent[0], side, side)
-    size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor}
-    pipe.set_progress_bar_config(disable=True)
-    pictures = []
-    for i, prompt in enumerate(prompts):
-        noise = start_noise(1, shape, seed + i)  # on the CPU in float32: the same one for every device and dtype
-        noise = family.pack(pipe, noise).to(pipe.vae.device, pipe.vae.dtype)
-        picture = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **size).images[0]
-        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1)
-    return torch.stack(pictures)
-
-
 def base_of(pipe, base: str, components: str = ""):
     """The 16-bit pipeline that `pipe` was quantized from, its scheduler too, or None where memory lacks room for its denoiser."""
     net = pipeline.denoiser_of(pipe)
@@ -113,10 +94,10 @@ def main_pipeline(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
         if twin is None:
             print("the 16-bit base does not fit beside the packed model: its row is left out")
         else:
-            rows["16-bit base\n25 steps"] = draw_with_pipeline(twin, prompts, 25, args.seed, guidance)
+            rows["16-bit base\n25 steps"] = pipeline.draw_with_pipeline(twin, prompts, 25, args.seed, guidance)
             del twin
     name = f"{number_format(pipeline.denoiser_of(pipe))}\n{args.steps} steps" if rows else ""
-    rows[name] = draw_with_pipeline(pipe, prompts, args.steps, args.seed)
+    rows[name] = pipeline.draw_with_pipeline(pipe, prompts, args.steps, args.seed)
     return grid(rows, scale=1)
 
 

@@ -39,6 +39,7 @@ from enum import Enum
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -53,7 +54,7 @@ import quant
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
 from models import checkpoint, pretrained
 from models.card import read_run, write_card
-from models.denoiser import FAST, Denoiser
+from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from run import files
 from run.common import UserError, run_script
@@ -161,14 +162,8 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
             )
     else:
         denoiser = load_denoiser(folder, dtype)
-        family, net, base = denoiser.family, denoiser.net, base or denoiser.base
-        ours = {family.part: net, "scheduler": family.few_step_scheduler(denoiser.scheduler, denoiser.path)}
-        if pretrained.is_file(base):
-            components = components_of(folder)
-            pipe = pretrained.load_text_pipeline(family, base, components, dtype)
-            pipe.register_modules(vae=pretrained.load_vae(family, base, components).to(dtype), **ours)
-        else:
-            pipe = read_base(family.pipeline(), base, torch_dtype=dtype, **ours)
+        net = denoiser.net
+        pipe = _few_step_pipeline(denoiser, base or denoiser.base, components_of(folder), dtype)
     config = quantization_config(net)
     pipe.default_sample_size = max(config.latent[1:])  # where a call names no size
     if "sample_size" in net.config:  # StableDiffusionPipeline reads it there, and of what kind it is when it is made
@@ -180,6 +175,57 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     if compile:
         net.compile(mode=compile if isinstance(compile, str) else None)
     return pipe
+
+
+def _few_step_pipeline(denoiser: Denoiser, base: str, components: str, dtype: torch.dtype):
+    """The family's pipeline with this denoiser and a scheduler for few steps, and all the rest of `base`."""
+    family = denoiser.family
+    ours = {family.part: denoiser.net, "scheduler": family.few_step_scheduler(denoiser.scheduler, denoiser.path)}
+    if not pretrained.is_file(base):
+        return read_base(family.pipeline(), base, torch_dtype=dtype, **ours)
+    pipe = pretrained.load_text_pipeline(family, base, components, dtype)
+    pipe.register_modules(vae=pretrained.load_vae(family, base, components).to(dtype), **ours)
+    return pipe
+
+
+def load_16bit(folder: str | Path, cm: bool, device="cpu", base: str = ""):
+    """A pipeline in 16 bits (float32 on CPUs without units for bfloat16) that the student of a run folder is measured against: its
+    base as it is or, if `cm`, its consistency model: --cm fused into the base, with the student's scheduler for few steps.
+    base: another copy of the base. UserError if the run was made from random weights, or its base or LoRA is not there."""
+    folder, dtype = Path(folder), FAST if torch.device(device).type == "cpu" else torch.bfloat16
+    about = read_run(folder)
+    config, family = about["config"], FAMILIES[about["network"]["model"]]
+    if config["weights"] == "random":
+        raise UserError(f"{folder} was made from random weights and has no 16-bit models to draw with: give --models ours")
+    base, components = base or about["network"]["base"], components_of(folder)
+    if cm:
+        own = folder / "cm" / f"{family.name}-cm.safetensors"  # of --cm self, wherever the folder is now
+        asked = config | {"teacher": base, "cm": str(own) if own.is_file() else config["cm"], "device": "cpu"}
+        network = fuse(pretrained.open_cm(argparse.Namespace(**asked), dtype))
+        pipe = _few_step_pipeline(network, base, components, dtype)
+    else:
+        pipe = read_base(family.pipeline(), base, components, torch_dtype=dtype)
+    pipe.default_sample_size = max(about["network"]["latent"][1:])
+    return pipe.to(device)
+
+
+def draw_with_pipeline(pipe, prompts: list[str], steps: int, seed: int = 0, guidance: float | None = None) -> torch.Tensor:
+    """Pictures (n, 3, H, W) in [-1, 1] by a diffusers pipeline, one at a time; picture i starts from the noise of seed + i.
+    guidance: default that of a consistency model."""
+    net, side = denoiser_of(pipe), pipe.default_sample_size
+    family = family_of_network(net)
+    if guidance is None:
+        guidance = family.few_step_guidance(quantization_config(net).guidance)
+    shape = (family.latent[0], side, side)
+    size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor}
+    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        noise = start_noise(1, shape, seed + i)  # on the CPU in float32: the same one for every device and dtype
+        noise = family.pack(pipe, noise).to(pipe.vae.device, pipe.vae.dtype)
+        picture = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **size).images[0]
+        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1)
+    return torch.stack(pictures)
 
 
 def components_of(folder: Path) -> str:
