@@ -1,35 +1,50 @@
-"""Quality on the procedural scenes: Frechet distance, prompt accuracy, PSNR to the full-precision consistency model.
+"""Quality of a run. On the procedural scenes: Frechet distance, prompt accuracy, PSNR to the full-precision consistency model.
 
     python evaluate.py --checkpoint runs/tiny --steps 4 --n 2048 --seed 1234 --json q.json
+    python evaluate.py --checkpoint runs/sdxl --prompts FILE --n 1024 --real FOLDER          models with public weights
 
-    Frechet    |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) in 128 features of a small classifier, torchmetrics' implementation,
-               against 4,096 rendered scenes of other seeds (train.py's last lines: 2,048). No relation to Inception FID: compare
-               rows of one table only.
+    Frechet    |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) in 128 features of a small classifier, against 4,096 rendered scenes of
+               other seeds (train.py's last lines: 2,048). No relation to Inception FID: compare rows of one table only.
     accuracy   share of pictures whose every attribute (shape, colour, size, pattern of every object, at its place, and the
                background) is read back by that classifier as the prompt has it.
     psnr       mean over pictures of 10 log10(4 / MSE) dB, values in [-1, 1], to the fp CM's picture from the same noise.
 
 The row "real" scores newly rendered scenes of the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet.
 
+Models with public weights draw numbered pictures of one list of prompts, picture i of every model from the noise of seed + i:
+
+    base       the 16-bit base by 25 steps of its own scheduler, guided
+    cm         the 16-bit consistency model, by --steps
+    ours       the run, by --steps
+
+A picture that is there is not drawn again. Folders of pictures by other tools are further rows (--pictures). The metrics are those
+of scores.py.
+
 Key: B pictures, P = 5 places, 4 attributes of an object.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
 
+import scores
 import tdpt
 from data import scenes, sources
 from layers import PackedLayer, number_format, packed_layers
-from models import checkpoint, pretrained
+from models import checkpoint, pipeline, pretrained
+from models.card import read_run
 from models.denoiser import FAST, Denoiser, as_cm, draw, float_layers, guided_teacher
 from models.family import FAMILIES
 from run import files
@@ -104,22 +119,6 @@ def real_pictures(classifier: SceneClassifier, n: int = 4096, side: int = scenes
     return torch.cat(right).float().mean().item(), torch.cat(parts)
 
 
-def frechet(real: torch.Tensor, features: torch.Tensor) -> float:
-    """Frechet distance of two sets of feature vectors (n, 128), by torchmetrics in float64."""
-    network = nn.Identity()  # pictures -> features
-    network.num_features = real.shape[1]
-    metric = FrechetInceptionDistance(network, sync_on_compute=False)
-    metric.update(real.double(), real=True)
-    metric.update(features.double(), real=False)
-    return metric.compute().item()
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean PSNR in dB of pictures in [-1, 1]; identical pictures count 100 dB."""
-    mse = (a - b).square().flatten(1).mean(1).clamp_min(4e-10)
-    return (10 * torch.log10(4 / mse)).mean().item()
-
-
 class Judge:
     """n prompts and noises (function of seed), the classifier, features of rendered scenes of `side` pixels: the same questions for
     any model."""
@@ -140,8 +139,8 @@ class Judge:
     def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
         features = torch.cat([self.classifier(part) for part in pictures.split(256)])
         right = all_right(self.classifier, features, self.scene).float().mean().item()
-        row = {"frechet": frechet(self.real, features), "prompt_accuracy": right}
-        return row if fp is None else row | {"psnr_to_fp": psnr(pictures, fp)}
+        row = {"frechet": scores.frechet(self.real, features), "prompt_accuracy": right}
+        return row if fp is None else row | {"psnr_to_fp": scores.psnr(pictures, fp)}
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -182,7 +181,7 @@ def counted_rows(net: nn.Module) -> Iterator[Counter]:
             handle.remove()
 
 
-def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int, scores: dict, said: str) -> float:
+def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int, scored: dict, said: str) -> float:
     """Size and composition (with `rows` of its layers) of a checkpoint and its scores, printed (the scores as `said`) and in
     report.json -> packed size / that in bf16."""
     s = checkpoint.packed_size(student) | checkpoint.composition(student, rows)
@@ -196,7 +195,7 @@ def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int
     print(f"branches add {s['branch_parameters']:.2%} to the parameters; {without}")
     print(said)
     with files.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scores}, indent=1))
+        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scored}, indent=1))
     return ratio
 
 
@@ -208,17 +207,17 @@ def closing_report(out: Path, network: Denoiser, config: dict) -> None:
         captions = sources.source(config["data"], network.family.side).captions(config["eval_n"], step_generator(4321, 0))
         fp = draw(as_cm(network), network, captions, 4, 4321)
         with counted_rows(student.net) as rows:
-            psnr_to_fp = psnr(fp, draw(student, student, captions, 4, 4321))
-        scores = {name: {"psnr_to_fp": psnr_to_fp}}
+            psnr_to_fp = scores.psnr(fp, draw(student, student, captions, 4, 4321))
+        scored = {name: {"psnr_to_fp": psnr_to_fp}}
         said = f"{len(captions)} of the folder's captions: {psnr_to_fp:.2f} dB to the fp model"
     else:
         judge = Judge(config["eval_n"], 4321, reference=2048, side=network.family.side)
         fp = judge.draw("fp", as_cm(network), network, 4)
         with counted_rows(student.net) as rows:
             drawn = judge.draw(name, student, student, 4)
-        scores = {"fp": judge.score(fp), name: judge.score(drawn, fp)}
-        said = f"{config['eval_n']} pictures\n{table(scores)}"
-    write_report(out, student, rows, 4, config["eval_n"], scores, f"4 steps, {said}")
+        scored = {"fp": judge.score(fp), name: judge.score(drawn, fp)}
+        said = f"{config['eval_n']} pictures\n{table(scored)}"
+    write_report(out, student, rows, 4, config["eval_n"], scored, f"4 steps, {said}")
 
 
 @torch.no_grad()
@@ -245,38 +244,154 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
     print(f"memory_ratio: {write_report(out, student, rows, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
 
 
-def main(argv: list[str]) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# Models with public weights
+
+MODELS = ("base", "cm", "ours")
+
+
+def drawing(name: str, args: argparse.Namespace, about: dict, of_prompts: str) -> dict:
+    """All that the pictures of a model (of MODELS) depend on, for JSON: local weights by a digest, those of the hub by their names.
+    about: the run's config.json; of_prompts: a digest of their list."""
+    run, config, network = Path(args.checkpoint), about["config"], about["network"]
+    family, of_base = FAMILIES[config["model"]], [args.base or network["base"], pipeline.components_of(run)]
+    weights = {"base": of_base, "cm": [*of_base, config["cm"]], "ours": of_base}[name]
+    digests = [files.fingerprint(path) if Path(path).exists() else path for path in weights]
+    digests += {"base": [], "cm": [config["cm_scale"]], "ours": [files.recorded_checksum(run / "model.safetensors")]}[name]
+    return {
+        "seed": args.seed,
+        "steps": 25 if name == "base" else args.steps,
+        "guidance scale": family.compare_guidance if name == "base" else family.few_step_guidance(network.get("guidance")),
+        "size of latents": network["latent"],
+        "list of prompts": of_prompts,
+        "kind of device": args.device,
+        "model": digests,
+    }
+
+
+def drawn(name: str, args: argparse.Namespace, about: dict, prompts: list[str], of_prompts: str) -> list[Path]:
+    """The files of the pictures that a model draws for the prompts. Those that are there stay; UserError if they are of another
+    configuration, which config.json beside them keeps."""
+    run, config = args.checkpoint, drawing(name, args, about, of_prompts)
+    out = Path(args.out or f"{run}/evaluation") / name
+    if (out / "config.json").exists():
+        files.refuse_another(out, config)
+    else:
+        files.write_json(out / "config.json", {"format": files.FORMAT, "config": config})
+    files.remove_leftovers(out)
+    paths = [out / f"{i:05}.png" for i in range(len(prompts))]
+    if absent := [i for i, path in enumerate(paths) if not path.exists()]:
+        gc.collect()  # the model before this one
+        open_model = pipeline.load_pipeline if name == "ours" else partial(pipeline.load_16bit, cm=name == "cm")
+        pipe = open_model(run, device=args.device, base=args.base)
+        pipe.safety_checker = None  # it blackens pictures, and the row would answer for that
+        for i in tqdm(absent, name):
+            how = config["steps"], args.seed + i, config["guidance scale"]
+            (picture,) = pipeline.draw_with_pipeline(pipe, [prompts[i]], *how)
+            with files.atomic(paths[i]) as file:
+                Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
+    return paths
+
+
+def chosen_models(args: argparse.Namespace, config: dict) -> list[str]:
+    """Of MODELS those that --models names; by default all that the run has. UserError for another."""
+    if unknown := sorted({*args.models.split(",")} - {*MODELS, ""}):
+        raise UserError(f"--models {unknown[0]} is none of ours: choose from {','.join(MODELS)}")
+    if not args.models and config["weights"] == "random":
+        print("the run was made from random weights: rows base and cm are left out")
+        return ["ours"]
+    return [name for name in MODELS if name in (args.models or ",".join(MODELS)).split(",")]
+
+
+def main_public(args: argparse.Namespace) -> None:
+    """Draws, scores, prints and writes what the module docstring says."""
+    about, source = read_run(Path(args.checkpoint)), sources.captioned(args.prompts)
+    args.steps, args.device = args.steps or files.most_steps(about["config"]), "cuda" if torch.cuda.is_available() else "cpu"
+    if args.n and args.n < 2:
+        raise UserError(f"--n {args.n} is too few to compare: use 2 or more, and 2,049 for FID")
+    prompts = list(islice((caption for _, caption, _ in source.rows() if caption), args.n or 1024))
+    if len(prompts) < max(2, args.n):
+        raise UserError(
+            f"{source.spec} has {len(prompts)} prompts where --n {args.n} asks for more: give a smaller --n, or more prompts"
+        )
+    models, others = chosen_models(args, about["config"]), dict(pair.partition("=")[::2] for pair in args.pictures)
+    if doubled := others.keys() & {*models, "", "real"}:
+        raise UserError(f"--pictures {min(doubled)}=FOLDER cannot be the name of another row: give --pictures NAME=FOLDER")
+    others = {name: scores.numbered(folder, len(prompts)) for name, folder in others.items()}
+    names = scores.runnable(args, "cm" in {*models, *others})  # what cannot run is known before anything is drawn
+    ours = {name: drawn(name, args, about, prompts, source.fingerprint) for name in reversed(models)}  # the run's faults at once
+    found = scores.report({name: ours[name] for name in models} | others, prompts, names, args)
+    found |= {"checkpoint": args.checkpoint, "steps": args.steps, "prompts": source.fingerprint}
+    print(f"{len(prompts)} prompts, {args.steps} steps, seed {args.seed}\n{scores.table(found)}")
+    with files.atomic(Path(args.json or Path(args.out or f"{args.checkpoint}/evaluation") / "scores.json")) as file:
+        file.write_text(json.dumps(found, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+OF_PUBLIC = {  # flags for models with public weights: default, help
+    "prompts": ("", "file of prompts, one a line, or whatever train.py --data reads (default: assets/prompts.txt)"),
+    "models": ("", "which of base,cm,ours are drawn (default: all)"),
+    "out": ("", "folder of the pictures (default: CHECKPOINT/evaluation)"),
+    "base": ("", "another copy of the base: hub id, folder or single file"),
+    "real": ("", "folder of real pictures, for fid"),
+    "metrics": ("", f"which of {','.join(scores.METRICS)} (default: all that can run)"),
+    "inception": ("", "weights of FID's Inception (default: torch-fidelity's cache)"),
+    "clip": ("openai/clip-vit-large-patch14", "of the CLIP score: hub id or folder"),
+    "pickscore": ("yuvalkirstain/PickScore_v1,laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "hub ids or folders: MODEL,PROCESSOR"),
+    "icnet": ("", "ICNet as a TorchScript file, for ic"),
+}
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
+    """(the flags, whether the checkpoint is of a model with public weights). UserError for a flag of the other kind of models."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py wrote")
-    parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), default=4)
-    parser.add_argument("--n", type=int, default=2048, help="pictures, at least 256")
+    parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), help="default: 4; public models: the most of --sampling-steps")
+    parser.add_argument("--n", type=int, default=0, help="pictures (default: 2048, at least 256; public models: 1024 at most)")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--json", default="", help="write the scores there")
-    which = "rows of the guided teacher: 25 steps and --steps, --steps alone, none"
-    parser.add_argument("--teacher", choices=("both", "same", "none"), default="both", help=which)
+    parser.add_argument("--json", default="", help="write the scores there (public models: default OUT/scores.json)")
+    which = "rows of the guided teacher: 25 steps and --steps, --steps alone, none [both]"
+    parser.add_argument("--teacher", choices=("both", "same", "none"), help=which)
+    group = parser.add_argument_group("models with public weights")
+    for name, (default, about) in OF_PUBLIC.items():
+        group.add_argument(f"--{name}", default=default, help=about)
+    group.add_argument("--pictures", metavar="NAME=FOLDER", action="append", default=[], help="a row by another tool; repeatable")
     args = parser.parse_args(argv)
     if args.seed < 0:
         raise UserError(f"--seed must be at least 0, got {args.seed}")
-    if args.n < 256:
-        raise UserError(f"--n {args.n} is too few for the covariance of {SceneClassifier.num_features} features: use 256 or more")
-    if not FAMILIES[model := files.read_config(Path(args.checkpoint))["config"]["model"]].embedded:
-        advice = f"see {args.checkpoint}/report.json, draw with sample.py"
-        raise UserError(f"the classifier knows nothing of {model}'s pictures: {advice}")
+    public = not FAMILIES[files.read_config(Path(args.checkpoint))["config"]["model"]].embedded
+    foreign = ["teacher"] if public else ["pictures", *OF_PUBLIC]
+    if given := [name for name in foreign if getattr(args, name) != parser.get_default(name)]:
+        raise UserError(f"--{given[0]} is for {'the models that ship' if public else 'models with public weights'}: leave it out")
+    return args, public
+
+
+def main(argv: list[str]) -> None:
+    args, public = parse(argv)
+    (main_public if public else main_scenes)(args)
+
+
+def main_scenes(args: argparse.Namespace) -> None:
+    n, steps, which = args.n or 2048, args.steps or 4, args.teacher or "both"
+    if n < 256:
+        raise UserError(f"--n {n} is too few for the covariance of {SceneClassifier.num_features} features: use 256 or more")
     student, about = checkpoint.load_checkpoint(args.checkpoint)
     config = about["config"]
     network = pretrained.load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
-    judge = Judge(args.n, args.seed, side=network.family.side)
+    judge = Judge(n, args.seed, side=network.family.side)
     rows = {"real": judge.rendered()}
     teacher = guided_teacher(network, config["guidance"])
-    if args.teacher == "both":
+    if which == "both":
         rows["teacher"] = judge.score(judge.draw("teacher", teacher, network, 25)) | {"steps": 25}
-    if args.teacher != "none":
-        rows["teacher_same_steps"] = judge.score(judge.draw("teacher", teacher, network, args.steps)) | {"steps": args.steps}
-    fp = judge.draw("fp", as_cm(network), network, args.steps)
-    rows["fp"] = judge.score(fp) | {"steps": args.steps}
+    if which != "none":
+        rows["teacher_same_steps"] = judge.score(judge.draw("teacher", teacher, network, steps)) | {"steps": steps}
+    fp = judge.draw("fp", as_cm(network), network, steps)
+    rows["fp"] = judge.score(fp) | {"steps": steps}
     name = number_format(student).lower()
-    rows[name] = judge.score(judge.draw(name, student, student, args.steps), fp) | {"steps": args.steps}
-    print(f"{args.n} pictures, seed {args.seed}\n{table(rows)}")
+    rows[name] = judge.score(judge.draw(name, student, student, steps), fp) | {"steps": steps}
+    print(f"{n} pictures, seed {args.seed}\n{table(rows)}")
     if args.json:
         with files.atomic(Path(args.json)) as file:
             file.write_text(json.dumps(rows, indent=1))

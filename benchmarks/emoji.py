@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-import evaluate
+import scores
 from benchmarks.jobs import MACHINE
 from benchmarks.tables import markdown, write_table
 from data import sources
@@ -88,7 +88,7 @@ def score(run: Path, n: int) -> list[str]:
     order = torch.randperm(len(folder.texts), generator=step_generator(SEED, 0))
     asked = [folder.texts[order[i % len(order)]] for i in range(n)]
     real = features(folder.pictures[order])
-    half = evaluate.frechet(real[::2], real[1::2])
+    half = scores.frechet(real[::2], real[1::2])
     lines = [["real pictures", "", f"{half:.2f}", "-"]]
     models = {"teacher, guided": (guided_teacher(network, config["guidance"]), network, (25, 4))}
     models |= {"fp CM": (as_cm(network), network, (4, 2, 1)), f"{number_format(student)} CM": (student, student, (4, 2, 1))}
@@ -96,8 +96,8 @@ def score(run: Path, n: int) -> list[str]:
     for name, (model, denoiser, counts) in models.items():
         for steps in counts:
             drawn[name, steps] = draw(model, denoiser, asked, steps, 1_000_000 * SEED, bar=f"{name}, {steps} steps")
-            psnr = evaluate.psnr(drawn[name, steps], drawn["fp CM", steps]) if model is student else math.nan
-            distance = evaluate.frechet(real, features(drawn[name, steps]))
+            psnr = scores.psnr(drawn[name, steps], drawn["fp CM", steps]) if model is student else math.nan
+            distance = scores.frechet(real, features(drawn[name, steps]))
             lines.append([name, steps, f"{distance:.2f}", "-" if math.isnan(psnr) else f"{psnr:.2f}"])
     return [*markdown(["", "steps", "Frechet", "PSNR to fp, dB"], *lines), f"\n{n} pictures; {MACHINE}"]
 

@@ -203,7 +203,7 @@ def captioned(spec: str = "") -> Source:
     if (path.suffix == ".parquet" and path.is_file()) or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", spec):
         return _hub(spec)
     kinds = "folder, .tar shards, .txt file of prompts or Hugging Face dataset OWNER/NAME"
-    raise UserError(f"--data {spec} is no {kinds}: check the path")
+    raise UserError(f"{spec} is no {kinds}: check the path")
 
 
 def _stat(file: Path, folder: Path) -> list:
@@ -255,7 +255,7 @@ def _folder(spec: str) -> Source:
 
 def _tars(spec: str, tars: list[Path]) -> Source:
     if not tars or not all(tar.is_file() for tar in tars):
-        raise UserError(f"--data {spec} matches no .tar file: check the path (no brace expansion, quote a glob)")
+        raise UserError(f"{spec} matches no .tar file: check the path (no brace expansion, quote a glob)")
 
     def rows():
         for path in tars:

@@ -1,6 +1,7 @@
 """Mutation check: breaks central lines one at a time in a copy of the code and shows that a test fails for each.
 
-python tests/mutate.py              all of them: an hour on two cores; Triton 3.8 has to be there for those of backends_gpu
+python tests/mutate.py              all of them: an hour on two cores; Triton 3.8 has to be there for those of backends_gpu,
+                                    torch-fidelity for one of scores
 python tests/mutate.py PHRASE       those whose first column holds the phrase
 """
 
@@ -123,6 +124,13 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("a flag without effect", "models/pretrained.py", "if cfg.outliers:", "if False:", "outliers"),
     ("scale and alpha of a LoRA file", "models/pretrained.py", "B.float() * scale", "B.float()", "real"),
     ("alpha of a LoRA's metadata", "models/pretrained.py", ', "metadata": metadata}', "}", "pretrained"),
+    ("features that are not centred", "scores.py", "(x_ND - mean_D) /", "x_ND /", "scores"),
+    ("an interval beside its value", "scores.py", "found - found.mean()", "found - value", "scores"),
+    ("prompts that are not paired", "scores.py", '"cm", i, j))', '"cm", i[:-1], j))', "scores"),
+    ("code inside of weights", "scores.py", 'torch.load(file, "cpu", weights_only=True)', "pass", "scores"),
+    ("the base's guidance", "evaluate.py", "family.compare_guidance if name", "1.0 if name", "scores"),
+    ("one noise for all pictures", "evaluate.py", "args.seed + i, config", "args.seed, config", "scores"),
+    ("a 16-bit model without its LoRA", "models/pipeline.py", "fuse(pretrained.open_cm(", "(pretrained._open_network(", "scores"),
     ("shards of all processes by each", "data/cache.py", "range(process_index(), sys.maxsize", "range(0, sys.maxsize", "cache"),
     ("a scene of another size", "data/scenes.py", "(2 * side) + 0.5) / fine", "(2 * side) + 0.5) / 2", "data"),
     ("latents of another size", "models/tiny.py", "return math.isqrt(channels // 3)", "return 2", "models"),

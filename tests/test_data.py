@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import evaluate
+import scores
 import train
 from benchmarks import emoji
 from data import scenes, sources
@@ -540,8 +541,8 @@ def test_scores_on_real_pictures_are_those_of_what_is_drawn(tmp_path, monkeypatc
     (student, _), network = checkpoint.load_checkpoint(tmp_path / "run"), load_embedded_cm("tiny-flux").to(FAST)
     fp, ours = (draw(model, network, asked, 4, 1_000_000 * emoji.SEED) for model in (as_cm(network), student))
     real, drawn = (torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1) for x in (sources.Folder(str(folder)).pictures, ours))
-    assert rows["W4A4 CM", "4"][0] == pytest.approx(evaluate.frechet(real, drawn), abs=0.02)
-    assert rows["W4A4 CM", "4"][1] == f"{evaluate.psnr(ours, fp):.2f}" and rows["fp CM", "4"][1] == "-"
+    assert rows["W4A4 CM", "4"][0] == pytest.approx(scores.frechet(real, drawn), abs=0.02)
+    assert rows["W4A4 CM", "4"][1] == f"{scores.psnr(ours, fp):.2f}" and rows["fp CM", "4"][1] == "-"
     about = json.loads((tmp_path / "run" / "config.json").read_text())
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda run: (student, {"config": about["config"] | {"data": ""}}))
     with pytest.raises(UserError, match=r"was trained on scenes: score it with evaluate\.py"):

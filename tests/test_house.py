@@ -13,7 +13,7 @@ ORDER = (
     ("benchmarks",),
     ("train",),
     ("sample", "evaluate"),
-    ("student",),
+    ("student", "scores"),
     ("models",),
     ("data", "layers", "hgs_lora"),
     ("run", "kernels", "hessian"),
