@@ -26,6 +26,7 @@ from torch import Tensor
 
 import evaluate
 import quant
+import scores
 import tdpt
 import train
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
@@ -198,8 +199,8 @@ def score(folder: Path, model: str, n: int, variants: list[str]) -> None:
     errors = ((states - z).square().flatten(1).sum(1) / z.square().flatten(1).sum(1)).sqrt().tolist()
     features = torch.cat([judge.classifier(part) for part in pictures.split(256)])
     right = evaluate.all_right(judge.classifier, features, judge.scene)
-    psnr = torch.tensor([evaluate.psnr(a[None], b[None]) for a, b in zip(pictures, fp["pictures"], strict=True)])
-    about = {"frechet": evaluate.frechet(judge.real, features) / about_fp["frechet"], "accuracy": right.float().mean().item()}
+    psnr = torch.tensor([scores.psnr(a[None], b[None]) for a, b in zip(pictures, fp["pictures"], strict=True)])
+    about = {"frechet": scores.frechet(judge.real, features) / about_fp["frechet"], "accuracy": right.float().mean().item()}
     about |= {"psnr": psnr.mean().item(), "edges": errors, "dtype": str(FAST).removeprefix("torch."), "n": n}
     files.write_tensors(folder / "scores.safetensors", {"psnr": (100 * psnr).round().short(), "right": right}, about)
 
@@ -231,13 +232,10 @@ def keep(path: Path, key: str, folder: Path) -> None:
     files.write_tensors(path, tensors, {"rows": about["rows"] | {key: row}})
 
 
-def interval(difference: Tensor, samples: int = 1000) -> tuple[float, float, float]:
-    """(mean, low, high) of paired differences (seeds, n): the 95% interval of their mean over `samples` bootstraps of the
-    prompts."""
+def interval(difference: Tensor) -> list[float]:
+    """[mean, low, high] of paired differences (seeds, n), with the 95% interval of bootstraps over the prompts."""
     each_prompt = difference.mean(0)
-    picks = torch.randint(len(each_prompt), (samples, len(each_prompt)), generator=torch.Generator().manual_seed(0))
-    low, high = each_prompt[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=difference.dtype)).tolist()
-    return each_prompt.mean().item(), low, high
+    return scores.interval(lambda i: each_prompt[i].mean().item(), (len(each_prompt),), scores.RESAMPLES, seed=0)
 
 
 def spread(values: list[float], digits: int) -> str:
