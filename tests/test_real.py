@@ -141,10 +141,11 @@ def test_a_pipeline_of_a_single_file_draws_pictures_of_the_runs_size(finished, m
     def component(cls, what, family, base, components, **options):
         return pretrained.from_pretrained(cls, base, **options)
 
+    runs = [finished[name] for name in ("sd15", "sdxl")]  # made before anything is patched
     monkeypatch.setattr(pretrained, "is_file", lambda base: True)
     monkeypatch.setattr(pretrained, "load_component", component)
-    for name in ("sd15", "sdxl"):
-        pipe = pipeline.load_pipeline(finished[name], dtype=torch.float32)
+    for run in runs:
+        pipe = pipeline.load_pipeline(run, dtype=torch.float32)
         assert pipe("a cat", num_inference_steps=1, guidance_scale=1.0).images[0].size == (64, 64)
 
 
