@@ -200,8 +200,8 @@ def presets(cfg: Config) -> dict:
 
 
 def parse(argv: list[str]) -> Config:
-    """Defaults < PRESETS < command line, whose --rank takes away the bounds of a preset that contradict it. Unknown flags and
-    abbreviations are refused with exit code 2."""
+    """Defaults < PRESETS < command line, whose --rank takes away the bounds of a preset that contradict it or leave one rank alone.
+    Unknown flags and abbreviations are refused with exit code 2."""
     layout = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__, formatter_class=layout)
     for f in dataclasses.fields(Config):
@@ -215,7 +215,7 @@ def parse(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     preset = presets(Config(**given))
     cfg = Config(**(preset | given))
-    contradicted = {"rank_least": cfg.rank_least > cfg.rank, "rank_most": 0 < cfg.rank_most < cfg.rank}
+    contradicted = {"rank_least": cfg.rank_least >= cfg.rank, "rank_most": 0 < cfg.rank_most <= cfg.rank}
     return dataclasses.replace(cfg, **{k: 0 for k, wrong in contradicted.items() if wrong and k not in given})
 
 

@@ -668,7 +668,8 @@ def as_format_3(folder: Path) -> dict:
 
 
 def test_bounds_of_ranks_that_a_family_sets_give_way_to_a_rank_that_they_contradict():
-    """Catches `--rank 16` or `--rank 0.7` refused for a flag that was not given, and bounds that were given and are ignored."""
+    """Catches `--rank 16` or `--rank 0.7` refused for a flag that was not given, `--rank 4` that gives each layer 4 without being
+    asked for uniform ranks, and bounds that were given and are ignored."""
 
     def bounds(flags: str) -> tuple[int, int]:
         cfg = train.parse(f"--model tiny-flux {flags}".split())
@@ -676,6 +677,7 @@ def test_bounds_of_ranks_that_a_family_sets_give_way_to_a_rank_that_they_contrad
 
     assert bounds("") == bounds("--rank 3") == (1, 4)
     assert bounds("--rank 16") == (1, 0) and bounds("--rank 0.7") == (0, 4)
+    assert bounds("--rank 4") == (1, 0) and bounds("--rank 1") == (0, 4)
     assert bounds("--rank 16 --rank-most 4 --rank-least 17") == (17, 4)  # which validate refuses
 
 
