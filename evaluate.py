@@ -255,7 +255,7 @@ def drawing(name: str, args: argparse.Namespace, about: dict, of_prompts: str) -
     about: the run's config.json; of_prompts: a digest of their list."""
     run, config, network = Path(args.checkpoint), about["config"], about["network"]
     family, of_base = FAMILIES[config["model"]], [args.base or network["base"], pipeline.components_of(run)]
-    weights = {"base": of_base, "cm": [*of_base, config["cm"]], "ours": of_base}[name]
+    weights = {"base": of_base, "cm": [*of_base, pipeline.cm_of(run)], "ours": of_base}[name]
     digests = [files.fingerprint(path) if Path(path).exists() else path for path in weights]
     digests += {"base": [], "cm": [config["cm_scale"]], "ours": [files.recorded_checksum(run / "model.safetensors")]}[name]
     return {
@@ -265,7 +265,7 @@ def drawing(name: str, args: argparse.Namespace, about: dict, of_prompts: str) -
         "size of latents": network["latent"],
         "list of prompts": of_prompts,
         "kind of device": args.device,
-        "model": digests,
+        "weights of the model": digests,
     }
 
 
@@ -303,25 +303,35 @@ def chosen_models(args: argparse.Namespace, config: dict) -> list[str]:
     return [name for name in MODELS if name in (args.models or ",".join(MODELS)).split(",")]
 
 
+def was_trained_on(config: dict, source: sources.Source) -> bool:
+    """Whether a run's --data is this very source, as far as this machine can tell."""
+    data = config["data"] or "prompts"
+    with contextlib.suppress(UserError):
+        return data == source.spec or (Path(data).exists() and sources.captioned(data).fingerprint == source.fingerprint)
+    return False
+
+
 def main_public(args: argparse.Namespace) -> None:
     """Draws, scores, prints and writes what the module docstring says."""
     about, source = read_run(Path(args.checkpoint)), sources.captioned(args.prompts)
     args.steps, args.device = args.steps or files.most_steps(about["config"]), "cuda" if torch.cuda.is_available() else "cpu"
-    if args.n and args.n < 2:
+    if args.n is not None and args.n < 2:
         raise UserError(f"--n {args.n} is too few to compare: use 2 or more, and 2,049 for FID")
     prompts = list(islice((caption for _, caption, _ in source.rows() if caption), args.n or 1024))
-    if len(prompts) < max(2, args.n):
-        raise UserError(
-            f"{source.spec} has {len(prompts)} prompts where --n {args.n} asks for more: give a smaller --n, or more prompts"
-        )
-    models, others = chosen_models(args, about["config"]), dict(pair.partition("=")[::2] for pair in args.pictures)
-    if doubled := others.keys() & {*models, "", "real"}:
-        raise UserError(f"--pictures {min(doubled)}=FOLDER cannot be the name of another row: give --pictures NAME=FOLDER")
-    others = {name: scores.numbered(folder, len(prompts)) for name, folder in others.items()}
+    if len(prompts) < (args.n or 2):
+        needed = f"where {args.n or 2} are needed: give a smaller --n, or more prompts"
+        raise UserError(f"{source.spec} has {len(prompts)} prompts {needed}")
+    if seen := was_trained_on(about["config"], source):
+        print("the run was trained on these prompts: by --prompts it can be scored on others")
+    models, pairs = chosen_models(args, about["config"]), [pair.partition("=")[::2] for pair in args.pictures]
+    rows = [*models, "", "real", *(name for name, _ in pairs)]
+    if doubled := [name for name, _ in pairs if rows.count(name) > 1]:
+        raise UserError(f"--pictures {doubled[0]}=FOLDER cannot be the name of another row: give --pictures NAME=FOLDER")
+    others = {name: scores.numbered(folder, len(prompts)) for name, folder in pairs}
     names = scores.runnable(args, "cm" in {*models, *others})  # what cannot run is known before anything is drawn
     ours = {name: drawn(name, args, about, prompts, source.fingerprint) for name in reversed(models)}  # the run's faults at once
     found = scores.report({name: ours[name] for name in models} | others, prompts, names, args)
-    found |= {"checkpoint": args.checkpoint, "steps": args.steps, "prompts": source.fingerprint}
+    found |= {"checkpoint": args.checkpoint, "steps": args.steps, "prompts": source.fingerprint, "trained on them": seen}
     print(f"{len(prompts)} prompts, {args.steps} steps, seed {args.seed}\n{scores.table(found)}")
     with files.atomic(Path(args.json or Path(args.out or f"{args.checkpoint}/evaluation") / "scores.json")) as file:
         file.write_text(json.dumps(found, indent=1))
@@ -349,7 +359,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py wrote")
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), help="default: 4; public models: the most of --sampling-steps")
-    parser.add_argument("--n", type=int, default=0, help="pictures (default: 2048, at least 256; public models: 1024 at most)")
+    parser.add_argument("--n", type=int, help="pictures (default: 2048, at least 256; public models: 1024 at most)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--json", default="", help="write the scores there (public models: default OUT/scores.json)")
     which = "rows of the guided teacher: 25 steps and --steps, --steps alone, none [both]"
@@ -374,7 +384,7 @@ def main(argv: list[str]) -> None:
 
 
 def main_scenes(args: argparse.Namespace) -> None:
-    n, steps, which = args.n or 2048, args.steps or 4, args.teacher or "both"
+    n, steps, which = 2048 if args.n is None else args.n, args.steps or 4, args.teacher or "both"
     if n < 256:
         raise UserError(f"--n {n} is too few for the covariance of {SceneClassifier.num_features} features: use 256 or more")
     student, about = checkpoint.load_checkpoint(args.checkpoint)

@@ -168,12 +168,14 @@ def load_imagereward(options: argparse.Namespace) -> tuple[Score, str]:
 
 
 def load_hpsv2(options: argparse.Namespace) -> tuple[Score, str]:
-    """The package reads its gigabytes of weights again at every call, so that it is called once, and its network from then on."""
+    """The package reads its gigabytes of weights again at every call, so that it is called once, and its network from then on.
+    The package itself keeps it no longer: it would stay beside the models that draw."""
     with needs("hpsv2", "run `hf download xswu/HPSv2 HPS_v2.1_compressed.pt`"):
         from hpsv2 import img_score
 
         img_score.score(Image.new("RGB", (224, 224)), "", hps_version="v2.1")
-    network, preprocess = (img_score.model_dict[key] for key in ("model", "preprocess_val"))
+    network, preprocess = (img_score.model_dict.pop(key) for key in ("model", "preprocess_val"))
+    img_score.model_dict.clear()
     tokenize, device = img_score.get_tokenizer("ViT-H-14"), next(network.parameters()).device
 
     def score(picture: Image.Image, prompt: str, _) -> float:

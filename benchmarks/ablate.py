@@ -4,19 +4,19 @@ outlier channels (--outliers), at SDXL's share of parameters in branches.
     python -m benchmarks.ablate components [baselines ..] [--models tiny tiny-flux] [--seeds 3] [--jobs 2] [--only LABEL ..]
 
 What is scored is kept in benchmarks/ablate.safetensors and not done again, a run that was killed goes on, and the group's table in
-docs/tables is written anew after every cell; so a grid of hours may be made in parts. A cell of the table has
+docs/tables has all that the store has and is written anew after every cell; so a grid of hours may be made in parts, one at a time.
+A cell that fails is named, left out and tried again by the next call. A cell of the table has
 
-    PSNR to the 16-bit consistency model's pictures, dB; in brackets the Frechet distance as a multiple of that model's (both mean
-    +- sd of the training seeds); after a semicolon the paired difference in PSNR to the first row, with the 95% interval of 1,000
-    bootstrap samples of the prompts.
+    PSNR to the 16-bit consistency model's pictures, dB; in brackets the Frechet distance as a multiple of that model's, and prompt
+    accuracy (means +- sd of the training seeds); after a semicolon the paired difference in PSNR to the first row, with the 95%
+    interval of bootstraps over prompts and seeds. With one seed the interval leaves out what the seed changes.
 
 A row of your own is one more line in GROUPS. What no flag does is a function in VARIANTS, named in the flags as @name: it patches
 the code before the run, in the run's own process.
 """
 
 import itertools
-import subprocess
-import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,16 @@ import tdpt
 import train
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
 from benchmarks.tables import ROOT, markdown, write_table
+from data import scenes
 from models import checkpoint, pretrained
 from models.denoiser import FAST, Denoiser, as_cm, start_noise
+from models.family import FAMILIES
 from run import files
+from run.common import UserError, run_script, step_generator
 
 SEED, STEPS, EDGES = 1234, 4, 256  # of the evaluation; EDGES: pictures whose states are compared at the edges of the phases
 STORE = ROOT / "benchmarks" / "ablate.safetensors"
-BARE = "--smooth 0 --no-rotate --no-centre"  # activations as they are
-NO_BRANCH = "--rank 0 --rank-least 0 --init zero"
+DTYPE = str(FAST).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ class Group:
     seeds: int = 3
 
 
-SELF, ZERO, UNIFORM = "--rollout 0 --targets self,self", "--init zero --rounding rtn", "--ranks uniform"
-PAPER = "--recipe paper"  # TDPT alone
-QLORA = f"{ZERO} {UNIFORM} {BARE}"
+PAPER, SELF = "--recipe paper", "--rollout 0 --targets self,self"  # TDPT alone; its opposite, targets of the student itself
+ZERO, UNIFORM = "--init zero", "--ranks uniform"
+NEAREST = f"{ZERO} {UNIFORM} --rounding rtn"
+NO_BRANCH, AS_THEY_ARE = f"--rank 0 --rank-least 0 {ZERO} {UNIFORM}", "--smooth 0 --no-rotate --no-centre"  # activations
 GROUPS = {
-    "components": Group({  # of the paper, each on or off; off is a target of its own, a start from zero, uniform ranks
+    "components": Group({  # of the paper, each on or off: off is a target of its own, a start from zero (GPTQ stays), uniform ranks
         "TDPT + HGS + QRA": PAPER,
         "HGS + QRA": SELF,
         "TDPT + QRA": f"{PAPER} {ZERO}",
@@ -64,33 +67,36 @@ GROUPS = {
         "HGS": f"{SELF} {UNIFORM}",
         "QRA": f"{SELF} {ZERO}",
         "none": f"{SELF} {ZERO} {UNIFORM}",
-        "rollouts + HGS + QRA (default)": "",
-        "rollouts": f"{ZERO} {UNIFORM}",
+        "none, rounded to nearest": f"{SELF} {NEAREST}",
+        "TDPT and rollouts + HGS + QRA (default)": "",
+        "TDPT and rollouts": f"{ZERO} {UNIFORM}",
     }),
     "starts": Group({  # before any training
         "CMQuant (default)": "",
-        "nearest": f"{NO_BRANCH} --rounding rtn {BARE}",
-        "nearest, our activations": f"{NO_BRANCH} --rounding rtn",
-        "GPTQ": f"{NO_BRANCH} --rounding gptq {BARE}",
+        "nearest, activations as they are": f"{NO_BRANCH} --rounding rtn {AS_THEY_ARE}",
+        "nearest": f"{NO_BRANCH} --rounding rtn",
+        "GPTQ": NO_BRANCH,
         "SVDQuant style": SVDQUANT,
-        "ConvRot style: rotation, nearest": f"{NO_BRANCH} --rounding rtn --smooth 0 --rotate --no-centre",
-        "QuaRTZ style: multipliers 1, 2, 4, 8, 16, nearest": f"@powers --backend eager {NO_BRANCH} --rounding rtn {BARE}",
-        "Q-Sched style: nearest, coefficients of the sampler fitted": f"@qsched {NO_BRANCH} --rounding rtn {BARE}",
+        "ConvRot style: rotation alone, nearest": f"{NO_BRANCH} --rounding rtn --smooth 0 --rotate --no-centre",
+        "QuaRTZ style: multipliers 1, 2, 4, 8, 16, nearest": f"@powers --backend eager {NO_BRANCH} --rounding rtn {AS_THEY_ARE}",
+        "Q-Sched style: nearest, coefficients of the sampler fitted": f"@qsched {NO_BRANCH} --rounding rtn {AS_THEY_ARE}",
         "CMQuant, coefficients of the sampler fitted": "@qsched",
     }, updates=(0,)),
-    "baselines": Group({  # the same bits and updates
+    "baselines": Group({  # the same parameters and updates, in our number format, activations changed as ours are
         "CMQuant (default)": "",
-        **{f"{name}, {what}": f"{flags} {objective}"
+        **{f"{name}, {what}": f"{flags} {objective}".strip()
            for what, objective in (("self targets", SELF), ("our objective", ""))
            for name, flags in {
-               "QLoRA": QLORA,
-               "PiSSA": f"--init pissa --rounding rtn {UNIFORM} {BARE}",
-               "LoftQ": f"--init loftq --rounding rtn {UNIFORM} {BARE}",
-               "QERA": f"--init qera --rounding rtn {UNIFORM} {BARE}",
+               "QLoRA": NEAREST,
+               "PiSSA": f"{NEAREST} --init pissa",
+               "LoftQ": f"{NEAREST} --init loftq",
+               "QERA": f"{NEAREST} --init qera",
                "SVDQuant": SVDQUANT,
-               "QALoRA style: merged and rounded again": f"{QLORA} --deploy merged",
-               "LoraQ style: branch in 8 bits": f"{QLORA} --rank 4 --lora-bits 8",
+               "QLoRA, merged and rounded again": f"{NEAREST} --deploy merged",
+               "LoraQ style: QLoRA with twice the ranks in 8 bits": f"{NEAREST} --rank 4 --lora-bits 8",
            }.items()},
+        "QLoRA, self targets, rate 2e-4": f"{NEAREST} {SELF} --lr 2e-4",
+        "QLoRA, our objective, rate 1e-3": f"{NEAREST} --lr 1e-3",
     }),
     "targets": Group({  # (early, late), without rollouts
         "(anchor, fp)": PAPER,
@@ -102,7 +108,10 @@ GROUPS = {
     }),
     "schedule": Group({
         "T' = 0.5 (paper's targets)": PAPER,
-        **{f"T' = {split}": f"{PAPER} --split {split}" for split in (0, 0.25, 0.75, 1)},
+        "T' = 0: anchor alone": f"{PAPER} --split 0",
+        "T' = 0.25": f"{PAPER} --split 0.25",
+        "T' = 0.75": f"{PAPER} --split 0.75",
+        "T' = 1: fp alone but for the first point": f"{PAPER} --split 1",
         **{f"{phases} phases": f"{PAPER} --tdpt-phases {phases}" for phases in (1, 2, 8)},
     }, seeds=1),
     "split": Group({
@@ -162,57 +171,55 @@ VARIANTS: dict[str, Callable] = {"@powers": powers_of_two}  # @qsched is of the 
 # ---------------------------------------------------------------- one run, in a process of its own
 
 
-def reference(denoiser: Denoiser, judge: evaluate.Judge, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(noises, cond, edges) of at most EDGES pictures, for the judge's captions or, with another seed, for others."""
-    captions = judge.captions if seed == SEED else evaluate.Judge(EDGES, seed, reference=256, side=judge.side).captions
-    captions = captions[:EDGES]
+def reference(denoiser: Denoiser, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """(noises, cond, edges) of at most EDGES of n pictures, for the captions that a Judge of this seed asks for."""
+    scene = scenes.random_scenes(n, step_generator(seed, 0))
+    captions = [scenes.caption_of(scene, i) for i in range(min(n, EDGES))]
     return start_noise(len(captions), denoiser.latent, 2_000_000 * seed), denoiser.encode(captions), denoiser.path.grid(STEPS)
 
 
 @torch.no_grad()
 def score_fp(model: str, out: Path, n: int) -> None:
-    """OUT/MODEL/fp.safetensors: pictures of the 16-bit consistency model, and its states at the edges of phases for two seeds."""
-    weights = train.presets(train.Config(model=model))
-    network = pretrained.load_embedded_cm(model, weights.get("teacher", ""), weights.get("cm", "")).to(FAST)
+    """OUT/MODEL/fp-N.safetensors: pictures of the 16-bit consistency model, and its states at the edges of phases for two seeds."""
+    network = pretrained.load_embedded_cm(model).to(FAST)
     judge, cm = evaluate.Judge(n, SEED, side=network.family.side), as_cm(network)
     found = {"pictures": judge.draw("fp", cm, network, STEPS)}
     for seed in (SEED, SEED + 1):
-        x_T, cond, edges = reference(network, judge, seed)
+        x_T, cond, edges = reference(network, n, seed)
         found[f"states-{seed}"] = tdpt.rollout_states(cm, network.path, x_T, cond, edges)
-    files.write_tensors(out / model / "fp.safetensors", found, judge.score(found["pictures"]))
+    files.write_tensors(out / model / f"fp-{n}.safetensors", found, judge.score(found["pictures"]))
 
 
 @torch.no_grad()
-def score(folder: Path, model: str, n: int, variants: list[str]) -> None:
-    """FOLDER/scores.safetensors of a finished run: PSNR of each picture in hundredths of a dB, and whether it shows its caption;
-    beside them the means, the Frechet distance as a multiple of the 16-bit model's, and the relative error of the state at each
-    edge of the phases."""
-    fp, about_fp = files.read_tensors(folder.parent / "fp.safetensors", "delete the folder")
-    student, _ = checkpoint.load_checkpoint(folder)
+def score(folder: Path, n: int, variants: list[str]) -> None:
+    """FOLDER/scores-N.safetensors of a finished run: PSNR of each picture in hundredths of a dB; beside it the mean, prompt
+    accuracy, the Frechet distance as a multiple of the 16-bit model's, and the relative error of the state at each edge of the
+    phases."""
+    fp, about_fp = files.read_tensors(folder.parent / f"fp-{n}.safetensors", "delete the folder")
+    student, about = checkpoint.load_checkpoint(folder)
     judge, drawing = evaluate.Judge(n, SEED, side=student.family.side), student
     if "@qsched" in variants:
-        _, cond, edges = reference(student, judge, SEED + 1)
+        _, cond, edges = reference(student, n, SEED + 1)
         drawing = fitted(student, student.path, fp[f"states-{SEED + 1}"], cond, edges)
     pictures = judge.draw("ours", drawing, student, STEPS)
-    x_T, cond, edges = reference(student, judge, SEED)
+    x_T, cond, edges = reference(student, n, SEED)
     states, z = tdpt.rollout_states(drawing, student.path, x_T, cond, edges), fp[f"states-{SEED}"]
     errors = ((states - z).square().flatten(1).sum(1) / z.square().flatten(1).sum(1)).sqrt().tolist()
-    features = torch.cat([judge.classifier(part) for part in pictures.split(256)])
-    right = evaluate.all_right(judge.classifier, features, judge.scene)
+    found = judge.score(pictures, fp["pictures"])
     psnr = torch.tensor([scores.psnr(a[None], b[None]) for a, b in zip(pictures, fp["pictures"], strict=True)])
-    about = {"frechet": scores.frechet(judge.real, features) / about_fp["frechet"], "accuracy": right.float().mean().item()}
-    about |= {"psnr": psnr.mean().item(), "edges": errors, "dtype": str(FAST).removeprefix("torch."), "n": n}
-    files.write_tensors(folder / "scores.safetensors", {"psnr": (100 * psnr).round().short(), "right": right}, about)
+    row = {"psnr": found["psnr_to_fp"], "x fp": found["frechet"] / about_fp["frechet"], "accuracy": found["prompt_accuracy"]}
+    row |= {"edges": errors, "n": n, "commit": about["commit"]}
+    files.write_tensors(folder / f"scores-{n}.safetensors", {"psnr": (100 * psnr).round().short()}, row)
 
 
-def run(folder: Path, model: str, n: int, flags: list[str]) -> None:
+def run(folder: Path, n: int, flags: list[str]) -> None:
     """Trains and scores one cell; nothing that is there already is made again."""
     variants = [flag for flag in flags if flag.startswith("@")]
     for name in variants:
         VARIANTS.get(name, lambda: None)()
     if not (folder / "report.json").exists():
         train.main([flag for flag in flags if flag not in variants] + ["--out", str(folder), "--eval-n", "2"])
-    score(folder, model, n, variants)
+    score(folder, n, variants)
 
 
 # ---------------------------------------------------------------- the store and its tables
@@ -222,20 +229,25 @@ def key_of(model: str, testbed: str, flags: str, updates: int, seed: int) -> str
     return " ".join([*f"--model {model} {testbed} {flags}".split(), f"--steps {updates}", f"--seed {seed}"])
 
 
-def keep(path: Path, key: str, folder: Path) -> None:
-    """Adds what `score` wrote to the store."""
-    tensors, about = files.read_tensors(path, "") if path.exists() else ({}, {"rows": {}})
-    one, about_one = files.read_tensors(folder / "scores.safetensors", "delete the folder")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    row = {k: about_one[k] for k in ("frechet", "accuracy", "psnr", "edges", "dtype", "n")} | {"commit": commit}
-    tensors |= {f"{key}/{name}": tensor for name, tensor in one.items()}
-    files.write_tensors(path, tensors, {"rows": about["rows"] | {key: row}})
+def read_store(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """({key: PSNR of each picture}, {key: what `score` wrote beside it}), keys as key_of's with the dtype behind them."""
+    tensors, about = files.read_tensors(path, "delete it, or take it from the repository") if path.exists() else ({}, {"rows": {}})
+    return tensors, about["rows"]
+
+
+def keep(path: Path, key: str, scored: Path) -> None:
+    """Adds what `score` wrote to the store. UserError if that has another number of pictures."""
+    (tensors, rows), (one, about) = read_store(path), files.read_tensors(scored, "delete it")
+    row = {name: about[name] for name in ("psnr", "x fp", "accuracy", "edges", "n", "commit")}
+    if other := {kept["n"] for kept in rows.values()} - {row["n"]}:
+        raise UserError(f"{path} has rows of {min(other)} pictures: give --n {min(other)}, or another --store")
+    files.write_tensors(path, tensors | {f"{key} {DTYPE}": one["psnr"]}, {"rows": rows | {f"{key} {DTYPE}": row}})
 
 
 def interval(difference: Tensor) -> list[float]:
-    """[mean, low, high] of paired differences (seeds, n), with the 95% interval of bootstraps over the prompts."""
-    each_prompt = difference.mean(0)
-    return scores.interval(lambda i: each_prompt[i].mean().item(), (len(each_prompt),), scores.RESAMPLES, seed=0)
+    """[mean, low, high] of paired differences (seeds, n), with the 95% interval of bootstraps over prompts and seeds."""
+    statistic = lambda seeds, prompts: difference[seeds][:, prompts].mean().item()  # noqa: E731
+    return scores.interval(statistic, tuple(difference.shape), scores.RESAMPLES, seed=0)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -243,78 +255,84 @@ def spread(values: list[float], digits: int) -> str:
     return f"{values.mean():.{digits}f}" + (f" +- {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
-def table(group: Group, models: list[str], store: Path) -> list[str]:
-    """Markdown of all that the store has of a group."""
-    tensors, about = files.read_tensors(store, "") if store.exists() else ({}, {"rows": {}})
-    columns, (first, *_) = [(model, testbed) for model in models for testbed in group.testbeds], group.rows.values()
+def table(group: Group, store: Path) -> list[str]:
+    """Markdown of all that the store has of a group, in the dtype that most of its rows have."""
+    tensors, rows = read_store(store)
+    dtype, _ = Counter(key.rpartition(" ")[2] for key in rows).most_common(1)[0]
+    columns = [(name, testbed) for name, family in FAMILIES.items() if family.embedded for testbed in group.testbeds]
+    seeds, (first, *_) = range(max(group.seeds, 10)), group.rows.values()
+
+    def found(column: tuple[str, str], flags: str, updates: int) -> dict[int, str]:
+        """{seed: key} of a cell's runs."""
+        keys = {seed: f"{key_of(*column, flags, updates, seed)} {dtype}" for seed in seeds}
+        return {seed: key for seed, key in keys.items() if key in rows}
 
     def cell(column: tuple[str, str], flags: str, updates: int) -> str:
-        keys = {seed: key_of(*column, flags, updates, seed) for seed in range(group.seeds)}
-        found = {seed: about["rows"][key] for seed, key in keys.items() if key in about["rows"]}
-        if not found:
+        ours, theirs = found(column, flags, updates), found(column, first, updates)
+        if not ours:
             return "-"
-        psnr, ratios = ([row[name] for row in found.values()] for name in ("psnr", "frechet"))
-        text = f"{spread(psnr, 2)} ({spread(ratios, 3)})"
-        others = {seed: key_of(*column, first, updates, seed) for seed in found}
-        same = all(about["rows"].get(key, {}).get("dtype") == found[seed]["dtype"] for seed, key in others.items())
-        if flags == first or not same:
+        psnr, ratios, right = ([rows[key][name] for key in ours.values()] for name in ("psnr", "x fp", "accuracy"))
+        text = f"{spread(psnr, 2)} ({spread(ratios, 3)}, {spread(right, 3)})"
+        if flags == first or not (both := [seed for seed in ours if seed in theirs]):
             return text
-        pairs = [(tensors[f"{keys[seed]}/psnr"], tensors[f"{others[seed]}/psnr"]) for seed in found]
-        mean, low, high = interval(torch.stack([(ours.double() - theirs.double()) / 100 for ours, theirs in pairs]))
+        pairs = [tensors[ours[seed]].double() - tensors[theirs[seed]].double() for seed in both]
+        mean, low, high = interval(torch.stack(pairs) / 100)
         return f"{text}; {mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
-    lines = []
-    for updates in group.updates:
-        for label, flags in group.rows.items():
-            cells = [cell(column, flags, updates) for column in columns]
-            if {*cells} != {"-"}:
-                lines.append([label, f"`{flags or '(none)'}`", updates, *cells])
+    updates = sorted({int(key.split(" --steps ")[1].split()[0]) for key in rows})
+    lines = [[label, f"`{flags or '(none)'}`", k, *(cell(column, flags, k) for column in columns)]
+             for k in updates for label, flags in group.rows.items()]  # fmt: skip
+    lines = [line for line in lines if {*line[3:]} != {"-"}]
+    kept = [i for i in range(len(columns)) if any(line[3 + i] != "-" for line in lines)]
     head = ["", "flags", "updates", *(f"{model}{', outliers' * bool(testbed)}" for model, testbed in columns)]
-    counts = {row["n"] for row in about["rows"].values()}
-    return [*markdown(head, *lines), f"\n{'/'.join(map(str, counts))} pictures, {STEPS} steps, evaluation seed {SEED}; {MACHINE}"]
+    lines = [line[:3] + [line[3 + i] for i in kept] for line in (head, *lines)]
+    n = next(iter(rows.values()))["n"]
+    return [*markdown(*lines), f"\n{n} pictures, {STEPS} steps, evaluation seed {SEED}; networks in {dtype}; {MACHINE}"]
 
 
-def main() -> None:
-    if "--run" in sys.argv:  # a cell's own process
-        _, folder, model, n, *flags = sys.argv[1:]
-        return score_fp(model, Path(folder), int(n)) if not flags else run(Path(folder), model, int(n), flags)
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["--run"]:  # a cell's own process
+        _, folder, n, *flags = argv
+        return run(Path(folder), int(n), flags) if len(flags) > 1 else score_fp(*flags, Path(folder), int(n))
     cli = parser(__doc__, "runs/ablate", 1024)
     cli.add_argument("groups", nargs="+", choices=list(GROUPS), help="tables")
     cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
     cli.add_argument("--seeds", type=int, default=0, help="training seeds; 0: as many as the group asks for")
     cli.add_argument("--updates", type=int, nargs="+", help="--steps of the runs; default those of the group")
-    cli.add_argument("--only", nargs="+", help="rows")
+    cli.add_argument("--only", nargs="+", choices=[label for group in GROUPS.values() for label in group.rows], help="rows")
     cli.add_argument("--store", type=Path, default=STORE, help="file of the scores")
-    args = cli.parse_args()
+    args = cli.parse_args(argv)
     here = ("-m", "benchmarks.ablate", "--run")
 
     def fp(model: str, call) -> None:
         (args.out / model).mkdir(parents=True, exist_ok=True)
-        if not (args.out / model / "fp.safetensors").exists():
-            call(*here, str(args.out), model, str(args.n))
+        if not (args.out / model / f"fp-{args.n}.safetensors").exists():
+            call(*here, str(args.out), str(args.n), model)
 
     def work(cell: tuple, call) -> tuple[str, Path]:
-        model, testbed, flags, updates, seed = cell
         key = key_of(*cell)
-        folder = args.out / model / name_of(f"{testbed} {flags} --steps {updates} --seed {seed}").replace("@", "")
-        if key not in done and not (folder / "scores.safetensors").exists():
-            call(*here, str(folder), model, str(args.n), *key.split())
-        return key, folder
+        folder = args.out / cell[0] / name_of(key).replace("@", "")
+        scored = folder / f"scores-{args.n}.safetensors"
+        if f"{key} {DTYPE}" not in done and not scored.exists():
+            try:
+                call(*here, str(folder), str(args.n), *key.split())
+            except SystemExit as error:
+                print(error)
+        return key, scored
 
     list(each(fp, args.models, args.jobs))
     for name in args.groups:
-        group = GROUPS[name]
-        group = Group(group.rows, tuple(args.updates or group.updates), group.testbeds, args.seeds or group.seeds)
-        done = files.read_tensors(args.store, "")[1]["rows"] if args.store.exists() else {}
+        group, (_, done) = GROUPS[name], read_store(args.store)
         rows = [flags for label, flags in group.rows.items() if label in (args.only or group.rows)]
-        seeds, places = range(group.seeds), [(model, testbed) for model in args.models for testbed in group.testbeds]
-        cells = [(*place, flags, k, seed) for seed in seeds for flags in rows for k in group.updates for place in places]
-        for key, folder in each(work, cells, args.jobs):
-            if key not in done:
-                keep(args.store, key, folder)
+        places = [(model, testbed) for model in args.models for testbed in group.testbeds]
+        seeds, updates = range(args.seeds or group.seeds), args.updates or group.updates
+        cells = [(*place, flags, k, seed) for seed in seeds for flags in rows for k in updates for place in places]
+        for key, scored in each(work, cells, args.jobs):
+            if scored.exists() and f"{key} {DTYPE}" not in done:
+                keep(args.store, key, scored)
                 print(key, flush=True)
-                write_table(f"ablate-{name}", table(group, args.models, args.store), show=False)
+            write_table(f"ablate-{name}", table(group, args.store), show=False)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("benchmarks.ablate", main)

@@ -19,7 +19,7 @@ import train
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
 from benchmarks.tables import markdown, write_table
 from models import checkpoint, pretrained
-from models.denoiser import FAST, Denoiser, as_cm, guided_teacher
+from models.denoiser import FAST, as_cm, guided_teacher
 from models.family import FAMILIES
 from run import files
 
@@ -53,16 +53,10 @@ def write(path: Path, rows: dict) -> None:
         file.write_text(json.dumps(rows))
 
 
-def network_of(model: str) -> Denoiser:
-    """The teacher with its consistency LoRA, from where a student of `model` takes them by default."""
-    weights = train.presets(train.Config(model=model))
-    return pretrained.load_embedded_cm(model, weights.get("teacher", ""), weights.get("cm", "")).to(FAST)
-
-
 @torch.no_grad()
 def score_fp(model: str, n: int, out: Path) -> None:
     """fp.json, scores of rendered pictures and of the 16-bit consistency model, and fp-STEPS.safetensors, its pictures."""
-    judge, network = evaluate.Judge(n, SEED, side=FAMILIES[model].side), network_of(model)
+    judge, network = evaluate.Judge(n, SEED, side=FAMILIES[model].side), pretrained.load_embedded_cm(model).to(FAST)
     rows = {"real pictures": {"": judge.rendered()}, "fp CM": {}}
     for steps in STEPS:
         pictures = judge.draw("fp", as_cm(network), network, steps)
@@ -74,7 +68,7 @@ def score_fp(model: str, n: int, out: Path) -> None:
 @torch.no_grad()
 def score_teacher(model: str, n: int, out: Path) -> None:
     """teacher.json, scores of the guided teacher."""
-    judge, network = evaluate.Judge(n, SEED, side=FAMILIES[model].side), network_of(model)
+    judge, network = evaluate.Judge(n, SEED, side=FAMILIES[model].side), pretrained.load_embedded_cm(model).to(FAST)
     teacher = guided_teacher(network, 1.5)
     rows = {steps: judge.score(judge.draw("teacher", teacher, network, steps)) for steps in (25, *STEPS)}
     write(out / "teacher.json", {"teacher, guided": rows})
@@ -136,9 +130,10 @@ def main() -> None:
         """Trains and scores."""
         model, label, seed = run
         folder = args.out / model / f"{name_of(ROWS[label])}-{seed}"
+        flags = ["--model", model, "--seed", str(seed), "--out", str(folder), "--eval-n", "64", *ROWS[label].split()]
         if not (folder / "report.json").exists():
-            flags = ("--model", model, "--seed", str(seed), "--out", str(folder), "--eval-n", "64")
-            call("train.py", *flags, *ROWS[label].split())
+            call("train.py", *flags)
+        files.refuse_another(folder, train.stored(train.parse(flags)), train.MAY_CHANGE)  # of other defaults
         if not (folder / f"scores-{args.n}.json").exists():
             call(*scoring, str(folder), model)
         return run

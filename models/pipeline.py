@@ -199,8 +199,7 @@ def load_16bit(folder: str | Path, cm: bool, device="cpu", base: str = ""):
         raise UserError(f"{folder} was made from random weights and has no 16-bit models to draw with: give --models ours")
     base, components = base or about["network"]["base"], components_of(folder)
     if cm:
-        own = folder / "cm" / f"{family.name}-cm.safetensors"  # of --cm self, wherever the folder is now
-        asked = config | {"teacher": base, "cm": str(own) if own.is_file() else config["cm"], "device": "cpu"}
+        asked = config | {"teacher": base, "cm": cm_of(folder), "device": "cpu"}
         network = fuse(pretrained.open_cm(argparse.Namespace(**asked), dtype))
         pipe = _few_step_pipeline(network, base, components, dtype)
     else:
@@ -226,6 +225,13 @@ def draw_with_pipeline(pipe, prompts: list[str], steps: int, seed: int = 0, guid
         picture = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **size).images[0]
         pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1)
     return torch.stack(pictures)
+
+
+def cm_of(folder: Path) -> str:
+    """--cm of a run folder; of --cm self the file that the run made, wherever the folder is now."""
+    config = files.read_config(folder)["config"]
+    own = folder / "cm" / f"{config['model']}-cm.safetensors"
+    return str(own) if own.is_file() else config["cm"]
 
 
 def components_of(folder: Path) -> str:

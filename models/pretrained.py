@@ -315,9 +315,10 @@ def save_cm(path: Path, denoiser: Denoiser) -> None:
 
 
 def load_teacher(name: str, path: str = "") -> Denoiser:
-    """The teacher of assets/, or of `path`, in float32. UserError if the file is missing, damaged or of another model."""
+    """The teacher of assets/ (of a family whose weights do not ship: where its training leaves them), or of `path`, in float32.
+    UserError if the file is missing, damaged or of another model."""
     denoiser = random_denoiser(name)
-    path = Path(path) if path else files.ASSETS / f"{name}.safetensors"
+    path = Path(path or FAMILIES[name].preset.get("teacher", files.ASSETS / f"{name}.safetensors"))
     tensors, _ = files.read_tensors(path, f"make it with `python train.py --model {name} --stage teacher`")
     try:
         denoiser.load_state_dict({k: v.float() for k, v in tensors.items()})
@@ -327,9 +328,9 @@ def load_teacher(name: str, path: str = "") -> Denoiser:
 
 
 def load_embedded_cm(name: str, teacher: str = "", cm: str = "") -> Denoiser:
-    """Teacher with its consistency LoRA (assets/NAME-cm.safetensors or `cm`), switchable by as_teacher / as_cm."""
+    """Teacher with its consistency LoRA (of assets/, as load_teacher, or `cm`), switchable by as_teacher / as_cm."""
     denoiser = load_teacher(name, teacher)
-    path = Path(cm) if cm else files.ASSETS / f"{name}-cm.safetensors"
+    path = Path(cm or FAMILIES[name].student.get("cm", files.ASSETS / f"{name}-cm.safetensors"))
     tensors, _ = files.read_tensors(path, f"make it with `python train.py --model {name} --bits 16`")
     try:
         add_lora(denoiser, max((v.shape[1] for k, v in tensors.items() if k.endswith("lora_B")), default=1))

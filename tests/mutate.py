@@ -134,7 +134,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("shards of all processes by each", "data/cache.py", "range(process_index(), sys.maxsize", "range(0, sys.maxsize", "cache"),
     ("a scene of another size", "data/scenes.py", "(2 * side) + 0.5) / fine", "(2 * side) + 0.5) / 2", "data"),
     ("latents of another size", "models/tiny.py", "return math.isqrt(channels // 3)", "return 2", "models"),
-    ("seeds taken for prompts", "benchmarks/ablate.py", "difference.mean(0)", "difference.flatten()", "ablate"),
+    ("intervals without seeds", "benchmarks/ablate.py", "difference[seeds][:, prompts]", "difference[:, prompts]", "ablate"),
     ("one noise for all shards", "data/cache.py", "step_generator(0, k, stream=4)", "torch.Generator()", "cache"),
 ]  # fmt: skip
 

@@ -520,6 +520,8 @@ def test_emoji_of_a_package_become_captioned_pictures(tmp_path):
     assert {line["file_name"]: line["text"] for line in lines} == said
     pictures, captions = sources.source(str(tmp_path / "out")).batch(4, torch.Generator().manual_seed(0))
     assert (pictures == 1).all() and set(captions) <= set(said.values())
+    with pytest.raises(UserError, match=r"give --package FILE\.tgz to make the folder, or --score RUN"):
+        emoji.main([])
     (tmp_path / "other.tgz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="is not emoji-datasource-google: make it with npm pack"):
         emoji.main(["--package", str(tmp_path / "other.tgz")])

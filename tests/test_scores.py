@@ -21,6 +21,7 @@ from test_real import finished, real, shared_simulations  # noqa: F401  (fixture
 
 import evaluate
 import scores
+from data import sources
 from models import pipeline
 from models.denoiser import start_noise
 from models.family import FAMILIES
@@ -317,7 +318,7 @@ def test_packages_are_asked_for_prompt_and_picture_as_they_want_them(monkeypatch
     means = bytes_of(picture(1)).float().mean((2, 3))[0] / 255
     for prompt in ("four", "a prompt"):
         assert found(picture(1), prompt, None) == pytest.approx((means[0] * len(prompt) + means[2]).item(), rel=1e-5)
-    assert calls == [("ImageReward-v1.0", "cpu"), "v2.1"]
+    assert calls == [("ImageReward-v1.0", "cpu"), "v2.1"] and not hpsv2.img_score.model_dict  # nothing stays on the GPU
 
 
 def test_what_cannot_run_says_what_to_do(clip, tmp_path, monkeypatch, capsys):
@@ -464,12 +465,13 @@ def test_what_the_command_refuses_is_one_sentence(real, finished, clip, tmp_path
         "e/ours holds a run with another seed: choose another --out, or delete the folder, or go on with --seed 7": "--seed 8",
         "another steps: .* or go on with --steps 2": "--steps 1",
         "holds a run with another list of prompts: choose another --out": f"--prompts {tmp_path}/others.txt",
-        "prompts.txt has 3 prompts where --n 4 asks for more: give a smaller --n": "--n 4",
+        "prompts.txt has 3 prompts where 4 are needed: give a smaller --n": "--n 4",
         "--n 1 is too few to compare": "--n 1",
         "nowhere is no folder": "--prompts nowhere",
         "--models theirs is none of ours: choose from base,cm,ours": "--models theirs",
         "has 2 numbered pictures where 3 are compared": f"--n 3 --pictures a={tmp_path}/two",
         "--pictures ours=FOLDER cannot be the name of another row": f"--pictures ours={tmp_path}/two",
+        "--pictures a=FOLDER cannot be the name of another row": f"--pictures a={tmp_path}/two --pictures a={tmp_path}/e/ours",
         "--teacher is for the models that ship: leave it out": "--teacher none",
         "ic cannot run: give ICNet": "--metrics ic --models base",
         "made from random weights and has no 16-bit models to draw with: give --models ours": random,
@@ -483,3 +485,28 @@ def test_what_the_command_refuses_is_one_sentence(real, finished, clip, tmp_path
     capsys.readouterr()
     assert evaluate.chosen_models(argparse.Namespace(models=""), {"weights": "random"}) == ["ours"]
     assert "rows base and cm are left out" in capsys.readouterr().out
+
+
+def test_prompts_that_a_run_was_trained_on_are_named_as_such(tmp_path):
+    """Catches a score on the captions of training that is shown like any other."""
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    (tmp_path / "same.txt").write_text("one\ntwo")
+    (tmp_path / "b.txt").write_text("three\nfour")
+    ours, own = sources.captioned(""), sources.captioned(str(tmp_path / "a.txt"))
+    assert evaluate.was_trained_on({"data": "prompts"}, ours) and evaluate.was_trained_on({"data": str(tmp_path / "a.txt")}, own)
+    assert evaluate.was_trained_on({"data": str(tmp_path / "same.txt")}, own)
+    assert not evaluate.was_trained_on({"data": str(tmp_path / "b.txt")}, own)
+    assert not evaluate.was_trained_on({"data": str(tmp_path / "gone.txt")}, own) and not evaluate.was_trained_on(
+        {"data": "a/b"}, ours
+    )
+
+
+def test_a_consistency_lora_of_the_run_itself_is_found_where_the_run_is_now(tmp_path):
+    """Catches --cm self of a folder that was moved."""
+    files.write_json(
+        tmp_path / "run" / "config.json", {"format": files.FORMAT, "config": {"model": "sd15", "cm": "gone.safetensors"}}
+    )
+    assert pipeline.cm_of(tmp_path / "run") == "gone.safetensors"
+    (tmp_path / "run" / "cm").mkdir()
+    (tmp_path / "run" / "cm" / "sd15-cm.safetensors").touch()
+    assert pipeline.cm_of(tmp_path / "run") == str(tmp_path / "run" / "cm" / "sd15-cm.safetensors")
