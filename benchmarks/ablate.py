@@ -331,7 +331,8 @@ def main(argv: list[str]) -> None:
             if scored.exists() and f"{key} {DTYPE}" not in done:
                 keep(args.store, key, scored)
                 print(key, flush=True)
-            write_table(f"ablate-{name}", table(group, args.store), show=False)
+            if args.store.exists():
+                write_table(f"ablate-{name}", table(group, args.store), show=False)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path, add):
 @pytest.mark.slow
 def test_a_cell_is_trained_scored_and_kept_once(tmp_path, monkeypatch):
     """Catches a ratio upside down, pictures of other prompts, a cell that is made again, and one that fails and ends the others."""
-    rows = {"nearest": f"{ablate.NO_BRANCH} --rounding rtn", "bad": "--rank 0"}
+    rows = {"bad": "--rank 0", "nearest": f"{ablate.NO_BRANCH} --rounding rtn"}
     monkeypatch.setattr(ablate, "GROUPS", {"trial": ablate.Group(rows, updates=(0,), testbeds=("",), seeds=1)})
     monkeypatch.setattr(ablate, "write_table", lambda name, lines, show: written.append(lines))
     written, calls = [], []
@@ -145,4 +145,4 @@ def test_a_cell_is_trained_scored_and_kept_once(tmp_path, monkeypatch):
     assert row["psnr"] == pytest.approx(scores.psnr(ours, fp), abs=1e-3)
     assert row["x fp"] == pytest.approx(judge.score(ours)["frechet"] / judge.score(fp)["frechet"], rel=1e-6)
     assert len(row["edges"]) == 5 and row["edges"][0] == 0 < row["edges"][4] < 1
-    assert f"{row['psnr']:.2f}" in written[-1][2]
+    assert f"{row['psnr']:.2f}" in written[-1][2] and len(written[-1]) == 4
