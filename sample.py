@@ -50,12 +50,21 @@ def compare(student: Denoiser, network: Denoiser, prompts: list[str], steps: int
     return grid(rows)
 
 
+def prompts_of(config: dict) -> list[str]:
+    """What an embedded model draws without --prompt: scenes, or captions from all over the folder of pictures that it was trained
+    on, where that is still there."""
+    if not (config["data"] and Path(config["data"]).is_dir()):
+        return PROMPTS
+    captions = [caption for _, caption, _ in sources.captioned(config["data"]).rows() if caption]
+    return captions[:: -(-len(captions) // len(PROMPTS))]
+
+
 def closing_pictures(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py leaves in OUT/samples: pictures of the checkpoint on disk, alone and beside those of the 16-bit `network`."""
-    student, _ = checkpoint.load_checkpoint(out)
+    (student, _), prompts = checkpoint.load_checkpoint(out), prompts_of(config)
     drawn = {
-        "4-steps.png": grid({"": draw(student, student, PROMPTS, 4, config["seed"])}),
-        "compare.png": compare(student, network, PROMPTS, 4, config["seed"], config["guidance"]),
+        "4-steps.png": grid({"": draw(student, student, prompts, 4, config["seed"])}),
+        "compare.png": compare(student, network, prompts, 4, config["seed"], config["guidance"]),
     }
     for name, image in drawn.items():
         with files.atomic(out / "samples" / name) as file:
@@ -113,7 +122,7 @@ def main_embedded(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py or save_pretrained wrote")
-    parser.add_argument("--prompt", action="append", help="caption; repeat for several (default: eight of our own)")
+    parser.add_argument("--prompt", action="append", help="caption; repeat for several (default: eight of our own, or of --data)")
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="grid.png")
@@ -124,7 +133,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"cannot write {args.out}: give --out a .png name in a folder that exists")  # before anything is drawn
     folder = Path(args.checkpoint)
     real = (folder / "model_index.json").is_file() or isinstance(files.read_config(folder).get("network"), dict)
-    prompts = args.prompt or (PIPELINE_PROMPTS if real else PROMPTS)
+    prompts = args.prompt or (PIPELINE_PROMPTS if real else prompts_of(files.read_config(folder)["config"]))
     image = (main_pipeline if real else main_embedded)(args, prompts)
     try:
         image.save(args.out)

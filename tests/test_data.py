@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import evaluate
+import sample
 import scores
 import train
 from benchmarks import emoji
@@ -525,6 +526,18 @@ def test_emoji_of_a_package_become_captioned_pictures(tmp_path):
     (tmp_path / "other.tgz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="is not emoji-datasource-google: make it with npm pack"):
         emoji.main(["--package", str(tmp_path / "other.tgz")])
+
+
+def test_pictures_of_a_run_on_a_folder_are_for_its_captions(tmp_path):
+    """Catches a model of other pictures that is shown drawing scenes, and a folder that has moved away since."""
+    folder = write_folder(tmp_path / "a")
+    assert sample.prompts_of({"data": str(folder)}) == ["picture 0", "picture 1", "picture 2"]
+    for i in range(30):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a" / f"more{i}.png")
+        (tmp_path / "a" / f"more{i}.txt").write_text(f"more {i}")
+    (folder / "metadata.jsonl").unlink()
+    assert len(sample.prompts_of({"data": str(folder)})) == 8
+    assert sample.prompts_of({"data": str(tmp_path / "gone")}) == sample.prompts_of({"data": ""}) == sample.PROMPTS
 
 
 def test_scores_on_real_pictures_are_those_of_what_is_drawn(tmp_path, monkeypatch):
