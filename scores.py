@@ -24,12 +24,12 @@ Key: N, M pictures of a set, D features, B pictures of a batch, H, W pixels.
 import argparse
 import contextlib
 import hashlib
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from pickle import UnpicklingError
 
 import huggingface_hub
 import numpy as np
@@ -96,7 +96,7 @@ def needs(install: str, fetch: str):
         raise
     except ImportError as error:
         raise UserError(f"run `pip install {install}` ({_first_line(error)})") from None
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError) as error:
         raise UserError(f"its weights cannot be read ({_first_line(error)}): {fetch}") from None
 
 

@@ -667,7 +667,8 @@ def test_nothing_unpickles():
         *ROOT.glob("*.py"),
         *(f for folder in ("models", "data", "run", "backends", "benchmarks") for f in (ROOT / folder).glob("*.py")),
     ):
-        assert not re.search(r"\btorch\.(load|save)\(|\bpickle\b(?! is| anywhere)|np\.load\(", file.read_text()), file
+        code = file.read_text().replace("from pickle import UnpicklingError\n", "")
+        assert not re.search(r"\btorch\.(load|save)\((?!.*weights_only=True)|\bpickle\b(?! is| anywhere)|np\.load\(", code), file
 
 
 def test_a_checksum_says_when_there_is_no_place_for_it(tmp_path):
