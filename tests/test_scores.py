@@ -229,8 +229,16 @@ def test_fid_is_the_frechet_distance_in_features_of_inception(torch_fidelity, in
     assert found["metrics"]["fid"].startswith("sha256 ") and "lies too high" in capsys.readouterr().out
 
 
-def test_inception_is_not_fetched_and_no_code_of_a_file_is_run(inception, tmp_path, monkeypatch):
-    """Catches a download that nobody asked for, and a pickle that is loaded with all that it calls."""
+def test_inception_is_not_fetched_and_no_code_of_a_file_is_run(tmp_path, monkeypatch):
+    """Catches a download that nobody asked for, and a pickle that is loaded with all that it calls, as torch-fidelity would, for
+    which a module of the same names stands here."""
+    package, extractor = (types.ModuleType(f"torch_fidelity{part}") for part in ("", ".feature_extractor_inceptionv3"))
+    extractor.URL_INCEPTION_V3 = "https://example.org/weights-inception-2015-12-05-6726825d.pth"
+    extractor.FeatureExtractorInceptionV3 = lambda name, features, feature_extractor_weights_path: torch.load(
+        feature_extractor_weights_path, weights_only=False
+    )
+    for module in (package, extractor):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"run `curl -L --create-dirs -o \S+weights-inception-2015-12-05-6726825d.pth https"):
         scores.load_inception(options())
