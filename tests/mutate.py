@@ -1,7 +1,6 @@
 """Mutation check: breaks central lines one at a time in a copy of the code and shows that a test fails for each.
 
-python tests/mutate.py              all of them: 15 minutes on two cores; Triton has to be there for those of backends_gpu,
-                                    torch-fidelity for one of scores
+python tests/mutate.py              all of them: 15 minutes on two cores; Triton has to be there for those of backends_gpu
 python tests/mutate.py PHRASE       those whose first column holds the phrase
 """
 
