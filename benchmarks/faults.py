@@ -292,7 +292,9 @@ def main() -> None:
     # inherited by every run
     real_pictures, draw, sample.PROMPTS, Trajectories.SHARD = evaluate.real_pictures, sample.draw, sample.PROMPTS[:2], 8
     evaluate.real_pictures = lambda classifier, n, *side: real_pictures(classifier, min(n, 64), *side)
-    sample.draw = evaluate.draw = lambda model, denoiser, texts, steps, *more: draw(model, denoiser, texts, min(steps, 4), *more)
+    sample.draw = evaluate.draw = lambda model, denoiser, texts, steps, seed, **bar: draw(
+        model, denoiser, texts, min(steps, 4), seed, **bar
+    )
     plan = [(kind, list(RUNS)[k % 2]) for kind, count in KINDS.items() for k in range(count)]
     random.Random(args.seed).shuffle(plan)
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
