@@ -4,8 +4,8 @@ outlier channels (--outliers), at SDXL's share of parameters in branches.
     python -m benchmarks.ablate components [baselines ..] [--models tiny tiny-flux] [--seeds 3] [--jobs 2] [--only LABEL ..]
 
 What is scored is kept in benchmarks/ablate.safetensors and not done again, a run that was killed goes on, and the group's table in
-docs/tables has all that the store has and is written anew after every cell; so a grid of hours may be made in parts, one at a time.
-A cell that fails is named, left out and tried again by the next call. A cell of the table has
+docs/tables has all that the store has and is written anew after every new cell; so a grid of hours may be made in parts, one at a
+time. A cell that fails is named, left out and tried again by the next call. A cell of the table has
 
     PSNR to the 16-bit consistency model's pictures, dB; in brackets the Frechet distance as a multiple of that model's, and prompt
     accuracy (means +- sd of the training seeds); after a semicolon the paired difference in PSNR to the first row, with the 95%
@@ -30,7 +30,7 @@ import scores
 import tdpt
 import train
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
-from benchmarks.tables import ROOT, markdown, write_table
+from benchmarks.tables import ROOT, markdown, spread, write_table
 from data import scenes
 from models import checkpoint, pretrained
 from models.denoiser import FAST, Denoiser, as_cm, start_noise
@@ -205,9 +205,9 @@ def score(folder: Path, n: int, variants: list[str]) -> None:
     x_T, cond, edges = reference(student, n, SEED)
     states, z = tdpt.rollout_states(drawing, student.path, x_T, cond, edges), fp[f"states-{SEED}"]
     errors = ((states - z).square().flatten(1).sum(1) / z.square().flatten(1).sum(1)).sqrt().tolist()
-    found = judge.score(pictures, fp["pictures"])
+    found = judge.score(pictures)
     psnr = torch.tensor([scores.psnr(a[None], b[None]) for a, b in zip(pictures, fp["pictures"], strict=True)])
-    row = {"psnr": found["psnr_to_fp"], "x fp": found["frechet"] / about_fp["frechet"], "accuracy": found["prompt_accuracy"]}
+    row = {"psnr": psnr.mean().item(), "x fp": found["frechet"] / about_fp["frechet"], "accuracy": found["prompt_accuracy"]}
     row |= {"edges": errors, "n": n, "commit": about["commit"]}
     files.write_tensors(folder / f"scores-{n}.safetensors", {"psnr": (100 * psnr).round().short()}, row)
 
@@ -248,11 +248,6 @@ def interval(difference: Tensor) -> list[float]:
     """[mean, low, high] of paired differences (seeds, n), with the 95% interval of bootstraps over prompts and seeds."""
     statistic = lambda seeds, prompts: difference[seeds][:, prompts].mean().item()  # noqa: E731
     return scores.interval(statistic, tuple(difference.shape), scores.RESAMPLES, seed=0)
-
-
-def spread(values: list[float], digits: int) -> str:
-    values = torch.tensor(values, dtype=torch.float64)
-    return f"{values.mean():.{digits}f}" + (f" +- {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def table(group: Group, store: Path) -> list[str]:
@@ -331,8 +326,9 @@ def main(argv: list[str]) -> None:
             if scored.exists() and f"{key} {DTYPE}" not in done:
                 keep(args.store, key, scored)
                 print(key, flush=True)
-            if args.store.exists():
                 write_table(f"ablate-{name}", table(group, args.store), show=False)
+        if args.store.exists():  # where nothing was new too
+            write_table(f"ablate-{name}", table(group, args.store), show=False)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Seeds after the first are scored at 4 steps only. --teacher adds the guided teac
 """
 
 import json
-import statistics
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +16,12 @@ import torch
 import evaluate
 import train
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
-from benchmarks.tables import markdown, write_table
+from benchmarks.tables import markdown, spread, write_table
 from models import checkpoint, pretrained
 from models.denoiser import FAST, as_cm, guided_teacher
 from models.family import FAMILIES
 from run import files
+from run.common import run_script
 
 START = "--steps 0"
 ROWS = {  # label: flags of train.py, whose default is 2 ranks on average, the share of parameters that 16 are of SDXL
@@ -86,11 +86,6 @@ def score_run(folder: Path, model: str, n: int, out: Path) -> None:
 
 def table(models: list[str], n: int, seeds: int, out: Path) -> list[str]:
     """Markdown of all that is scored."""
-
-    def cell(values: list[float], digits: int) -> str:
-        spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
-
     lines = []
     for model in models:
         reference = scores_of(out / model / "teacher.json") | scores_of(out / model / "fp.json")
@@ -103,18 +98,19 @@ def table(models: list[str], n: int, seeds: int, out: Path) -> list[str]:
                 ratios = [row["frechet"] / reference["fp CM"][steps]["frechet"] for row in rows if steps in reference["fp CM"]]
                 psnr = [row["psnr_to_fp"] for row in rows if "psnr_to_fp" in row]
                 frechet, right = ([row[key] for row in rows] for key in ("frechet", "prompt_accuracy"))
-                lines.append([model, label, steps, cell(frechet, 1), cell(ratios, 3), cell(right, 3), cell(psnr, 2), len(rows)])
+                shown = spread(frechet, 1), spread(ratios, 3), spread(right, 3), spread(psnr, 2)
+                lines.append([model, label, steps, *shown, len(rows)])
     return markdown(["model", "", "steps", "Frechet", "x fp", "prompt accuracy", "PSNR to fp, dB", "seeds"], *lines)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     cli = parser(__doc__, "runs/quality", 2048)
     cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
     cli.add_argument("--seeds", type=int, default=3)
     cli.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS), help="rows")
     cli.add_argument("--teacher", action="store_true", help="rows of the guided teacher too")
     cli.add_argument("--score", nargs=2, metavar=("WHAT", "MODEL"), help="score fp, teacher or a run's folder, and stop")
-    args = cli.parse_args()
+    args = cli.parse_args(argv)
     if args.score:
         what, model = args.score
         score = {"fp": score_fp, "teacher": score_teacher}.get(what, partial(score_run, Path(what)))
@@ -149,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("benchmarks.quality", main)

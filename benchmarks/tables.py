@@ -11,6 +11,7 @@ Benchmarks that print their table are redirected first: python -m benchmarks.ben
 """
 
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,12 @@ def markdown(*rows: list) -> list[str]:
     """The lines of a table; the first row is its head."""
     head, *others = (f"| {' | '.join(map(str, row))} |" for row in rows)
     return [head, "|---" * len(rows[0]) + "|", *others]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """ "mean +- sd" of several values, one value alone, "-" for none."""
+    sd = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{sd}" if values else "-"
 
 
 def pages() -> list[Path]:
