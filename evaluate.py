@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint runs/tiny --steps 4 --n 2048 --seed 1234 --json q.json
     python evaluate.py --checkpoint runs/sdxl --prompts FILE --n 1024 --real FOLDER          models with public weights
+    python evaluate.py report runs/tiny                  runs/tiny/report.html: what is known of a run, on one page (run/report.py)
 
     Frechet    |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) in 128 features of a small classifier, against 4,096 rendered scenes of
                other seeds (train.py's last lines: 2,048). No relation to Inception FID: compare rows of one table only.
@@ -10,6 +11,7 @@
     psnr       mean over pictures of 10 log10(4 / MSE) dB, values in [-1, 1], to the fp CM's picture from the same noise.
 
 The row "real" scores newly rendered scenes of the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet.
+Differences to the fp CM have paired 95% intervals (scores.py). All scores are written to CHECKPOINT/evaluation.
 
 Models with public weights draw numbered pictures of one list of prompts, picture i of every model from the noise of seed + i:
 
@@ -27,12 +29,14 @@ import argparse
 import contextlib
 import gc
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -47,7 +51,7 @@ from models import checkpoint, pipeline, pretrained
 from models.card import read_run
 from models.denoiser import FAST, Denoiser, as_cm, draw, float_layers, guided_teacher
 from models.family import FAMILIES
-from run import files
+from run import files, report
 from run.common import UserError, run_script, step_generator
 
 REFERENCE_SEED = 777_000  # of the rendered scenes that Frechet distances are measured to
@@ -136,11 +140,30 @@ class Judge:
     def draw(self, name: str, model, denoiser: Denoiser, steps: int) -> torch.Tensor:
         return draw(model, denoiser, self.captions, steps, 1_000_000 * self.seed, bar=f"{name}, {steps} steps")
 
-    def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
+    @torch.no_grad()
+    def read(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features (n, 128), whether everything was right (n,) float)."""
         features = torch.cat([self.classifier(part) for part in pictures.split(256)])
-        right = all_right(self.classifier, features, self.scene).float().mean().item()
-        row = {"frechet": scores.frechet(self.real, features), "prompt_accuracy": right}
+        return features, all_right(self.classifier, features, self.scene).float()
+
+    def score(self, pictures: torch.Tensor, fp: torch.Tensor | None = None) -> dict[str, float]:
+        features, right = self.read(pictures)
+        row = {"frechet": scores.frechet(self.real, features), "prompt_accuracy": right.mean().item()}
         return row if fp is None else row | {"psnr_to_fp": scores.psnr(pictures, fp)}
+
+    def versus(self, pictures: torch.Tensor, fp: torch.Tensor) -> dict[str, list[float]]:
+        """{metric: [value, low, high]}: what `pictures` have more than `fp`, and their PSNR to it, with paired 95% intervals."""
+        (features, right), (features_fp, right_fp), psnr = self.read(pictures), self.read(fp), scores.psnr_B(pictures, fp)
+        statistics = {
+            "frechet": lambda i, j: scores.frechet(self.real[j], features[i]) - scores.frechet(self.real[j], features_fp[i]),
+            "prompt_accuracy": lambda i, j: (right[i] - right_fp[i]).mean().item(),
+            "psnr_to_fp": lambda i, j: psnr[i].mean().item(),
+        }
+        sizes, resamples = (len(pictures), len(self.real)), {"frechet": scores.RESAMPLES_OF_FID}
+        return {
+            name: scores.interval(statistic, sizes, resamples.get(name, scores.RESAMPLES), self.seed)
+            for name, statistic in statistics.items()
+        }
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -164,26 +187,43 @@ def network_report(network: Denoiser, config: dict, cm: bool) -> dict[str, dict[
     return rows
 
 
-@contextlib.contextmanager
-def counted_rows(net: nn.Module) -> Iterator[Counter]:
-    """Inside, {layer: rows (tokens or pixels) that went through it} of every packed, Linear and Conv2d layer of `net`."""
-    layers, rows = dict(packed_layers(net)) | float_layers(net), Counter()
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
-    def hook(name: str, outputs: int) -> Callable:
-        return lambda layer, args, y: rows.update({name: y.numel() // outputs})
+
+@contextlib.contextmanager
+def watched(net: nn.Module) -> Iterator[tuple[Counter, Counter]]:
+    """Inside, ({layer: rows (tokens or pixels) that went through it}, {layer: seconds that it took}) of every packed, Linear and
+    Conv2d layer of `net`."""
+    layers, rows, seconds = dict(packed_layers(net)) | float_layers(net), Counter(), Counter()
+
+    def before(name: str) -> Callable:
+        return lambda layer, args: seconds.update({name: -now(args[0].device)})
+
+    def after(name: str, outputs: int) -> Callable:
+        def hook(layer, args, y):
+            seconds.update({name: now(y.device)})
+            rows.update({name: y.numel() // outputs})
+
+        return hook
 
     outputs = {name: layer.out if isinstance(layer, PackedLayer) else len(layer.weight) for name, layer in layers.items()}
-    handles = [layer.register_forward_hook(hook(name, outputs[name])) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(before(name)) for name, layer in layers.items()]
+    handles += [layer.register_forward_hook(after(name, outputs[name])) for name, layer in layers.items()]
     try:
-        yield rows
+        yield rows, seconds
     finally:
         for handle in handles:
             handle.remove()
 
 
-def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int, scored: dict, said: str) -> float:
-    """Size and composition (with `rows` of its layers) of a checkpoint and its scores, printed (the scores as `said`) and in
-    report.json -> packed size / that in bf16."""
+def write_report(out: Path, student: Denoiser, seen: tuple[Counter, Counter], steps: int, n: int, scored: dict, said: str) -> float:
+    """Size and composition of a checkpoint and its scores, printed (the scores as `said`) and in report.json, where the seconds of
+    its layers are too -> packed size / that in bf16. seen: what `watched` counted."""
+    rows, seconds = seen
     s = checkpoint.packed_size(student) | checkpoint.composition(student, rows)
     ratio, kinds = s["mb"] / s["mb_bf16"], [kind for kind in ("w4a4", "w4a8") if s.get(f"{kind}_parameters")]
     print(f"checkpoint {out}: {s['bits_per_weight']:.3f} bits per weight in the quantized layers, before LoRA")
@@ -195,7 +235,7 @@ def write_report(out: Path, student: Denoiser, rows: Counter, steps: int, n: int
     print(f"branches add {s['branch_parameters']:.2%} to the parameters; {without}")
     print(said)
     with files.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scored}, indent=1))
+        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scored, "seconds": seconds}, indent=1))
     return ratio
 
 
@@ -206,18 +246,18 @@ def closing_report(out: Path, network: Denoiser, config: dict) -> None:
     if config["data"]:  # the classifier knows nothing of the user's pictures: what is left is the distance to the fp model
         captions = sources.source(config["data"], network.family.side).captions(config["eval_n"], step_generator(4321, 0))
         fp = draw(as_cm(network), network, captions, 4, 4321)
-        with counted_rows(student.net) as rows:
+        with watched(student.net) as seen:
             psnr_to_fp = scores.psnr(fp, draw(student, student, captions, 4, 4321))
         scored = {name: {"psnr_to_fp": psnr_to_fp}}
         said = f"{len(captions)} of the folder's captions: {psnr_to_fp:.2f} dB to the fp model"
     else:
         judge = Judge(config["eval_n"], 4321, reference=2048, side=network.family.side)
         fp = judge.draw("fp", as_cm(network), network, 4)
-        with counted_rows(student.net) as rows:
+        with watched(student.net) as seen:
             drawn = judge.draw(name, student, student, 4)
         scored = {"fp": judge.score(fp), name: judge.score(drawn, fp)}
         said = f"{config['eval_n']} pictures\n{table(scored)}"
-    write_report(out, student, rows, 4, config["eval_n"], scored, f"4 steps, {said}")
+    write_report(out, student, seen, 4, config["eval_n"], scored, f"4 steps, {said}")
 
 
 @torch.no_grad()
@@ -237,11 +277,11 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
     if not leader:
         return
     student, _ = checkpoint.load_checkpoint(out)
-    with counted_rows(student.net) as rows:
+    with watched(student.net) as seen:
         drawn = draw(student.to(config["device"]), student)
     snr = 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
     said = f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model"
-    print(f"memory_ratio: {write_report(out, student, rows, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
+    print(f"memory_ratio: {write_report(out, student, seen, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,6 +309,11 @@ def drawing(name: str, args: argparse.Namespace, about: dict, of_prompts: str) -
     }
 
 
+def to_bytes(pictures: torch.Tensor) -> np.ndarray:
+    """(B, H, W, 3) uint8 of pictures (B, 3, H, W) in [-1, 1]."""
+    return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
 def drawn(name: str, args: argparse.Namespace, about: dict, prompts: list[str], of_prompts: str) -> list[Path]:
     """The files of the pictures that a model draws for the prompts. Those that are there stay; UserError if they are of another
     configuration, which config.json beside them keeps."""
@@ -289,7 +334,7 @@ def drawn(name: str, args: argparse.Namespace, about: dict, prompts: list[str], 
             how = config["steps"], args.seed + i, config["guidance scale"]
             (picture,) = pipeline.draw_with_pipeline(pipe, [prompts[i]], *how)
             with files.atomic(paths[i]) as file:
-                Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
+                Image.fromarray(to_bytes(picture[None])[0]).save(file, "PNG")
     return paths
 
 
@@ -332,9 +377,9 @@ def main_public(args: argparse.Namespace) -> None:
     ours = {name: drawn(name, args, about, prompts, source.fingerprint) for name in reversed(models)}  # the run's faults at once
     found = scores.report({name: ours[name] for name in models} | others, prompts, names, args)
     found |= {"checkpoint": args.checkpoint, "steps": args.steps, "prompts": source.fingerprint, "trained on them": seen}
+    found |= {"first_prompts": prompts[: report.SHOWN]}
     print(f"{len(prompts)} prompts, {args.steps} steps, seed {args.seed}\n{scores.table(found)}")
-    with files.atomic(Path(args.json or Path(args.out or f"{args.checkpoint}/evaluation") / "scores.json")) as file:
-        file.write_text(json.dumps(found, indent=1))
+    write_scores(found, Path(args.out or f"{args.checkpoint}/evaluation") / "scores.json", args.json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,7 +406,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), help="default: 4; public models: the most of --sampling-steps")
     parser.add_argument("--n", type=int, help="pictures (default: 2048, at least 256; public models: 1024 at most)")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--json", default="", help="write the scores there (public models: default OUT/scores.json)")
+    parser.add_argument("--json", default="", help="write the scores to this file too")
     which = "rows of the guided teacher: 25 steps and --steps, --steps alone, none [both]"
     parser.add_argument("--teacher", choices=("both", "same", "none"), help=which)
     group = parser.add_argument_group("models with public weights")
@@ -378,7 +423,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
     return args, public
 
 
+def write_scores(found: dict, *paths: Path | str) -> None:
+    for path in filter(None, paths):
+        with files.atomic(Path(path)) as file:
+            file.write_text(json.dumps(found, indent=1))
+
+
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["report"]:
+        return main_report(argv[1:])
     args, public = parse(argv)
     (main_public if public else main_scenes)(args)
 
@@ -400,11 +453,50 @@ def main_scenes(args: argparse.Namespace) -> None:
     fp = judge.draw("fp", as_cm(network), network, steps)
     rows["fp"] = judge.score(fp) | {"steps": steps}
     name = number_format(student).lower()
-    rows[name] = judge.score(judge.draw(name, student, student, steps), fp) | {"steps": steps}
-    print(f"{n} pictures, seed {args.seed}\n{table(rows)}")
-    if args.json:
-        with files.atomic(Path(args.json)) as file:
-            file.write_text(json.dumps(rows, indent=1))
+    ours = judge.draw(name, student, student, steps)
+    rows[name] = judge.score(ours, fp) | {"steps": steps}
+    found = {"n": n, "seed": args.seed, "steps": steps, "reference": "fp", "to_reference": ["psnr_to_fp"]}
+    found |= {"scores": rows, "versus": {name: judge.versus(ours, fp)}}
+    print("\n".join([f"{n} pictures, seed {args.seed}", table(rows), *scores.compared(found)]))
+    write_scores(found, Path(args.checkpoint, "evaluation", f"scores-{steps}.json"), args.json)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page about a run
+
+
+def drawn_for_report(run: Path) -> report.Sheet:
+    """Pictures of an embedded model's run, from the same noises: its teacher, and the consistency models in 4, 2 and 1 steps."""
+    student, about = checkpoint.load_checkpoint(run)
+    config = about["config"]
+    network = pretrained.load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(FAST)
+    prompts, name = sources.sample_prompts(config)[: report.SHOWN], f"{number_format(student)} CM"
+    rows = {"teacher, 25 steps": draw(guided_teacher(network, config["guidance"]), network, prompts, 25)}
+    for steps in (4, 2, 1):
+        how = f"{steps} step{'s' * (steps > 1)}"
+        rows[f"16-bit CM, {how}"] = draw(as_cm(network), network, prompts, steps)
+        rows[f"{name}, {how}"] = draw(student, student, prompts, steps)
+    pictures = {name: [Image.fromarray(picture) for picture in to_bytes(drawn)] for name, drawn in rows.items()}
+    return report.Sheet("The same noise in each column, seed 0.", prompts, pictures)
+
+
+def main_report(argv: list[str]) -> None:
+    usage = "One page about a run: pictures, scores, losses, layers, configuration."
+    parser = argparse.ArgumentParser(prog="evaluate.py report", description=usage, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="folder that train.py wrote")
+    parser.add_argument("--out", type=Path, help="file to write (default: RUN/report.html)")
+    args = parser.parse_args(argv)
+    about, notes = files.read_config(args.run), []
+    if "layers" not in about:
+        raise UserError(f"{args.run} is an unfinished run: run its train.py command again")
+    if FAMILIES[about["config"]["model"]].embedded:
+        sheets = [drawn_for_report(args.run)]
+    elif not (sheets := report.sheets_of_evaluation(args.run)):
+        notes.append(f"Pictures are drawn by python evaluate.py --checkpoint {args.run}")
+    text, out = report.page(args.run, sheets, notes), args.out or args.run / "report.html"
+    with files.atomic(out) as file:
+        file.write_text(text)
+    print(f"report: {out}")
 
 
 if __name__ == "__main__":

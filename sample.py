@@ -22,7 +22,6 @@ from models.family import family_of_network
 from run import files
 from run.common import UserError, free_memory, run_script
 
-PROMPTS = sources.read_prompts(files.ASSETS / "sample-scenes.txt")
 PIPELINE_PROMPTS = sources.read_prompts(files.ASSETS / "sample-pictures.txt")  # of pictures as public models know them
 
 
@@ -50,18 +49,9 @@ def compare(student: Denoiser, network: Denoiser, prompts: list[str], steps: int
     return grid(rows)
 
 
-def prompts_of(config: dict) -> list[str]:
-    """What an embedded model draws without --prompt: scenes, or captions from all over the folder of pictures that it was trained
-    on, where that is still there."""
-    if not (config["data"] and Path(config["data"]).is_dir()):
-        return PROMPTS
-    captions = [caption for _, caption, _ in sources.captioned(config["data"]).rows() if caption]
-    return captions[:: -(-len(captions) // len(PROMPTS))]
-
-
 def closing_pictures(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py leaves in OUT/samples: pictures of the checkpoint on disk, alone and beside those of the 16-bit `network`."""
-    (student, _), prompts = checkpoint.load_checkpoint(out), prompts_of(config)
+    (student, _), prompts = checkpoint.load_checkpoint(out), sources.sample_prompts(config)
     drawn = {
         "4-steps.png": grid({"": draw(student, student, prompts, 4, config["seed"])}),
         "compare.png": compare(student, network, prompts, 4, config["seed"], config["guidance"]),
@@ -133,7 +123,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"cannot write {args.out}: give --out a .png name in a folder that exists")  # before anything is drawn
     folder = Path(args.checkpoint)
     real = (folder / "model_index.json").is_file() or isinstance(files.read_config(folder).get("network"), dict)
-    prompts = args.prompt or (PIPELINE_PROMPTS if real else prompts_of(files.read_config(folder)["config"]))
+    prompts = args.prompt or (PIPELINE_PROMPTS if real else sources.sample_prompts(files.read_config(folder)["config"]))
     image = (main_pipeline if real else main_embedded)(args, prompts)
     try:
         image.save(args.out)

@@ -66,10 +66,15 @@ def frechet(a_ND: Tensor, b_MD: Tensor) -> float:
     return ((mean_a - mean_b).square().sum() + traces - 2 * torch.linalg.svdvals(R_a @ R_b.T).sum()).item()
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean PSNR in dB of pictures in [-1, 1]; identical pictures count 100 dB."""
+def psnr_B(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) PSNR in dB of pictures in [-1, 1]; identical pictures count 100 dB."""
     mse = (a - b).square().flatten(1).mean(1).clamp_min(4e-10)
-    return (10 * torch.log10(4 / mse)).mean().item()
+    return 10 * torch.log10(4 / mse)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """The mean of psnr_B."""
+    return psnr_B(a, b).mean().item()
 
 
 def interval(statistic: Callable[..., float], sizes: tuple[int, ...], resamples: int, seed: int) -> list[float]:
@@ -314,8 +319,9 @@ def versus_cm(metric: Metric, values: dict[str, Tensor], row: str, i: Tensor, j:
 
 
 def report(rows: dict[str, list[Path]], prompts: list[str], names: list[str], options: argparse.Namespace) -> dict:
-    """{"scores": {row: {metric: value}}, "versus_cm": {row: {metric: [value, low, high]}}, "metrics": {metric: what it is}, ..},
-    for JSON. rows: {name: N pictures}. Without a row "cm" versus_cm is empty."""
+    """{"scores": {row: {metric: value}}, "versus": {row: {metric: [value, low, high]}}, "metrics": {metric: what it is}, ..}, for
+    JSON. versus compares with the `reference`, cm; metrics in `to_reference` compare by themselves. rows: {name: N pictures}.
+    Without a row "cm" versus is empty."""
     n, real = len(prompts), pictures_of(options.real) if "fid" in names else []
     if any(METRICS[name].frechet for name in names) and min(n, len(real) or n) <= 2048:
         print("FID of 2,048 pictures or fewer lies too high, as its covariances lack rank: compare it inside of a table alone")
@@ -332,18 +338,23 @@ def report(rows: dict[str, list[Path]], prompts: list[str], names: list[str], op
             versus[row][name] = interval(partial(versus_cm, metric, values, row), sizes, resamples, options.seed)
     installed = {d.metadata["Name"] for d in metadata.distributions()} & PACKAGES
     versions = {name: metadata.version(name) for name in sorted(installed)}
-    return {"n": n, "seed": options.seed, "scores": scores, "versus_cm": versus, "metrics": about, "versions": versions}
+    found = {"n": n, "seed": options.seed, "reference": "cm", "to_reference": [name for name in names if METRICS[name].to_cm]}
+    return found | {"scores": scores, "versus": versus, "metrics": about, "versions": versions}
+
+
+def compared(found: dict) -> list[str]:
+    """Lines of text: what rows have more than the reference, with intervals."""
+    lines = ["\nwith 95% intervals over prompts"] if found["versus"] else []
+    for row, values in found["versus"].items():
+        for name, (value, low, high) in values.items():
+            what = f"{row} {'to' if name in found['to_reference'] else '-'} {found['reference']}"
+            lines.append(f"{what:24}{name:16}{value:>10.3f}  [{low:.3f}, {high:.3f}]")
+    return lines
 
 
 def table(found: dict) -> str:
-    """A report as text: rows and metrics, then what the other rows have more than `cm`, with intervals."""
+    """A report as text: rows and metrics, then what `compared` says."""
     names, rows = list(found["metrics"]), found["scores"]
     lines = [f"{'':14}" + "".join(f"{name:>12}" for name in names)]
     lines += [f"{row:14}" + "".join(f"{values[name]:>12.3f}" for name in names) for row, values in rows.items()]
-    if found["versus_cm"]:
-        lines.append("\nwith 95% intervals over prompts")
-    for row, values in found["versus_cm"].items():
-        for name, (value, low, high) in values.items():
-            what = f"{row} to cm" if METRICS[name].to_cm else f"{row} - cm"
-            lines.append(f"{what:24}{name:12}{value:>10.3f}  [{low:.3f}, {high:.3f}]")
-    return "\n".join(lines)
+    return "\n".join(lines + compared(found))

@@ -317,8 +317,9 @@ def learning_rate(peak: float, step: int, warmup: int, steps: int) -> float:
 def fit(cfg: Config, out: Path, params: dict[str, Tensor], objective: Callable, averages: dict[str, Tensor] | None = None) -> None:
     """--steps updates of the parameters theta, in place; a run that was killed or stopped goes on from its last saved state.
 
-    objective(gen, micro_batches) -> iterator of losses, which add up to the mean of the loss L over this process' rows of the
+    objective(gen, micro_batches) -> generator of losses, which add up to the mean of the loss L over this process' rows of the
     batch; gen is the update's generator, the same in all processes, micro_batches iterates over those rows, a few at a time.
+    The generator's name, OBJECTIVE_losses, is in the line of metrics.
     averages: exponential averages of some of the parameters, by their names, to be kept up in place.
     UserError for a loss or gradient that is no number; the state that was saved last stays."""
     optimizers = optimizers_of(cfg, params)
@@ -329,7 +330,8 @@ def fit(cfg: Config, out: Path, params: dict[str, Tensor], objective: Callable, 
     for step in bar:
         # 1. g = grad L(theta), a micro-batch at a time; a signal ends this early
         loss, micro_batches = 0.0, MicroBatches(parts, finish=cfg.shard_teacher)
-        for loss_part in objective(step_generator(cfg.seed, step), micro_batches):
+        losses = objective(step_generator(cfg.seed, step), micro_batches)
+        for loss_part in losses:
             loss_part.backward()
             loss += loss_part.item()
 
@@ -362,7 +364,8 @@ def fit(cfg: Config, out: Path, params: dict[str, Tensor], objective: Callable, 
         # 6. a line of metrics, and everything that resuming needs
         bar.set_postfix_str(f"loss {loss:.4f}")
         if process_index() == 0:
-            state.log({"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg.lr, step, cfg.warmup, cfg.steps)})
+            row = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg.lr, step, cfg.warmup, cfg.steps)}
+            state.log(row | {"objective": losses.__name__.removesuffix("_losses")})
         if stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             state.save(step + 1, bool(stopping))
 

@@ -206,7 +206,7 @@ def score(folder: Path, n: int, variants: list[str]) -> None:
     states, z = tdpt.rollout_states(drawing, student.path, x_T, cond, edges), fp[f"states-{SEED}"]
     errors = ((states - z).square().flatten(1).sum(1) / z.square().flatten(1).sum(1)).sqrt().tolist()
     found = judge.score(pictures)
-    psnr = torch.tensor([scores.psnr(a[None], b[None]) for a, b in zip(pictures, fp["pictures"], strict=True)])
+    psnr = scores.psnr_B(pictures, fp["pictures"])
     row = {"psnr": psnr.mean().item(), "x fp": found["frechet"] / about_fp["frechet"], "accuracy": found["prompt_accuracy"]}
     row |= {"edges": errors, "n": n, "commit": about["commit"]}
     files.write_tensors(folder / f"scores-{n}.safetensors", {"psnr": (100 * psnr).round().short()}, row)

@@ -70,7 +70,7 @@ def rows_of(family: Family) -> Counter:
     """{layer: tokens or pixels of its output} in one call of the network for one picture of the base's size."""
     net = family.build_meta()
     given = memory.example_inputs(net, family.latent, family.tokens, 1, torch.bfloat16)
-    with torch.no_grad(), evaluate.counted_rows(net) as rows:
+    with torch.no_grad(), evaluate.watched(net) as (rows, _):
         net(**tree_map_only(Tensor, lambda t: t.to("meta"), given), return_dict=False)
     return rows
 

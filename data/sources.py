@@ -232,6 +232,18 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
+SAMPLE_PROMPTS = read_prompts(files.ASSETS / "sample-scenes.txt")
+
+
+def sample_prompts(config: dict) -> list[str]:
+    """What an embedded model's run draws where a command names no prompts: scenes, or captions from all over the folder of pictures
+    that it was trained on, where that is still there."""
+    if not (config["data"] and Path(config["data"]).is_dir()):
+        return SAMPLE_PROMPTS
+    captions = [caption for _, caption, _ in captioned(config["data"]).rows() if caption]
+    return captions[:: -(-len(captions) // len(SAMPLE_PROMPTS))]
+
+
 def _prompts(spec: str, path: Path) -> Source:
     lines = read_prompts(path)
     return Source(spec, files.digest_of(lines), lambda: ((str(i), line, None) for i, line in enumerate(lines)))

@@ -120,7 +120,7 @@ def _metrics(report: dict) -> str:
     """report.json for the card: its numbers as a list, its rows of scores as a table."""
     text = f"\n## Metrics\n\nMeasured by CMQuant's evaluate.py on {report['n']} pictures of {report['steps']} steps.\n\n"
     text += "".join(f"- {name}: {value:.3f}\n" for name, value in report.items() if isinstance(value, float))
-    if rows := {name: row for name, row in report.items() if isinstance(row, dict)}:
+    if rows := {name: row for name, row in report.items() if isinstance(row, dict) and name != "seconds"}:
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         lines = [["", *columns], ["---"] * (len(columns) + 1)]
         lines += [

@@ -143,7 +143,7 @@ def composition(student: Denoiser, rows: dict[str, int]) -> dict[str, float]:
     """Shares of a packed network: parameters, and multiply-accumulates of its Linear and Conv2d layers, that run in W4A4 (and in
     W4A8); parameters of branches, over those of the network without them; packed layers without a branch.
 
-    rows {layer: rows (tokens or pixels) that went through it}: see evaluate.counted_rows."""
+    rows {layer: rows (tokens or pixels) that went through it}: see evaluate.watched."""
     packed, sizes, products = dict(packed_layers(student.net)), Counter(), Counter()
     for name, layer in packed.items():
         kind = "w4a16" if isinstance(layer, W4A16Linear) else quant.number_format([layer.group_x]).lower()

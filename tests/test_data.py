@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import evaluate
-import sample
 import scores
 import train
 from benchmarks import emoji
@@ -531,13 +530,15 @@ def test_emoji_of_a_package_become_captioned_pictures(tmp_path):
 def test_pictures_of_a_run_on_a_folder_are_for_its_captions(tmp_path):
     """Catches a model of other pictures that is shown drawing scenes, and a folder that has moved away since."""
     folder = write_folder(tmp_path / "a")
-    assert sample.prompts_of({"data": str(folder)}) == ["picture 0", "picture 1", "picture 2"]
+    assert sources.sample_prompts({"data": str(folder)}) == ["picture 0", "picture 1", "picture 2"]
     for i in range(30):
         Image.new("RGB", (8, 8)).save(tmp_path / "a" / f"more{i}.png")
         (tmp_path / "a" / f"more{i}.txt").write_text(f"more {i}")
     (folder / "metadata.jsonl").unlink()
-    assert len(sample.prompts_of({"data": str(folder)})) == 8
-    assert sample.prompts_of({"data": str(tmp_path / "gone")}) == sample.prompts_of({"data": ""}) == sample.PROMPTS
+    assert len(sources.sample_prompts({"data": str(folder)})) == 8
+    assert (
+        sources.sample_prompts({"data": str(tmp_path / "gone")}) == sources.sample_prompts({"data": ""}) == sources.SAMPLE_PROMPTS
+    )
 
 
 def test_scores_on_real_pictures_are_those_of_what_is_drawn(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import transformers
 from PIL import Image
 from test_real import finished, real, shared_simulations  # noqa: F401  (fixtures)
+from test_report import pictures_of_page
 
 import evaluate
 import scores
@@ -223,9 +225,9 @@ def test_fid_is_the_frechet_distance_in_features_of_inception(torch_fidelity, in
         assert found["scores"][row]["fid"] == pytest.approx(by_eigenvalues(by_hand[row], by_hand["real"]), rel=1e-3)
     value = by_eigenvalues(by_hand["ours"], by_hand["cm"])
     assert found["scores"]["ours"]["fid_cm"] == pytest.approx(value, rel=1e-3) and found["scores"]["cm"]["fid_cm"] < 1e-9
-    value, low, high = found["versus_cm"]["ours"]["fid"]
+    value, low, high = found["versus"]["ours"]["fid"]
     assert value == found["scores"]["ours"]["fid"] - found["scores"]["cm"]["fid"] and low < high
-    assert found["versus_cm"]["same"]["fid"] == [0, 0, 0] and "cm" not in found["versus_cm"]
+    assert found["versus"]["same"]["fid"] == [0, 0, 0] and "cm" not in found["versus"]
     assert found["metrics"]["fid"].startswith("sha256 ") and "lies too high" in capsys.readouterr().out
 
 
@@ -443,13 +445,19 @@ def test_a_run_is_scored_beside_the_models_that_it_came_from(real, finished, cli
     score, _ = scores.load_psnr(options())
     of_pairs = [score(a, "", b) for a, b in zip(ours["ours"], ours["cm"], strict=True)]
     assert found["scores"]["ours"]["psnr"] == pytest.approx(sum(of_pairs) / 3) and found["scores"]["cm"]["psnr"] == 100
-    value, low, high = found["versus_cm"]["theirs"]["clip"]
+    value, low, high = found["versus"]["theirs"]["clip"]
     assert value == pytest.approx(found["scores"]["theirs"]["clip"] - found["scores"]["cm"]["clip"]) and low <= value <= high
     assert f"{found['scores']['ours']['ssim']:.3f}" in said and "theirs - cm" in said and "ours to cm" in said
     monkeypatch.setattr(pipeline, "load_pipeline", None)  # all is drawn
     monkeypatch.setattr(pipeline, "load_16bit", None)
     evaluate.main([*command, "--out", str(tmp_path / "e"), "--json", str(tmp_path / "q.json")])
     assert json.loads((tmp_path / "q.json").read_text()) == found
+    run = shutil.copytree(finished[name], tmp_path / "run")
+    shutil.copytree(tmp_path / "e", run / "evaluation")
+    evaluate.main(["report", str(run)])
+    shown = pictures_of_page((run / "report.html").read_text())
+    assert all(shown[f"{row}: {PROMPTS[i].strip()}"] == picture_.tobytes() for row in ours for i, picture_ in enumerate(ours[row]))
+    assert len(shown) == 9
 
 
 def test_what_the_command_refuses_is_one_sentence(real, finished, clip, tmp_path, monkeypatch, capsys):  # noqa: F811

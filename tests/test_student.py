@@ -452,7 +452,7 @@ def test_shares_of_the_closing_lines_are_those_of_torch_and_of_the_table(mixed):
     with FlopCounterMode(display=False) as counter:
         plain(x, tokens)
     exact = {name: sum(counter.flop_counts[f"Block.{name}"].values()) // 2 for name in float_layers(plain)}
-    with evaluate.counted_rows(packed.net) as rows:
+    with evaluate.watched(packed.net) as (rows, _):
         packed.net(x, tokens)
     assert not any(module._forward_hooks for module in packed.net.modules())
     found = checkpoint.composition(packed, rows)

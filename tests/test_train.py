@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_report import pictures_of_page
 
 import evaluate
 import hgs_lora
@@ -43,7 +44,7 @@ from run.common import UserError, step_generator
 from student import build
 
 ROOT = Path(__file__).parent.parent
-PAIR = sample.PROMPTS[:2]
+PAIR = sources.SAMPLE_PROMPTS[:2]
 QUICK = (
     "--steps 4 --batch 4 --calibration 4 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4"
     " --save-every 1 --grid 8 --eval-n 8"
@@ -99,7 +100,7 @@ def run(weights: str, out: Path, flags: str = "") -> None:
 def short_reports():
     """Reports draw two prompts, the teacher in 4 steps, and compare with 256 rendered scenes instead of thousands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "PROMPTS", PAIR)
+        patch.setattr(sources, "SAMPLE_PROMPTS", PAIR)
         patch.setattr(sample, "draw", lambda model, net, prompts, steps, *seed: draw(model, net, prompts, min(steps, 4), *seed))
         patch.setattr(evaluate, "real_pictures", lambda reader, n=256, *side: real_pictures(reader, min(n, 256), *side))
         yield
@@ -417,8 +418,8 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_place_in_the_batch(finishe
     noise = start_noise(3, student.latent, 5)
     assert torch.equal(noise[2:], start_noise(1, student.latent, 7))
     both, alone = (
-        draw(student, student, list(sample.PROMPTS[:2]), 1, 3),
-        draw(student, student, [sample.PROMPTS[1]], 1, 4),
+        draw(student, student, list(sources.SAMPLE_PROMPTS[:2]), 1, 3),
+        draw(student, student, [sources.SAMPLE_PROMPTS[1]], 1, 4),
     )
     torch.testing.assert_close(both[1:], alone, atol=0.05, rtol=0)
 
@@ -445,7 +446,7 @@ def test_merged_deployment_has_no_branch_and_draws(weights, finished, tmp_path):
     merged, about = checkpoint.load_checkpoint(out)
     assert all(row["rank"] == 0 for row in about["layers"].values())
     assert not any("lora_" in k for k in merged.state_dict())
-    assert draw(merged, merged, [sample.PROMPTS[0]], 2).isfinite().all()
+    assert draw(merged, merged, [sources.SAMPLE_PROMPTS[0]], 2).isfinite().all()
 
 
 @pytest.mark.slow
@@ -473,9 +474,42 @@ def test_evaluate_writes_the_rows_it_prints(finished, tmp_path, monkeypatch, cap
     evaluate.main(
         ["--checkpoint", str(finished), "--steps", "1", "--n", "256", "--teacher", "none", "--json", str(tmp_path / "q.json")]
     )
-    rows = json.loads((tmp_path / "q.json").read_text())
+    found = json.loads((tmp_path / "q.json").read_text())
+    rows, said = found["scores"], capsys.readouterr().out
     assert set(rows["w4a4"]) == {"frechet", "prompt_accuracy", "psnr_to_fp", "steps"} and "psnr_to_fp" not in rows["fp"]
-    assert f"{rows['w4a4']['frechet']:.2f}" in capsys.readouterr().out
+    assert f"{rows['w4a4']['frechet']:.2f}" in said
+    for name in ("frechet", "prompt_accuracy"):
+        value, low, high = found["versus"]["w4a4"][name]
+        assert value == pytest.approx(rows["w4a4"][name] - rows["fp"][name], rel=1e-4, abs=1e-6) and low <= value <= high
+        assert f"w4a4 - fp               {name:16}{value:>10.3f}  [{low:.3f}, {high:.3f}]" in said
+    value, low, high = found["versus"]["w4a4"]["psnr_to_fp"]
+    assert value == pytest.approx(rows["w4a4"]["psnr_to_fp"]) and low < value < high
+    assert json.loads((finished / "evaluation" / "scores-1.json").read_text()) == found
+
+
+@pytest.mark.slow
+def test_the_page_about_a_run_has_its_pictures_scores_and_times(finished, tmp_path, monkeypatch):
+    """Catches pictures of another model or noise, a page that changes the run, and layers whose time was not measured."""
+    monkeypatch.setattr(
+        evaluate, "draw", lambda model, net, prompts, steps, *seed, **bar: draw(model, net, prompts, min(steps, 4), *seed)
+    )
+    monkeypatch.setattr(evaluate, "load_classifier", lambda: evaluate.SceneClassifier().eval().requires_grad_(False))
+    folder = shutil.copytree(finished, tmp_path / "run")
+    student, about = checkpoint.load_checkpoint(folder)
+    config = about["config"]
+    network = load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(evaluate.FAST)
+    evaluate.closing_report(folder, network, config | {"eval_n": 4})
+    files_before = sorted(path for path in folder.rglob("*") if path.is_file())
+    evaluate.main(["report", str(folder), "--out", str(tmp_path / "page.html")])
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == files_before
+    page = (tmp_path / "page.html").read_text()
+    prompts = sources.sample_prompts(config)
+    expected = evaluate.to_bytes(draw(student, student, prompts, 2))
+    shown = pictures_of_page(page)
+    assert all(shown[f"W4A4 CM, 2 steps: {prompt}"] == each.tobytes() for prompt, each in zip(prompts, expected, strict=True))
+    assert len(shown) == 7 * len(prompts) and "which this run did not measure" not in page
+    seconds = json.loads((folder / "report.json").read_text())["seconds"]
+    assert set(seconds) > set(about["layers"]) and min(seconds.values()) > 0
 
 
 def test_the_shipped_classifier_reads_real_pictures():

@@ -1,0 +1,193 @@
+"""One page about a run, report.html: pictures, scores with intervals, losses by objective, layers, configuration. It needs no other
+file, shows what the run folder has, and says which command adds what is missing.
+
+    config.json, report.json, metrics.jsonl    from train.py
+    evaluation*/scores*.json                   from evaluate.py; for models with public weights also its numbered pictures
+
+The text of the page is the template assets/report.html.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+
+import quant
+from run import files
+from run.common import UserError
+
+COLUMNS = ("name", "kind", "inputs", "outputs", "rank", "bits of inputs", "error, %", "time, %")  # of the table of layers
+WORDS = ("name", "kind")  # columns that are no numbers
+SHOWN, SIDE = 8, 384  # pictures of a row, and their largest side in pixels
+BITS = {"w4a4": "4", "w4a16": "16", "16bit": "16"}  # of a layer's inputs
+FIGURES = {  # of report.json: what the page says
+    "mb": ("network, MB", "{:.2f}"),
+    "mb_bf16": ("the same in bf16, MB", "{:.2f}"),
+    "memory_ratio": ("memory ratio", "{:.3f}"),
+    "bits_per_weight": ("bits per weight of the packed layers, without branches", "{:.3f}"),
+    "w4a4_parameters": ("parameters in W4A4 layers", "{:.1%}"),
+    "w4a4_products": ("products of linear and convolution layers in W4A4", "{:.1%}"),
+    "w4a8_parameters": ("parameters in W4A8 layers", "{:.1%}"),
+    "w4a8_products": ("products of linear and convolution layers in W4A8", "{:.1%}"),
+    "branch_parameters": ("parameters that branches add", "{:.2%}"),
+    "layers_without_branch": ("packed layers without a branch", "{:.0%}"),
+    "latent_snr_to_fp": ("signal to error of latents to the 16-bit model, dB", "{:.2f}"),
+}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures in rows, a model a row, a prompt a column."""
+
+    caption: str
+    prompts: list[str]
+    rows: dict[str, list[Image.Image]]
+
+
+def _data(picture: Image.Image) -> str:
+    """A picture as the text of a link, at most SIDE pixels wide and high."""
+    picture, file = picture.convert("RGB"), io.BytesIO()
+    picture.thumbnail((SIDE, SIDE))
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def read_scores(run: Path) -> dict[Path, dict]:
+    """What evaluate.py found about a run, by its files. UserError for a damaged one."""
+    found = {}
+    for path in sorted(run.glob("evaluation*/scores*.json")):
+        try:
+            found[path] = json.loads(path.read_text())
+            found[path]["scores"], found[path]["versus"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} cannot be read: delete it, and run evaluate.py again") from None
+    return found
+
+
+def sheets_of_evaluation(run: Path) -> list[Sheet]:
+    """The first pictures of the rows of evaluate.py's folders. UserError for a picture that cannot be read."""
+    sheets = []
+    for path, found in read_scores(run).items():
+        paths = {row: sorted((path.parent / row).glob("*.png"))[:SHOWN] for row in found["scores"]}
+        try:
+            rows = {row: [Image.open(file) for file in files_] for row, files_ in paths.items() if files_}
+            for picture in (picture for pictures in rows.values() for picture in pictures):
+                picture.load()
+        except OSError as error:
+            raise UserError(f"{error}: delete the picture, and run evaluate.py again") from None
+        if rows:
+            about = f"{path.parent.name}: {found['steps']} steps, seed {found['seed']}; the base in 25 steps"
+            sheets.append(Sheet(about, found["first_prompts"][:SHOWN], rows))
+    return sheets
+
+
+def score_table(found: dict) -> dict:
+    """Rows of text for one scores.json: values, and below those of a compared row the difference with its interval."""
+    metrics = list(dict.fromkeys(name for row in found["scores"].values() for name in row if name != "steps"))
+    rows = []
+    for name, values in found["scores"].items():
+        steps = f", {values['steps']} steps" if "steps" in values else ""
+        rows.append((name + steps, [f"{values[metric]:.3f}" if metric in values else "" for metric in metrics]))
+        if versus := found["versus"].get(name, {}):
+            cells = []
+            for metric in metrics:
+                value, low, high = versus.get(metric, (0.0, 0.0, 0.0))
+                shown = "" if metric in found["to_reference"] else f"{value:+.3f} "
+                cells.append(f"{shown}[{low:.3f}, {high:.3f}]" if metric in versus else "")
+            rows.append((f"difference to {found['reference']}, 95% interval", cells))
+    about = f"{found['n']} prompts, {found['steps']} steps, seed {found['seed']}."
+    if found["to_reference"]:
+        about += f" Compared with the pictures of {found['reference']}: {', '.join(found['to_reference'])}."
+    return {"about": about, "metrics": metrics, "rows": rows}
+
+
+def of_closing_lines(closing: dict) -> dict:
+    """The scores of report.json in the form of evaluate.py's, without intervals."""
+    rows = {name: row for name, row in closing.items() if isinstance(row, dict) and name != "seconds"}
+    about = {"n": closing["n"], "steps": closing["steps"], "seed": "of the closing lines"}
+    return about | {"reference": "fp", "to_reference": [], "scores": rows, "versus": {}}
+
+
+def curves_by_objective(metrics: list[dict]) -> dict[str, tuple[list[int], list[float], list[float]]]:
+    """{objective: (updates, losses, running means of the losses)}; the mean is over a tenth of the objective's updates."""
+    found = {}
+    for objective in dict.fromkeys(row.get("objective", "loss") for row in metrics):
+        rows = [row for row in metrics if row.get("objective", "loss") == objective]
+        losses, width = [row["loss"] for row in rows], max(1, len(rows) // 10)
+        means = [sum(losses[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(losses))]
+        found[objective] = [row["step"] for row in rows], losses, means
+    return found
+
+
+def draw_curves(metrics: list[dict]) -> str:
+    """The losses as an SVG picture, whose text and axes have the colour of the page; "" without updates."""
+    if not metrics:
+        return ""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cmquant"}):
+        figure, file = Figure((9, 3.4), layout="constrained"), io.StringIO()
+        axes = figure.add_subplot()
+        for k, (objective, (steps, losses, means)) in enumerate(curves_by_objective(metrics).items()):
+            axes.plot(steps, losses, "o", color=f"C{k}", alpha=0.4, markersize=2.5)
+            axes.plot(steps, means, color=f"C{k}", label=objective)
+        axes.set(xlabel="update", ylabel="loss", yscale="log" if min(row["loss"] for row in metrics) > 0 else "linear")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return file.getvalue()[file.getvalue().index("<svg") :].replace("#000000", "currentColor")
+
+
+def layer_rows(layers: dict[str, dict], seconds: dict[str, float]) -> list[list[str]]:
+    """COLUMNS of each layer; layers: the table of config.json."""
+    total, rows = sum(seconds.values()), []
+    for name in dict.fromkeys([*layers, *seconds]):
+        layer = layers.get(name, {"kind": "16bit", "shape": ("", ""), "rank": 0})
+        bits = "8" if layer["kind"] == "w4a4" and layer["group_x"] == quant.EIGHT_BITS else BITS[layer["kind"]]
+        error = f"{100 * layer['error']:.4f}" if "error" in layer else ""
+        time = f"{100 * seconds[name] / total:.2f}" if name in seconds else ""
+        rows.append([name, layer["kind"], *map(str, reversed(layer["shape"])), str(layer["rank"]), bits, error, time])
+    return rows
+
+
+def page(run: Path, sheets: list[Sheet], notes: list[str]) -> str:
+    """The page as HTML. sheets: pictures; notes: sentences before them. UserError for an unfinished or damaged run."""
+    about = files.read_config(run)
+    if "layers" not in about:
+        raise UserError(f"{run} is an unfinished run: run its train.py command again")
+    try:
+        closing = json.loads((run / "report.json").read_text())
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run} lacks a file or has a damaged one ({error}): run its train.py command again") from None
+    config, seconds = about["config"], closing.get("seconds", {})
+    closing["memory_ratio"] = closing["mb"] / closing["mb_bf16"]
+    found = [score_table(found) for found in read_scores(run).values()]
+    if not found:
+        more = f" Scores with intervals are made by python evaluate.py --checkpoint {run}"
+        found = [table | {"about": table["about"] + more} for table in [score_table(of_closing_lines(closing))]]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((files.ASSETS / "report.html").read_text())
+    largest = max((max(picture.size) for sheet in sheets for row in sheet.rows.values() for picture in row), default=0)
+    return template.render(
+        title=f"{config['model']}: {run.name}",
+        about=f"{len(metrics)} updates, seed {config['seed']}, torch {about['torch']}, commit {about['commit'] or 'unknown'}.",
+        figures=[(name, form.format(closing[key])) for key, (name, form) in FIGURES.items() if key in closing],
+        notes=notes,
+        sheets=[
+            {"caption": s.caption, "prompts": s.prompts, "rows": {name: list(map(_data, row)) for name, row in s.rows.items()}}
+            for s in sheets
+        ],
+        pixelated=largest <= 96,
+        scores=found,
+        curves=draw_curves(metrics),
+        columns=[(name, name not in WORDS) for name in COLUMNS],
+        layers=layer_rows(about["layers"], seconds),
+        timed="measured while the pictures of its closing lines were drawn" if seconds else "which this run did not measure",
+        config=list(config.items()),
+    )
