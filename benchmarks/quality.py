@@ -1,8 +1,9 @@
-"""Quality at SDXL's share of parameters in branches, 1, 2 and 4 steps, both small models, several training seeds.
+"""Quality at SDXL's share of parameters in branches, 1, 2 and 4 steps, the embedded models, several training seeds.
 
     python -m benchmarks.quality [--models tiny tiny-flux] [--seeds 3] [--n 2048] [--jobs 2] [--only LABEL ..] [--teacher]
+    python -m benchmarks.quality --models small --table quality-small         once its weights are made
 
-Finished parts are not run again. docs/tables/quality.md (mean +- sd over training seeds) is written anew after every part, so it is
+Finished parts are not run again. docs/tables/quality.md or --table (mean +- sd over training seeds) is written anew after every part, so it is
 worth reading before the end. "x fp" is the Frechet distance as a multiple of the 16-bit consistency model's at as many steps.
 Seeds after the first are scored at 4 steps only. --teacher adds the guided teacher's rows, which take the longest.
 """
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> None:
     cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
     cli.add_argument("--seeds", type=int, default=3)
     cli.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS), help="rows")
+    cli.add_argument("--table", default="quality", help="name of the table in docs/tables")
     cli.add_argument("--teacher", action="store_true", help="rows of the guided teacher too")
     cli.add_argument("--score", nargs=2, metavar=("WHAT", "MODEL"), help="score fp, teacher or a run's folder, and stop")
     args = cli.parse_args(argv)
@@ -141,7 +143,7 @@ def main(argv: list[str]) -> None:
     for run in each(work, runs, args.jobs):
         print(*run, flush=True)
         note = f"\n{args.n} pictures, evaluation seed {SEED}; networks in {str(FAST).removeprefix('torch.')}; {MACHINE}"
-        write_table("quality", [*table(args.models, args.n, args.seeds, args.out), note], show=False)  # too much of a screen
+        write_table(args.table, [*table(args.models, args.n, args.seeds, args.out), note], show=False)  # too much of a screen
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_every_command_that_a_page_names_has_its_flags(page):
 @every_page
 def test_every_flag_that_a_page_names_is_a_flag_of_some_script(page):
     """Catches a flag that was renamed or is gone, where no command stands beside it."""
-    known = {"--nproc-per-node"}.union(*map(flags_of, SCRIPTS))
+    known = {"--nproc-per-node", "--repo-type", "--local-dir"}.union(*map(flags_of, SCRIPTS))
     assert not {flag for code in code_of(page) for flag in FLAG.findall(code)} - known
 
 
