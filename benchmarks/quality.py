@@ -3,9 +3,9 @@
     python -m benchmarks.quality [--models tiny tiny-flux] [--seeds 3] [--n 2048] [--jobs 2] [--only LABEL ..] [--teacher]
     python -m benchmarks.quality --models small --table quality-small         once its weights are made
 
-Finished parts are not run again. docs/tables/quality.md or --table (mean +- sd over training seeds) is written anew after every part, so it is
-worth reading before the end. "x fp" is the Frechet distance as a multiple of the 16-bit consistency model's at as many steps.
-Seeds after the first are scored at 4 steps only. --teacher adds the guided teacher's rows, which take the longest.
+Finished parts are not run again. The table, docs/tables/quality.md (mean +- sd over training seeds), is written anew after every
+part, so it is worth reading before the end. "x fp" is the Frechet distance as a multiple of the 16-bit consistency model's at as
+many steps. Seeds after the first are scored at 4 steps only. --teacher adds the guided teacher's rows, which take the longest.
 """
 
 import json
