@@ -2,6 +2,7 @@
 outlier channels (--outliers), at SDXL's share of parameters in branches.
 
     python -m benchmarks.ablate components [baselines ..] [--models tiny tiny-flux] [--seeds 3] [--jobs 2] [--only LABEL ..]
+    python -m benchmarks.ablate plot        docs/plots/edges.svg, the error at each edge of the phases, from rows that are stored
 
 What is scored is kept in benchmarks/ablate.safetensors and not done again, a run that was killed goes on, and the group's table in
 docs/tables has all that the store has and is written anew after every new cell; so a grid of hours may be made in parts, one at a
@@ -44,7 +45,9 @@ from run import files
 from run.common import UserError, run_script, step_generator
 
 SEED, STEPS, EDGES = 1234, 4, 256  # of the evaluation; EDGES: pictures whose states are compared at the edges of the phases
+MOST_SEEDS = 10  # training seeds that tables and the plot look for
 STORE = ROOT / "benchmarks" / "ablate.safetensors"
+PLOT = ROOT / "docs" / "plots" / "edges.svg"
 DTYPE = str(FAST).removeprefix("torch.")
 
 
@@ -404,12 +407,17 @@ def interval(difference: Tensor) -> list[float]:
     return scores.interval(statistic, tuple(difference.shape), scores.RESAMPLES, seed=0)
 
 
+def dtype_of(rows: dict[str, dict]) -> str:
+    """The dtype that most of a store's rows have."""
+    return Counter(key.rpartition(" ")[2] for key in rows).most_common(1)[0][0]
+
+
 def table(group: Group, store: Path) -> list[str]:
     """Markdown of all that the store has of a group, in the dtype that most of its rows have."""
     tensors, rows = read_store(store)
-    dtype, _ = Counter(key.rpartition(" ")[2] for key in rows).most_common(1)[0]
+    dtype = dtype_of(rows)
     columns = [(name, testbed) for name, family in FAMILIES.items() if family.embedded for testbed in group.testbeds]
-    seeds, (first, *_) = range(max(group.seeds, 10)), group.rows.values()
+    seeds, (first, *_) = range(MOST_SEEDS), group.rows.values()
 
     def found(column: tuple[str, str], flags: str, updates: int) -> dict[int, str]:
         """{seed: key} of a cell's runs."""
@@ -439,12 +447,64 @@ def table(group: Group, store: Path) -> list[str]:
     return [*markdown(*lines), f"\n{n} pictures, {STEPS} steps, evaluation seed {SEED}; networks in {dtype}; {MACHINE}"]
 
 
+# ---------------------------------------------------------------- the error at the edges of the phases
+
+DRAWN = {  # label of a row of components: its name and colour in the plot
+    "TDPT + HGS + QRA": ("TDPT", "C0"),
+    "HGS + QRA": ("without TDPT: targets of the student itself", "C1"),
+    "TDPT and rollouts + HGS + QRA (default)": ("TDPT and rollouts (default)", "C2"),
+}
+DRAWN_UPDATES = {0: "dotted", 40: "dashed", 200: "solid"}  # updates: style of the line
+
+
+def edge_errors(rows: dict[str, dict]) -> dict[str, dict[tuple[str, int], list[float]]]:
+    """{model: {(label of DRAWN, updates): relative error of the state at each edge of the phases, from noise to picture}}, means of
+    the training seeds, of what a store has in the dtype that most of its rows have. UserError if it has none of them."""
+    found: dict[str, dict[tuple[str, int], list[float]]] = {}
+    dtype = dtype_of(rows) if rows else ""
+    for model, label, updates in itertools.product(FAMILIES, DRAWN, DRAWN_UPDATES):
+        keys = (f"{key_of(model, '', GROUPS['components'].rows[label], updates, seed)} {dtype}" for seed in range(MOST_SEEDS))
+        if runs := [rows[key]["edges"] for key in keys if key in rows]:
+            found.setdefault(model, {})[label, updates] = [sum(at_edge) / len(runs) for at_edge in zip(*runs, strict=True)]
+    if not found:
+        labels = " ".join(f'"{label}"' for label in DRAWN)
+        command = f"python -m benchmarks.ablate components --updates {' '.join(map(str, DRAWN_UPDATES))} --only {labels}"
+        raise UserError(f"the store has no rows to draw: make them with `{command}`")
+    return found
+
+
+def plot(store: Path, file: Path = PLOT) -> None:
+    """The figure of edge_errors as an SVG: a panel for each model, a colour for each row, a style for each number of updates; all
+    rows begin with one student. Equal errors give equal bytes."""
+    found = edge_errors(read_store(store)[1])
+    try:
+        from matplotlib import rc_context  # only here is it needed
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("matplotlib is missing: pip install -r requirements-bench.txt") from None
+
+    with rc_context({"svg.hashsalt": "edges", "svg.fonttype": "none"}):
+        figure = Figure((5 * len(found), 4), layout="constrained")
+        lines = {}
+        for axes, (model, curves) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+            for (label, updates), errors in curves.items():
+                name, colour = DRAWN[label] if updates else ("before training", "black")
+                name = f"{name}, {updates} updates" if updates else name
+                style = dict(color=colour, linestyle=DRAWN_UPDATES[updates], marker=".")
+                (lines[name],) = axes.plot(range(len(errors)), errors, **style)
+            axes.set(title=model, xlabel=f"edge of the phases: 0 is noise, {STEPS} the picture", xticks=range(STEPS + 1))
+            axes.set(ylabel="relative error of the state", ylim=(0, None))
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, fontsize="small")
+        file.parent.mkdir(exist_ok=True)
+        figure.savefig(file, metadata={"Date": None})
+
+
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--run"]:  # a cell's own process
         _, folder, n, *flags = argv
         return run(Path(folder), int(n), flags) if len(flags) > 1 else score_fp(*flags, Path(folder), int(n))
     cli = parser(__doc__, "runs/ablate", 1024)
-    cli.add_argument("groups", nargs="+", choices=list(GROUPS), help="tables")
+    cli.add_argument("groups", nargs="+", choices=[*GROUPS, "plot"], help="tables; plot: the figure of what is stored")
     cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
     cli.add_argument("--seeds", type=int, default=0, help="training seeds; 0: as many as the group asks for")
     cli.add_argument("--updates", type=int, nargs="+", help="--steps of the runs; default those of the group")
@@ -469,8 +529,10 @@ def main(argv: list[str]) -> None:
                 print(error)
         return key, scored
 
-    list(each(fp, args.models, args.jobs))
-    for name in args.groups:
+    groups = [name for name in args.groups if name != "plot"]
+    if groups:
+        list(each(fp, args.models, args.jobs))
+    for name in groups:
         group, (_, done) = GROUPS[name], read_store(args.store)
         rows = [flags for label, flags in group.rows.items() if label in (args.only or group.rows)]
         places = [(model, testbed) for model in args.models for testbed in group.testbeds]
@@ -483,6 +545,8 @@ def main(argv: list[str]) -> None:
                 write_table(f"ablate-{name}", table(group, args.store), show=False)
         if args.store.exists():  # where nothing was new too
             write_table(f"ablate-{name}", table(group, args.store), show=False)
+    if groups != args.groups:
+        plot(args.store)
 
 
 if __name__ == "__main__":
