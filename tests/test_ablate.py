@@ -233,16 +233,24 @@ def test_the_student_of_the_teacher_itself_starts_as_the_teacher(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_a_simulated_format_trains_and_draws(tmp_path, monkeypatch):
-    """Catches a format that start, training or checkpoint of a run cannot hold."""
+@pytest.mark.parametrize("name,flags", [
+    ("@w8", "--bits-x 8"), ("@modulations-w8a16", ""),
+    ("@from-teacher", "--trajectory teacher --cached 4 --targets teacher,teacher --sampling-steps 4 --rollout 0.5"),
+])  # fmt: skip
+def test_a_run_of_a_variant_trains_and_draws(name, flags, tmp_path, monkeypatch):
+    """Catches a variant that start, training or checkpoint of a run cannot hold."""
     monkeypatch.setattr(evaluate, "closing_report", lambda *args: None)
     monkeypatch.setattr(sample, "closing_pictures", lambda *args: None)
     out = tmp_path / "run"
-    with variant("@w8"):
-        train.main(f"{QUICK} {random_weights(tmp_path, 'tiny-flux')} --steps 1 --bits-x 8 --backend eager --out {out}".split())
+    with variant(name):
+        train.main(f"{QUICK} {random_weights(tmp_path, 'tiny-flux')} --backend eager {flags} --out {out}".split())
         (loaded, _), (start, _) = checkpoint.load_checkpoint(out), checkpoint.load_start(out)
-        for (_, layer), (_, before) in zip(layers.packed_layers(loaded), layers.packed_layers(start), strict=True):
-            assert torch.equal(layer.codes_OP, before.codes_OP) and kernels.weight_int8(layer.packed).abs().max() > 100
+        pairs = list(zip(layers.packed_layers(loaded), layers.packed_layers(start), strict=True))
+        assert all(torch.equal(layer.codes_OP, before.codes_OP) for (_, layer), (_, before) in pairs)
+        in_a_group = kernels.weight_int8(pairs[0][0][1].packed)[0, :64].unique()
+        assert (len(in_a_group) > 16) == (name == "@w8")
+        assert loaded.knows_destination == (name != "@from-teacher")
+        assert ("transformer_blocks.0.norm1.linear" in dict(layers.packed_layers(loaded.net))) == ("modulations" not in name)
         assert draw(loaded, loaded, ["a red ring", "a blue square"], 1).std() > 0
 
 
