@@ -62,6 +62,7 @@ TINY = 1e-30  # the smallest scale
 SCALE_MIN, SCALE_MAX = 2.0**-26, 1.875 * 2.0**5  # of a weight's row
 SCALE_SHIFT = 20  # low bits of a float32 that are zero in such a scale: 3 of its 23 bits of mantissa are left
 GROUPS = (8, 16, 32, 64, 128)  # group sizes
+MULTIPLIER = torch.uint8  # dtype that holds a weight's multiplier
 TURN = 16  # channels that `rotate` mixes, a power of four
 EIGHT_BITS = 0  # in place of a group size of activations: codes of 8 bits without multipliers
 BLOCK = 128  # GPTQ updates the columns inside a block one by one, and everything to the right of it once per block
@@ -258,7 +259,7 @@ def quantize_weight(
         q0, m0 = round_rtn(w_OGg, scale_O, m_OG, search, U_KK)
         lost_O = _h_error(w_OGg, q, m, scale_O, factor[0]) > _h_error(w_OGg, q0, m0, scale_O, factor[0])
         q, m = torch.where(lost_O[:, None, None], q0, q), torch.where(lost_O[:, None], m0, m)
-    return GridWeight(q.to(torch.int8).flatten(1), m.to(torch.uint8), scale_O, K // taps, taps, group)
+    return GridWeight(q.to(torch.int8).flatten(1), m.to(MULTIPLIER), scale_O, K // taps, taps, group)
 
 
 def _h_error(w_OGg: Tensor, q_OGg: Tensor, m_OG: Tensor, scale_O: Tensor, H_KK: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 outlier channels (--outliers), at SDXL's share of parameters in branches.
 
     python -m benchmarks.ablate components [baselines ..] [--models tiny tiny-flux] [--seeds 3] [--jobs 2] [--only LABEL ..]
+    python -m benchmarks.ablate plot        docs/plots/edges.svg, the error at each edge of the phases, from rows that are stored
 
 What is scored is kept in benchmarks/ablate.safetensors and not done again, a run that was killed goes on, and the group's table in
 docs/tables has all that the store has and is written anew after every new cell; so a grid of hours may be made in parts, one at a
@@ -12,9 +13,11 @@ time. A cell that fails is named, left out and tried again by the next call. A c
     interval of bootstraps over prompts and seeds. With one seed the interval leaves out what the seed changes.
 
 A row of your own is one more line in GROUPS. What no flag does is a function in VARIANTS, named in the flags as @name: it patches
-the code before the run, in the run's own process.
+the code before the run, in the run's own process, so that it holds for statistics, training and the pictures that are scored.
+Formats that the kernels do not have are simulated: their eager kernels compute in float32 with values on the format's grid.
 """
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -25,21 +28,26 @@ import torch
 from torch import Tensor
 
 import evaluate
+import kernels
 import quant
 import scores
+import student
 import tdpt
 import train
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
 from benchmarks.tables import ROOT, markdown, spread, write_table
 from data import scenes
+from layers import PackedLayer
 from models import checkpoint, pretrained
-from models.denoiser import FAST, Denoiser, as_cm, start_noise
+from models.denoiser import FAST, Denoiser, as_cm, lora_layers, start_noise
 from models.family import FAMILIES
 from run import files
 from run.common import UserError, run_script, step_generator
 
 SEED, STEPS, EDGES = 1234, 4, 256  # of the evaluation; EDGES: pictures whose states are compared at the edges of the phases
+MOST_SEEDS = 10  # training seeds that tables and the plot look for
 STORE = ROOT / "benchmarks" / "ablate.safetensors"
+PLOT = ROOT / "docs" / "plots" / "edges.svg"
 DTYPE = str(FAST).removeprefix("torch.")
 
 
@@ -56,6 +64,7 @@ class Group:
 PAPER, SELF = "--recipe paper", "--rollout 0 --targets self,self"  # TDPT alone; its opposite, targets of the student itself
 ZERO, UNIFORM = "--init zero", "--ranks uniform"
 NEAREST = f"{ZERO} {UNIFORM} --rounding rtn"
+FROM_TEACHER = "@from-teacher --trajectory teacher --cached 512 --targets teacher,teacher --sampling-steps 4"
 NO_BRANCH, AS_THEY_ARE = f"--rank 0 --rank-least 0 {ZERO} {UNIFORM}", "--smooth 0 --no-rotate --no-centre"  # activations
 GROUPS = {
     "components": Group({  # of the paper, each on or off: off is a target of its own, a start from zero (GPTQ stays), uniform ranks
@@ -105,7 +114,21 @@ GROUPS = {
         "rollouts alone": "--rollout 1",
         "three quarters rollouts (default)": "",
         "rollouts from the fp states": "--rollout 1 --no-on-policy",
+        "straight from the teacher": FROM_TEACHER,  # its pictures become the teacher's: the distance says more of it than the PSNR
+        "straight from the teacher, rate 1e-3": f"{FROM_TEACHER} --lr 1e-3",
     }),
+    "formats": Group({
+        "W4A4 (default)": "",
+        "W4A4, activations in groups of 16": "--group-x 16",
+        "W4A8": "--bits-x 8",
+        "W4A16": "@a16 --backend eager --bits-x 8",  # --bits-x 8: W4A8's learning rate
+        "W8A8": "@w8 --backend eager --bits-x 8",
+        "weights with a float scale for each group of 64": "@float-scales --backend eager",
+        "weights with one scale for each row": "@row-scales",
+        "modulations W4A4": "@modulations-w4a4",  # else W4A16
+        "modulations W8A16": "@modulations-w8a16",
+        "modulations in 16 bits": "@modulations-16bit",
+    }, updates=(0, 40), testbeds=("",), seeds=1),
     "schedule": Group({
         "T' = 0.5 (paper's targets)": PAPER,
         "T' = 0: anchor alone": f"{PAPER} --split 0",
@@ -165,7 +188,141 @@ def fitted(model: Callable, path: tdpt.Path, states: Tensor, cond: dict[str, Ten
     return call
 
 
-VARIANTS: dict[str, Callable] = {"@powers": powers_of_two}  # @qsched is of the sampler: see `score`
+def multiply_in_float() -> None:
+    """The eager kernels take operands m q that are no int8, as float32. Their sums are in float32."""
+    im2col = kernels.im2col
+    kernels.int8_matmul = lambda X_TK, W_OK: X_TK.float() @ W_OK.float().t()
+    kernels.im2col = lambda X_NHWC, *geometry: im2col(X_NHWC, *geometry).view(X_NHWC.dtype)  # it copies four bytes at a time
+
+
+def keep_products() -> None:
+    """Packed layers hold m q of each weight as the bytes of a float32, so that m and q may be any numbers whose product is one.
+    Checkpoints keep bytes as they are. The size that a run reports is that of float32."""
+    init = PackedLayer.__init__
+
+    def with_room(self, *args, **kwargs) -> None:
+        init(self, *args, **kwargs)
+        self.codes_OP = self.codes_OP.new_empty(self.out, 8 * self.codes_OP.shape[1])  # 4 bytes a weight in place of half a byte
+
+    def pack(gw: quant.GridWeight) -> kernels.PackedWeight:
+        unused = kernels.pack_multipliers(torch.ones_like(gw.mult_OG, dtype=torch.uint8))
+        return kernels.PackedWeight(gw.int8().view(torch.uint8), unused, gw.scale_O, gw.channels, gw.taps, gw.group)
+
+    def dequantize(pw: kernels.PackedWeight) -> Tensor:
+        w_OK = kernels.weight_int8(pw) * pw.scale_O[:, None]
+        return w_OK.unflatten(1, (pw.taps, -1))[..., : pw.channels].flatten(1)
+
+    PackedLayer.__init__, kernels.pack, kernels.dequantize = with_room, pack, dequantize
+    quant.GridWeight.int8 = lambda gw: gw.codes_OK * gw.mult_OG.float().repeat_interleave(gw.group, dim=1)
+    kernels.weight_int8 = lambda pw: pw.codes_OP.view(torch.float32)
+    multiply_in_float()
+
+
+def activations_in_16_bits() -> None:
+    """Activations are not rounded: x, with multipliers and scales of 1, takes the place of its codes. (Simulated: float32.)"""
+
+    def quantize(x: Tensor, group: int = 16, per_sample: bool = False):
+        scale = torch.ones(x.shape[:1] if per_sample else x.shape[:-1], device=x.device)
+        return x.float(), torch.ones_like(x[..., :1], dtype=torch.uint8), scale
+
+    quant.quantize_activation = quantize
+    multiply_in_float()
+
+
+def weights_in_8_bits() -> None:
+    """Weights have codes in -128..127 and a scale for each row, rounded up as ours, and no multipliers; W4A16 layers become W8A16.
+    Their products are those of int8, so what is simulated is the storage."""
+    bound = quant.step_bound
+    quant.QMIN, quant.QMAX, quant.MMAX = -128, 127, 1
+    quant.step_bound = lambda x_Gg, qmin=-128, qmax=127: bound(x_Gg, qmin, qmax)
+    keep_products()
+
+
+def float_scales() -> None:
+    """Each group of weights has a float step in place of m s, with 11 bits as float16: the best of 1/16 .. 16/16 of the step that
+    clips none of its values, where ours is the best of such shares of the row's. GPTQ and codes are the same. (Simulated.)"""
+    best = quant.choose_multipliers
+
+    def choose(w_OGg: Tensor, scale_O: Tensor, weight_Gg: Tensor | None = None, search: bool = True) -> Tensor:
+        own_OG = (quant.step_bound(w_OGg / scale_O[:, None, None]) / quant.MMAX).clamp_min(2.0**-14)
+        share_OG = best(w_OGg / (own_OG * scale_O[:, None])[..., None], torch.ones_like(scale_O), weight_Gg, search)
+        return (share_OG * own_OG).half().float()
+
+    quant.choose_multipliers, quant.MULTIPLIER = choose, torch.float16
+    quant.gptq_gpu.is_available = lambda: False  # it chooses by itself
+    keep_products()
+
+
+def row_scales() -> None:
+    """All groups of a row of weights have one multiplier, so that the row has one step: the best of 1/16 .. 16/16 of the one that
+    clips none of its values, found before GPTQ begins."""
+    best, last = quant.choose_multipliers, [None, None]
+
+    def choose(w_OGg: Tensor, scale_O: Tensor, weight_Gg: Tensor | None = None, search: bool = True) -> Tensor:
+        if scale_O is not last[0]:  # else it is GPTQ that asks, for one group after the other
+            weight_K = None if weight_Gg is None else weight_Gg.reshape(1, -1)
+            last[:] = scale_O, best(w_OGg.flatten(1)[:, None], scale_O, weight_K, search)
+        return last[1].expand(-1, w_OGg.shape[1])
+
+    quant.choose_multipliers = choose
+    quant.gptq_gpu.is_available = lambda: False  # it chooses by itself
+
+
+def modulations(kind: str) -> None:
+    """Modulations (FLUX's AdaLN, the UNets' time_emb_proj), W4A16 by the families' rules, are of another kind. The text projection,
+    which is W4A16 too, stays so. Layers that are not packed have no branch: all branches together are as much smaller."""
+    for name, family in FAMILIES.items():
+
+        def precision(layer: str, rule: Callable = family.precision) -> str:
+            return kind if rule(layer) == "w4a16" and layer != "context_embedder" else rule(layer)
+
+        FAMILIES[name] = dataclasses.replace(family, precision=precision)
+
+
+def modulations_w8a16() -> None:
+    """Modulations have 8-bit weights, rounded to nearest with a scale for each row, and no branch. (Simulated: they are 16-bit
+    layers with rounded weights, which a checkpoint keeps in bfloat16, as a kernel would multiply them.)"""
+    modulations("w8a16")
+    listed = student.layers_to_quantize
+
+    def others(cfg, base: Denoiser) -> list[student.Layer]:
+        layers = listed(cfg, base)
+        for weight in (layer.module.weight for layer in layers if layer.kind == "w8a16"):
+            step_O1 = (weight.abs().amax(1, keepdim=True) / 127).clamp_min(quant.TINY)
+            weight.copy_((weight / step_O1).round() * step_O1)
+        return [layer for layer in layers if layer.kind != "w8a16"]
+
+    student.layers_to_quantize = others
+
+
+def from_teacher() -> None:
+    """What is quantized is the teacher, without the consistency model's LoRA. The student is as little told where a jump goes to as
+    the teacher is, whose layer for that is untrained and would stay so, in 16 bits: hence it learns one number of steps."""
+
+    def untold(denoiser: Denoiser) -> Denoiser:
+        denoiser.knows_destination = False
+        return denoiser
+
+    def without_lora(denoiser: Denoiser) -> Denoiser:
+        for name, lora in lora_layers(denoiser).items():
+            denoiser.net.set_submodule(name, lora.layer)
+        return untold(denoiser)
+
+    packed = checkpoint._packed_model
+    train.fuse, checkpoint._packed_model = without_lora, lambda *about: untold(packed(*about))
+
+
+VARIANTS: dict[str, Callable] = {
+    "@powers": powers_of_two,
+    "@a16": activations_in_16_bits,
+    "@w8": weights_in_8_bits,
+    "@float-scales": float_scales,
+    "@row-scales": row_scales,
+    "@modulations-w4a4": lambda: modulations("w4a4"),
+    "@modulations-w8a16": modulations_w8a16,
+    "@modulations-16bit": lambda: modulations("16bit"),
+    "@from-teacher": from_teacher,
+}  # @qsched is of the sampler: see `score`
 
 
 # ---------------------------------------------------------------- one run, in a process of its own
@@ -196,14 +353,14 @@ def score(folder: Path, n: int, variants: list[str]) -> None:
     accuracy, the Frechet distance as a multiple of the 16-bit model's, and the relative error of the state at each edge of the
     phases."""
     fp, about_fp = files.read_tensors(folder.parent / f"fp-{n}.safetensors", "delete the folder")
-    student, about = checkpoint.load_checkpoint(folder)
-    judge, drawing = evaluate.Judge(n, SEED, side=student.family.side), student
+    packed, about = checkpoint.load_checkpoint(folder)
+    judge, drawing = evaluate.Judge(n, SEED, side=packed.family.side), packed
     if "@qsched" in variants:
-        _, cond, edges = reference(student, n, SEED + 1)
-        drawing = fitted(student, student.path, fp[f"states-{SEED + 1}"], cond, edges)
-    pictures = judge.draw("ours", drawing, student, STEPS)
-    x_T, cond, edges = reference(student, n, SEED)
-    states, z = tdpt.rollout_states(drawing, student.path, x_T, cond, edges), fp[f"states-{SEED}"]
+        _, cond, edges = reference(packed, n, SEED + 1)
+        drawing = fitted(packed, packed.path, fp[f"states-{SEED + 1}"], cond, edges)
+    pictures = judge.draw("ours", drawing, packed, STEPS)
+    x_T, cond, edges = reference(packed, n, SEED)
+    states, z = tdpt.rollout_states(drawing, packed.path, x_T, cond, edges), fp[f"states-{SEED}"]
     errors = ((states - z).square().flatten(1).sum(1) / z.square().flatten(1).sum(1)).sqrt().tolist()
     found = judge.score(pictures)
     psnr = scores.psnr_B(pictures, fp["pictures"])
@@ -250,12 +407,17 @@ def interval(difference: Tensor) -> list[float]:
     return scores.interval(statistic, tuple(difference.shape), scores.RESAMPLES, seed=0)
 
 
+def dtype_of(rows: dict[str, dict]) -> str:
+    """The dtype that most of a store's rows have."""
+    return Counter(key.rpartition(" ")[2] for key in rows).most_common(1)[0][0]
+
+
 def table(group: Group, store: Path) -> list[str]:
     """Markdown of all that the store has of a group, in the dtype that most of its rows have."""
     tensors, rows = read_store(store)
-    dtype, _ = Counter(key.rpartition(" ")[2] for key in rows).most_common(1)[0]
+    dtype = dtype_of(rows)
     columns = [(name, testbed) for name, family in FAMILIES.items() if family.embedded for testbed in group.testbeds]
-    seeds, (first, *_) = range(max(group.seeds, 10)), group.rows.values()
+    seeds, (first, *_) = range(MOST_SEEDS), group.rows.values()
 
     def found(column: tuple[str, str], flags: str, updates: int) -> dict[int, str]:
         """{seed: key} of a cell's runs."""
@@ -285,12 +447,64 @@ def table(group: Group, store: Path) -> list[str]:
     return [*markdown(*lines), f"\n{n} pictures, {STEPS} steps, evaluation seed {SEED}; networks in {dtype}; {MACHINE}"]
 
 
+# ---------------------------------------------------------------- the error at the edges of the phases
+
+DRAWN = {  # label of a row of components: its name and colour in the plot
+    "TDPT + HGS + QRA": ("TDPT", "C0"),
+    "HGS + QRA": ("without TDPT: targets of the student itself", "C1"),
+    "TDPT and rollouts + HGS + QRA (default)": ("TDPT and rollouts (default)", "C2"),
+}
+DRAWN_UPDATES = {0: "dotted", 40: "dashed", 200: "solid"}  # updates: style of the line
+
+
+def edge_errors(rows: dict[str, dict]) -> dict[str, dict[tuple[str, int], list[float]]]:
+    """{model: {(label of DRAWN, updates): relative error of the state at each edge of the phases, from noise to picture}}, means of
+    the training seeds, of what a store has in the dtype that most of its rows have. UserError if it has none of them."""
+    found: dict[str, dict[tuple[str, int], list[float]]] = {}
+    dtype = dtype_of(rows) if rows else ""
+    for model, label, updates in itertools.product(FAMILIES, DRAWN, DRAWN_UPDATES):
+        keys = (f"{key_of(model, '', GROUPS['components'].rows[label], updates, seed)} {dtype}" for seed in range(MOST_SEEDS))
+        if runs := [rows[key]["edges"] for key in keys if key in rows]:
+            found.setdefault(model, {})[label, updates] = [sum(at_edge) / len(runs) for at_edge in zip(*runs, strict=True)]
+    if not found:
+        labels = " ".join(f'"{label}"' for label in DRAWN)
+        command = f"python -m benchmarks.ablate components --updates {' '.join(map(str, DRAWN_UPDATES))} --only {labels}"
+        raise UserError(f"the store has no rows to draw: make them with `{command}`")
+    return found
+
+
+def plot(store: Path, file: Path = PLOT) -> None:
+    """The figure of edge_errors as an SVG: a panel for each model, a colour for each row, a style for each number of updates; all
+    rows begin with one student. Equal errors give equal bytes."""
+    found = edge_errors(read_store(store)[1])
+    try:
+        from matplotlib import rc_context  # only here is it needed
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("matplotlib is missing: pip install -r requirements-bench.txt") from None
+
+    with rc_context({"svg.hashsalt": "edges", "svg.fonttype": "none"}):
+        figure = Figure((5 * len(found), 4), layout="constrained")
+        lines = {}
+        for axes, (model, curves) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+            for (label, updates), errors in curves.items():
+                name, colour = DRAWN[label] if updates else ("before training", "black")
+                name = f"{name}, {updates} updates" if updates else name
+                style = dict(color=colour, linestyle=DRAWN_UPDATES[updates], marker=".")
+                (lines[name],) = axes.plot(range(len(errors)), errors, **style)
+            axes.set(title=model, xlabel=f"edge of the phases: 0 is noise, {STEPS} the picture", xticks=range(STEPS + 1))
+            axes.set(ylabel="relative error of the state", ylim=(0, None))
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, fontsize="small")
+        file.parent.mkdir(exist_ok=True)
+        figure.savefig(file, metadata={"Date": None})
+
+
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--run"]:  # a cell's own process
         _, folder, n, *flags = argv
         return run(Path(folder), int(n), flags) if len(flags) > 1 else score_fp(*flags, Path(folder), int(n))
     cli = parser(__doc__, "runs/ablate", 1024)
-    cli.add_argument("groups", nargs="+", choices=list(GROUPS), help="tables")
+    cli.add_argument("groups", nargs="+", choices=[*GROUPS, "plot"], help="tables; plot: the figure of what is stored")
     cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
     cli.add_argument("--seeds", type=int, default=0, help="training seeds; 0: as many as the group asks for")
     cli.add_argument("--updates", type=int, nargs="+", help="--steps of the runs; default those of the group")
@@ -315,8 +529,10 @@ def main(argv: list[str]) -> None:
                 print(error)
         return key, scored
 
-    list(each(fp, args.models, args.jobs))
-    for name in args.groups:
+    groups = [name for name in args.groups if name != "plot"]
+    if groups:
+        list(each(fp, args.models, args.jobs))
+    for name in groups:
         group, (_, done) = GROUPS[name], read_store(args.store)
         rows = [flags for label, flags in group.rows.items() if label in (args.only or group.rows)]
         places = [(model, testbed) for model in args.models for testbed in group.testbeds]
@@ -329,6 +545,8 @@ def main(argv: list[str]) -> None:
                 write_table(f"ablate-{name}", table(group, args.store), show=False)
         if args.store.exists():  # where nothing was new too
             write_table(f"ablate-{name}", table(group, args.store), show=False)
+    if groups != args.groups:
+        plot(args.store)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,12 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("a scene of another size", "data/scenes.py", "(2 * side) + 0.5) / fine", "(2 * side) + 0.5) / 2", "data"),
     ("latents of another size", "models/tiny.py", "return math.isqrt(channels // 3)", "return 2", "models"),
     ("intervals without seeds", "benchmarks/ablate.py", "difference[seeds][:, prompts]", "difference[:, prompts]", "ablate"),
+    ("a scale for each group of a row", "benchmarks/ablate.py", "if scale_O is not last[0]:", "if True:", "ablate"),
+    ("float scales that are whole", "benchmarks/ablate.py", "own_OG).half()", "own_OG).ceil()", "ablate"),
+    ("windows of bytes", "benchmarks/ablate.py", "*geometry).view(X_NHWC.dtype)", "*geometry)", "ablate"),
+    ("text taken for a modulation", "benchmarks/ablate.py", ' and layer != "context_embedder"', "", "ablate"),
+    ("the teacher with its LoRA", "benchmarks/ablate.py", "set_submodule(name, lora.layer)", "get_submodule(name)", "ablate"),
+    ("errors summed over seeds", "benchmarks/ablate.py", "sum(at_edge) / len(runs)", "sum(at_edge)", "ablate"),
     ("one noise for all shards", "data/cache.py", "step_generator(0, k, stream=4)", "torch.Generator()", "cache"),
 ]  # fmt: skip
 
