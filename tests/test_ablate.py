@@ -25,7 +25,7 @@ import student
 import tdpt
 import train
 from backends import gptq_gpu
-from benchmarks import ablate
+from benchmarks import ablate, variants
 from models import checkpoint
 from models.denoiser import FAST, add_lora, as_cm, as_teacher, draw, float_layers, random_denoiser, start_noise
 from models.family import FAMILIES
@@ -40,7 +40,7 @@ def variant(name: str):
     places = (quant, kernels, student, train, checkpoint, gptq_gpu, quant.GridWeight, layers.PackedLayer)
     before, families = [dict(vars(place)) for place in places], dict(FAMILIES)
     try:
-        ablate.VARIANTS[name]()
+        variants.VARIANTS[name]()
         yield
     finally:
         FAMILIES.update(families)
@@ -58,11 +58,11 @@ def test_every_row_is_a_command_of_its_own(name):
         for flags in group.rows.values():
             for testbed in group.testbeds:
                 key = ablate.key_of(model, testbed, flags, group.updates[0], 0).split()
-                variants = {flag for flag in key if flag.startswith("@")}
-                assert variants <= {*ablate.VARIANTS, "@qsched"}
-                cfg = train.parse([flag for flag in key if flag not in variants])
+                names = {flag for flag in key if flag.startswith("@")}
+                assert names <= {*variants.VARIANTS, "@qsched"}
+                cfg = train.parse([flag for flag in key if flag not in names])
                 train.validate(cfg)
-                configurations.add((*dataclasses.astuple(cfg), *variants))
+                configurations.add((*dataclasses.astuple(cfg), *names))
     assert len(configurations) == 2 * len(group.rows) * len(group.testbeds)
 
 
@@ -267,7 +267,7 @@ def test_fitted_coefficients_undo_a_gain_and_are_those_of_each_step():
         return fp(x, t, s, cond) * (0.7 + 0.2 * t[:, None])
 
     states = tdpt.rollout_states(fp, path, x, {}, edges)
-    repaired = tdpt.rollout_states(ablate.fitted(ours, path, states, {}, edges), path, x, {}, edges)
+    repaired = tdpt.rollout_states(variants.fitted(ours, path, states, {}, edges), path, x, {}, edges)
     torch.testing.assert_close(repaired, states, atol=1e-4, rtol=1e-4)
     assert (tdpt.rollout_states(ours, path, x, {}, edges)[-1] - states[-1]).abs().max() > 0.1
 
@@ -353,7 +353,6 @@ def test_a_store_without_rows_to_draw_names_the_command_that_makes_them(drawn_ro
 
 def test_the_figure_is_one_svg_and_always_the_same(drawn_rows, tmp_path):
     """Catches a date or random names in the file, by which it would differ each time, and a curve without a name."""
-    pytest.importorskip("matplotlib")
     files.write_tensors(tmp_path / "store", {"psnr": torch.zeros(2)}, {"rows": drawn_rows})
     for name in ("a.svg", "b.svg"):
         ablate.plot(tmp_path / "store", tmp_path / "plots" / name)
@@ -365,10 +364,13 @@ def test_the_figure_is_one_svg_and_always_the_same(drawn_rows, tmp_path):
 @pytest.mark.slow
 def test_a_cell_is_trained_scored_and_kept_once(tmp_path, monkeypatch):
     """Catches a ratio upside down, pictures of other prompts, a cell that is made again, and one that fails and ends the others."""
-    rows = {"bad": "--rank 0", "nearest": f"{ablate.NO_BRANCH} --rounding rtn"}
+    nearest = f"{ablate.NO_BRANCH} --rounding rtn"
+    rows = {"bad": "--rank 0", "nearest": nearest, "the same start": f"{nearest} {ablate.PAPER}"}
     monkeypatch.setattr(ablate, "GROUPS", {"trial": ablate.Group(rows, updates=(0,), testbeds=("",), seeds=1)})
     monkeypatch.setattr(ablate, "write_table", lambda name, lines, show: written.append(lines))
-    written, calls = [], []
+    written, calls, built, build = [], [], [], train.student.build
+    monkeypatch.setattr(train, "initialise_student", train.initialise_student)  # which a cell's own process changes
+    monkeypatch.setattr(train.student, "build", lambda *args: built.append(args) or build(*args))
 
     def each(function, items, jobs):
         def call(*command):
@@ -382,15 +384,17 @@ def test_a_cell_is_trained_scored_and_kept_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "each", each)
     command = f"trial --models tiny-flux --n 6 --out {tmp_path}/runs --store {tmp_path}/store".split()
     ablate.main(command)
-    assert len(calls) == 3  # fp, and two rows
+    assert len(calls) == 4  # fp, and three rows
     ablate.main(command)
-    assert len(calls) == 4  # the one that failed, again
-    (row,) = ablate.read_store(tmp_path / "store")[1].values()
+    assert len(calls) == 5 and len(built) == 1  # the one that failed, again; no start twice
+    row, same = ablate.read_store(tmp_path / "store")[1].values()
+    assert row == same
     judge, network = evaluate.Judge(6, ablate.SEED), load_embedded_cm("tiny-flux").to(FAST)
-    (folder,) = (path.parent for path in (tmp_path / "runs").rglob("report.json"))
+    folder, other = sorted(path.parent for path in (tmp_path / "runs").rglob("report.json"))
+    assert (folder / "model.safetensors").exists() and not [*folder.glob("st*"), *other.glob("st*")]
     student, _ = checkpoint.load_checkpoint(folder)
     fp, ours = judge.draw("", as_cm(network), network, 4), judge.draw("", student, student, 4)
     assert row["psnr"] == pytest.approx(scores.psnr(ours, fp), abs=1e-3)
     assert row["x fp"] == pytest.approx(judge.score(ours)["frechet"] / judge.score(fp)["frechet"], rel=1e-6)
     assert len(row["edges"]) == 5 and row["edges"][0] == 0 < row["edges"][4] < 1
-    assert f"{row['psnr']:.2f}" in written[-1][2] and len(written[-1]) == 4
+    assert f"{row['psnr']:.2f}" in written[-1][2] and len(written[-1]) == 5
