@@ -11,7 +11,7 @@
     psnr       mean over pictures of 10 log10(4 / MSE) dB, values in [-1, 1], to the fp CM's picture from the same noise.
 
 The row "real" scores newly rendered scenes of the same prompts: the ceiling of accuracy and, at this n, the floor of Frechet.
-Differences to the fp CM have paired 95% intervals (scores.py). All scores are written to CHECKPOINT/evaluation.
+Differences to the fp CM have paired 95% intervals (scores.py). Scores are kept in CHECKPOINT/evaluation.
 
 Models with public weights draw numbered pictures of one list of prompts, picture i of every model from the noise of seed + i:
 
@@ -36,7 +36,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -235,7 +234,7 @@ def write_report(out: Path, student: Denoiser, seen: tuple[Counter, Counter], st
     print(f"branches add {s['branch_parameters']:.2%} to the parameters; {without}")
     print(said)
     with files.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scored, "seconds": seconds}, indent=1))
+        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scored, "seconds": list(seconds.items())}, indent=1))
     return ratio
 
 
@@ -269,16 +268,18 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
     n, gen, steps = config["eval_n"], step_generator(config["seed"], 0, stream=5), files.most_steps(config)
     cond, x_T = examples.conditions(n, gen, slice(None)), torch.randn(n, *network.latent, generator=gen)
 
-    def draw(model, denoiser) -> torch.Tensor:
-        parts = sources.in_parts(x_T, cond, config["micro"], config["device"])
+    def draw(model, denoiser, first: int = n) -> torch.Tensor:
+        some = x_T[:first], {k: v[:first] for k, v in cond.items()}
+        parts = sources.in_parts(*some, config["micro"], config["device"])
         return torch.cat([tdpt.sample(model, denoiser.path, *part, steps).float().cpu() for part in parts])
 
     fp = draw(as_cm(network), network)
     if not leader:
         return
     student, _ = checkpoint.load_checkpoint(out)
+    draw(student.to(config["device"]), student, first=1)  # what kernels compile at their first call is no layer's time
     with watched(student.net) as seen:
-        drawn = draw(student.to(config["device"]), student)
+        drawn = draw(student, student)
     snr = 10 * torch.log10(fp.var() / (drawn - fp).square().mean().clamp_min(1e-12)).item()
     said = f"{steps} steps, {n} captions: latents {snr:.2f} dB to the fp model"
     print(f"memory_ratio: {write_report(out, student, seen, steps, n, {'latent_snr_to_fp': snr}, said):.3f}")
@@ -309,11 +310,6 @@ def drawing(name: str, args: argparse.Namespace, about: dict, of_prompts: str) -
     }
 
 
-def to_bytes(pictures: torch.Tensor) -> np.ndarray:
-    """(B, H, W, 3) uint8 of pictures (B, 3, H, W) in [-1, 1]."""
-    return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
 def drawn(name: str, args: argparse.Namespace, about: dict, prompts: list[str], of_prompts: str) -> list[Path]:
     """The files of the pictures that a model draws for the prompts. Those that are there stay; UserError if they are of another
     configuration, which config.json beside them keeps."""
@@ -334,7 +330,7 @@ def drawn(name: str, args: argparse.Namespace, about: dict, prompts: list[str], 
             how = config["steps"], args.seed + i, config["guidance scale"]
             (picture,) = pipeline.draw_with_pipeline(pipe, [prompts[i]], *how)
             with files.atomic(paths[i]) as file:
-                Image.fromarray(to_bytes(picture[None])[0]).save(file, "PNG")
+                Image.fromarray(sources.to_bytes(picture[None])[0]).save(file, "PNG")
     return paths
 
 
@@ -377,9 +373,12 @@ def main_public(args: argparse.Namespace) -> None:
     ours = {name: drawn(name, args, about, prompts, source.fingerprint) for name in reversed(models)}  # the run's faults at once
     found = scores.report({name: ours[name] for name in models} | others, prompts, names, args)
     found |= {"checkpoint": args.checkpoint, "steps": args.steps, "prompts": source.fingerprint, "trained on them": seen}
-    found |= {"first_prompts": prompts[: report.SHOWN]}
+    found |= {
+        "first_prompts": prompts[: report.SHOWN],
+        "weights": files.recorded_checksum(Path(args.checkpoint, "model.safetensors")),
+    }
     print(f"{len(prompts)} prompts, {args.steps} steps, seed {args.seed}\n{scores.table(found)}")
-    write_scores(found, Path(args.out or f"{args.checkpoint}/evaluation") / "scores.json", args.json)
+    write_scores(found, args.json, Path(args.out or f"{args.checkpoint}/evaluation") / "scores.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,8 +456,9 @@ def main_scenes(args: argparse.Namespace) -> None:
     rows[name] = judge.score(ours, fp) | {"steps": steps}
     found = {"n": n, "seed": args.seed, "steps": steps, "reference": "fp", "to_reference": ["psnr_to_fp"]}
     found |= {"scores": rows, "versus": {name: judge.versus(ours, fp)}}
+    found |= {"weights": files.recorded_checksum(Path(args.checkpoint, "model.safetensors"))}
     print("\n".join([f"{n} pictures, seed {args.seed}", table(rows), *scores.compared(found)]))
-    write_scores(found, Path(args.checkpoint, "evaluation", f"scores-{steps}.json"), args.json)
+    write_scores(found, args.json, Path(args.checkpoint, "evaluation", f"scores-{steps}.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,8 +476,21 @@ def drawn_for_report(run: Path) -> report.Sheet:
         how = f"{steps} step{'s' * (steps > 1)}"
         rows[f"16-bit CM, {how}"] = draw(as_cm(network), network, prompts, steps)
         rows[f"{name}, {how}"] = draw(student, student, prompts, steps)
-    pictures = {name: [Image.fromarray(picture) for picture in to_bytes(drawn)] for name, drawn in rows.items()}
+    pictures = {name: [Image.fromarray(picture) for picture in sources.to_bytes(drawn)] for name, drawn in rows.items()}
     return report.Sheet("The same noise in each column, seed 0.", prompts, pictures)
+
+
+def sheets_of_evaluation(found: dict[Path, dict]) -> list[report.Sheet]:
+    """The first pictures of the rows that were scored, by the files of their scores. UserError for one that cannot be read."""
+    sheets = []
+    for path, scored in found.items():
+        prompts = scored["first_prompts"]
+        paths = {row: sorted((path.parent / row).glob("*.png"))[: len(prompts)] for row in scored["scores"]}
+        if rows := {row: [scores.opened(picture) for picture in pictures] for row, pictures in paths.items() if pictures}:
+            base = ", of the base 25" if "base" in rows else ""
+            caption = f"{path.parent.name}: {scored['steps']} steps{base}; seed {scored['seed']}, the same noise in each column."
+            sheets.append(report.Sheet(caption, prompts, rows))
+    return sheets
 
 
 def main_report(argv: list[str]) -> None:
@@ -486,14 +499,12 @@ def main_report(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="folder that train.py wrote")
     parser.add_argument("--out", type=Path, help="file to write (default: RUN/report.html)")
     args = parser.parse_args(argv)
-    about, notes = files.read_config(args.run), []
-    if "layers" not in about:
-        raise UserError(f"{args.run} is an unfinished run: run its train.py command again")
+    about, found, notes = files.read_finished(args.run), report.read_scores(args.run), []
     if FAMILIES[about["config"]["model"]].embedded:
         sheets = [drawn_for_report(args.run)]
-    elif not (sheets := report.sheets_of_evaluation(args.run)):
+    elif not (sheets := sheets_of_evaluation(found)):
         notes.append(f"Pictures are drawn by python evaluate.py --checkpoint {args.run}")
-    text, out = report.page(args.run, sheets, notes), args.out or args.run / "report.html"
+    text, out = report.page(args.run, list(found.values()), sheets, notes), args.out or args.run / "report.html"
     with files.atomic(out) as file:
         file.write_text(text)
     print(f"report: {out}")

@@ -33,7 +33,7 @@ def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
     sheet = Image.new("RGB", (left + columns * (width + gap), len(rows) * (height + gap)), "white")
     for r, (name, pictures) in enumerate(rows.items()):
         ImageDraw.Draw(sheet).multiline_text((6, r * (height + gap) + height // 2 - 12), name, fill="black")
-        for c, picture in enumerate(((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()):
+        for c, picture in enumerate(sources.to_bytes(pictures)):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (left + c * (width + gap), r * (height + gap)))
     return sheet

@@ -1,4 +1,4 @@
-"""Scores of pictures that models with public weights drew for the same prompts: METRICS, their intervals, and the table.
+"""Scores of pictures that models drew for the same prompts: METRICS (for models with public weights), intervals, and the table.
 
     fid          Frechet distance to real pictures, in the 2048 features of Inception as torch-fidelity has it (TensorFlow's weights
                  of 2015 and TensorFlow's resizing): standard FID
@@ -14,9 +14,9 @@
 weights, is asked for when it is loaded; a metric that cannot run is a UserError with the command that helps.
 
 Intervals are paired bootstraps over prompts: a resample takes n prompts with replacement, the same for every row, and for `fid`
-also as many real pictures as there are. They are 95% quantiles, moved so that the mean of the resamples lies on the value. For FID
-this takes off the distance that pictures which occur twice in a resample add. Rows are compared with `cm`; metrics to the pictures
-of `cm` have the interval of the value itself.
+also as many real pictures as there are. They are the value +- 1.96 standard deviations of the resamples, so that the distance which
+pictures that occur twice in a resample add to FID does not move them. Rows are compared with `cm`, the scenes of evaluate.py with
+`fp`; metrics to the pictures of that model have the interval of the value itself.
 
 Key: N, M pictures of a set, D features, B pictures of a batch, H, W pixels.
 """
@@ -78,12 +78,13 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def interval(statistic: Callable[..., float], sizes: tuple[int, ...], resamples: int, seed: int) -> list[float]:
-    """[value, low, high]: `statistic` of all rows, and its 95% interval (module docstring). It takes the indices of the rows that
-    are looked at, int64, one tensor for each of the `sizes`."""
+    """[value, low, high]: `statistic` of all rows, and its 95% interval, value +- 1.96 sd of the resamples. It takes the indices of
+    the rows that are looked at, int64, one tensor for each of the `sizes`."""
     gen = torch.Generator().manual_seed(seed)
     value = statistic(*map(torch.arange, sizes))
     found = torch.tensor([statistic(*(torch.randint(n, (n,), generator=gen) for n in sizes)) for _ in range(resamples)]).double()
-    return [value, *(value + torch.quantile(found - found.mean(), torch.tensor([0.025, 0.975]).double())).tolist()]
+    half = 1.96 * found.std().item()
+    return [value, value - half, value + half]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +285,8 @@ def runnable(options: argparse.Namespace, with_cm: bool) -> list[str]:
     return able
 
 
-def _opened(path: Path) -> Image.Image:
+def opened(path: Path) -> Image.Image:
+    """The RGB picture of a file that was drawn. UserError if it cannot be read."""
     try:
         return sources.open_picture(path)
     except sources.UNREADABLE as error:
@@ -298,8 +300,8 @@ def measure(metric: Metric, rows: dict[str, list[Path]], prompts: list[str], opt
     for name, paths in rows.items():
         values = []
         for i, path in enumerate(tqdm(paths, name, leave=False)):
-            picture, prompt, twin = _opened(path), "" if metric.frechet else prompts[i], None
-            if metric.to_cm and not metric.frechet and (twin := _opened(rows["cm"][i])).size != picture.size:
+            picture, prompt, twin = opened(path), "" if metric.frechet else prompts[i], None
+            if metric.to_cm and not metric.frechet and (twin := opened(rows["cm"][i])).size != picture.size:
                 raise UserError(f"{path} has {picture.size} pixels and cm's picture {twin.size}: draw both in one size")
             values.append(torch.as_tensor(score(picture, prompt, twin), dtype=torch.float64, device="cpu"))
         found[name] = torch.stack(values)

@@ -6,18 +6,19 @@ outlier channels (--outliers), at SDXL's share of parameters in branches.
 
 What is scored is kept in benchmarks/ablate.safetensors and not done again, a run that was killed goes on, and the group's table in
 docs/tables has all that the store has and is written anew after every new cell; so a grid of hours may be made in parts, one at a
-time. A cell that fails is named, left out and tried again by the next call. A cell of the table has
+time. A cell that fails is named, left out and tried again by the next call. What was made by other code is not made again: for
+that give another --out and another --store. A cell of the table has
 
     PSNR to the 16-bit consistency model's pictures, dB; in brackets the Frechet distance as a multiple of that model's, and prompt
-    accuracy (means +- sd of the training seeds); after a semicolon the paired difference in PSNR to the first row, with the 95%
-    interval of bootstraps over prompts and seeds. With one seed the interval leaves out what the seed changes.
+    accuracy (means +- sd of the training seeds); after a semicolon the paired difference in PSNR to the first row, with its 95%
+    interval over prompts and seeds. With one seed the interval leaves out what the seed changes.
 
 A row of your own is one more line in GROUPS. What no flag does is a function of benchmarks/variants.py, named in the flags as
 @name. Rows that begin with the same student share its statistics and split, most of their time.
 """
 
-import dataclasses
 import itertools
+import math
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -32,25 +33,26 @@ import evaluate
 import scores
 import tdpt
 import train
+from benchmarks import variants
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
 from benchmarks.tables import ROOT, markdown, spread, write_table
-from benchmarks.variants import VARIANTS, fitted
 from data import scenes
 from models import checkpoint, pretrained
-from models.denoiser import FAST, Denoiser, as_cm, start_noise
+from models.denoiser import FAST, Denoiser, as_cm, lora_layers, start_noise
 from models.family import FAMILIES
 from run import files
 from run.common import UserError, run_script, step_generator
 
-SEED, STEPS, EDGES = 1234, 4, 256  # of the evaluation; EDGES: pictures whose states are compared at the edges of the phases
-MOST_SEEDS = 10  # training seeds that tables and the plot look for
+SEED, STEPS, STATES = 1234, 4, 256  # of the evaluation; STATES: pictures whose states are compared at the edges of the phases
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5% quantile, by training seeds
+MOST_SEEDS = max(STUDENT_T)  # that tables and the plot look for
 STORE = ROOT / "benchmarks" / "ablate.safetensors"
 PLOT = ROOT / "docs" / "plots" / "edges.svg"
 DTYPE = str(FAST).removeprefix("torch.")
 OF_TRAINING = {  # fields of Config that the packed student before training does not depend on
     "recipe", "out", "steps", "batch", "optimizer", "lr", "warmup", "clip", "rollout", "trajectory", "on_policy", "cached",
     "jitter", "tdpt_phases", "targets", "split", "huber", "deploy",
-} | train.MAY_CHANGE - {"hessian_mb"}  # fmt: skip
+} | train.MAY_CHANGE - {"hessian_mb", "micro"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ GROUPS = {
         "GPTQ": NO_BRANCH,
         "SVDQuant style": SVDQUANT,
         "ConvRot style: rotation alone, nearest": f"{NO_BRANCH} --rounding rtn --smooth 0 --rotate --no-centre",
-        "QuaRTZ style: multipliers 1, 2, 4, 8, 16, nearest": f"@powers --backend eager {NO_BRANCH} --rounding rtn {AS_THEY_ARE}",
+        "QuaRTZ style: multipliers 1, 2, 4, 8, 16, nearest": f"@powers {NO_BRANCH} --rounding rtn {AS_THEY_ARE}",
         "Q-Sched style: nearest, coefficients of the sampler fitted": f"@qsched {NO_BRANCH} --rounding rtn {AS_THEY_ARE}",
         "CMQuant, coefficients of the sampler fitted": "@qsched",
     }, updates=(0,)),
@@ -119,13 +121,13 @@ GROUPS = {
         "straight from the teacher": FROM_TEACHER,  # its pictures become the teacher's: the distance says more of it than the PSNR
         "straight from the teacher, rate 1e-3": f"{FROM_TEACHER} --lr 1e-3",
     }),
-    "formats": Group({
+    "formats": Group({  # on tiny --bits-x 8 has a smaller learning rate (2e-5, not 1e-4)
         "W4A4 (default)": "",
         "W4A4, activations in groups of 16": "--group-x 16",
         "W4A8": "--bits-x 8",
-        "W4A16": "@a16 --backend eager --bits-x 8",  # --bits-x 8: W4A8's learning rate
-        "W8A8": "@w8 --backend eager --bits-x 8",
-        "weights with a float scale for each group of 64": "@float-scales --backend eager",
+        "W4A16": "@a16 --bits-x 8",
+        "W8A8": "@w8 --bits-x 8",
+        "weights with a float scale for each group of 64": "@float-scales",
         "weights with one scale for each row": "@row-scales",
         "modulations W4A4": "@modulations-w4a4",  # else W4A16
         "modulations W8A16": "@modulations-w8a16",
@@ -150,13 +152,33 @@ GROUPS = {
 }  # fmt: skip
 
 
+def from_teacher() -> None:
+    """What is quantized is the teacher, without the consistency model's LoRA. Like the teacher, the student does not see the time
+    that a jump goes to: the layer that would read it is untrained, and is neither quantized nor trained here. So the student can
+    learn one number of steps."""
+
+    def untold(denoiser: Denoiser) -> Denoiser:
+        denoiser.knows_destination = False
+        return denoiser
+
+    def without_lora(denoiser: Denoiser) -> Denoiser:
+        for name, lora in lora_layers(denoiser).items():
+            denoiser.net.set_submodule(name, lora.layer)
+        return untold(denoiser)
+
+    packed = checkpoint._packed_model
+    train.fuse, checkpoint._packed_model = without_lora, lambda *about: untold(packed(*about))
+
+
+VARIANTS = variants.VARIANTS | {"@from-teacher": from_teacher}  # this one changes what train.py itself does
+
 # ---------------------------------------------------------------- one run, in a process of its own
 
 
 def reference(denoiser: Denoiser, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(noises, cond, edges) of at most EDGES of n pictures, for the captions that a Judge of this seed asks for."""
+    """(noises, cond, edges) of at most STATES of n pictures, for the captions that a Judge of this seed asks for."""
     scene = scenes.random_scenes(n, step_generator(seed, 0))
-    captions = [scenes.caption_of(scene, i) for i in range(min(n, EDGES))]
+    captions = [scenes.caption_of(scene, i) for i in range(min(n, STATES))]
     return start_noise(len(captions), denoiser.latent, 2_000_000 * seed), denoiser.encode(captions), denoiser.path.grid(STEPS)
 
 
@@ -173,16 +195,16 @@ def score_fp(model: str, out: Path, n: int) -> None:
 
 
 @torch.no_grad()
-def score(folder: Path, n: int, variants: list[str]) -> None:
+def score(folder: Path, n: int, names: list[str]) -> None:
     """FOLDER/scores-N.safetensors of a finished run: PSNR of each picture in hundredths of a dB; beside it the mean, prompt
     accuracy, the Frechet distance as a multiple of the 16-bit model's, and the relative error of the state at each edge of the
     phases."""
     fp, about_fp = files.read_tensors(folder.parent / f"fp-{n}.safetensors", "delete the folder")
     packed, about = checkpoint.load_checkpoint(folder)
     judge, drawing = evaluate.Judge(n, SEED, side=packed.family.side), packed
-    if "@qsched" in variants:
+    if variants.OF_SAMPLER & {*names}:
         _, cond, edges = reference(packed, n, SEED + 1)
-        drawing = fitted(packed, packed.path, fp[f"states-{SEED + 1}"], cond, edges)
+        drawing = variants.fitted(packed, packed.path, fp[f"states-{SEED + 1}"], cond, edges)
     pictures = judge.draw("ours", drawing, packed, STEPS)
     x_T, cond, edges = reference(packed, n, SEED)
     states, z = tdpt.rollout_states(drawing, packed.path, x_T, cond, edges), fp[f"states-{SEED}"]
@@ -190,18 +212,24 @@ def score(folder: Path, n: int, variants: list[str]) -> None:
     found = judge.score(pictures)
     psnr = scores.psnr_B(pictures, fp["pictures"])
     row = {"psnr": psnr.mean().item(), "x fp": found["frechet"] / about_fp["frechet"], "accuracy": found["prompt_accuracy"]}
-    row |= {"edges": errors, "n": n, "commit": about["commit"]}
+    row |= {"edge errors": errors, "n": n, "commit": about["commit"]}
     files.write_tensors(folder / f"scores-{n}.safetensors", {"psnr": (100 * psnr).round().short()}, row)
 
 
-def share_starts(starts: Path, variants: list[str]) -> None:
-    """train.py takes the packed student before training from the folder `starts` where a run of this commit has made it, and leaves
-    its own there."""
+def code() -> str:
+    """A digest of all code that a packed student may depend on."""
+    found = (path for path in sorted(ROOT.rglob("*.[pc]*")) if path.suffix in (".py", ".cpp"))
+    return files.digest_of([path.read_text() for path in found if not {"tests", "runs"} & {*path.relative_to(ROOT).parts}])
+
+
+def share_starts(starts: Path, names: list[str]) -> None:
+    """train.py takes the packed student before training from the folder `starts` where a run of this very code, with the same files
+    of teacher and consistency model, has made it, and leaves its own there."""
     initialise = train.initialise_student
 
     def shared(cfg: train.Config, out: Path) -> None:
-        about = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in OF_TRAINING}
-        about |= {"variants": sorted(variants), "commit": files.read_config(out)["commit"], "torch": torch.__version__}
+        about = {k: v for k, v in train.stored(cfg).items() if k not in OF_TRAINING}
+        about |= {"variants": sorted({*names} - variants.OF_SAMPLER), "code": code(), "torch": torch.__version__}
         path = starts / files.digest_of(about) / "start.safetensors"
         if not path.exists():
             initialise(cfg, out)
@@ -214,13 +242,13 @@ def share_starts(starts: Path, variants: list[str]) -> None:
 
 def run(folder: Path, n: int, flags: list[str]) -> None:
     """Trains and scores one cell; nothing that is there already is made again. What serves resuming alone is deleted."""
-    variants = [flag for flag in flags if flag.startswith("@")]
-    for name in variants:
-        VARIANTS.get(name, lambda: None)()
-    share_starts(folder.parent / "starts", variants)
+    names = [flag for flag in flags if flag.startswith("@")]
+    for name in names:
+        VARIANTS[name]()
+    share_starts(folder.parent / "starts", names)
     if not (folder / "report.json").exists():
-        train.main([flag for flag in flags if flag not in variants] + ["--out", str(folder), "--eval-n", "2"])
-    score(folder, n, variants)
+        train.main([flag for flag in flags if flag not in names] + ["--out", str(folder), "--eval-n", "2"])
+    score(folder, n, names)
     for path in folder.glob("sta*.safetensors"):
         path.unlink()
     shutil.rmtree(folder / "trajectories", ignore_errors=True)
@@ -242,16 +270,21 @@ def read_store(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
 def keep(path: Path, key: str, scored: Path) -> None:
     """Adds what `score` wrote to the store. UserError if that has another number of pictures."""
     (tensors, rows), (one, about) = read_store(path), files.read_tensors(scored, "delete it")
-    row = {name: about[name] for name in ("psnr", "x fp", "accuracy", "edges", "n", "commit")}
+    row = {name: about[name] for name in ("psnr", "x fp", "accuracy", "edge errors", "n", "commit")}
     if other := {kept["n"] for kept in rows.values()} - {row["n"]}:
         raise UserError(f"{path} has rows of {min(other)} pictures: give --n {min(other)}, or another --store")
     files.write_tensors(path, tensors | {f"{key} {DTYPE}": one["psnr"]}, {"rows": rows | {f"{key} {DTYPE}": row}})
 
 
 def interval(difference: Tensor) -> list[float]:
-    """[mean, low, high] of paired differences (seeds, n), with the 95% interval of bootstraps over prompts and seeds."""
-    statistic = lambda seeds, prompts: difference[seeds][:, prompts].mean().item()  # noqa: E731
-    return scores.interval(statistic, tuple(difference.shape), scores.RESAMPLES, seed=0)
+    """[mean, low, high] of paired differences (seeds, n), float64. The half width of the 95% interval is sqrt(p^2 + s^2): p by
+    bootstraps over prompts, s = t sd / sqrt(seeds) with Student's t, as bootstraps of two or three seeds would be too narrow."""
+    of_prompts, of_seeds = difference.mean(0), difference.mean(1)
+    mean, low, _ = scores.interval(lambda i: of_prompts[i].mean().item(), (len(of_prompts),), scores.RESAMPLES, seed=0)
+    seeds = len(of_seeds)
+    s = STUDENT_T[seeds] * of_seeds.std().item() / seeds**0.5 if seeds > 1 else 0.0
+    half = math.hypot(mean - low, s)
+    return [mean, mean - half, mean + half]
 
 
 def dtype_of(rows: dict[str, dict]) -> str:
@@ -311,7 +344,7 @@ def edge_errors(rows: dict[str, dict]) -> dict[str, dict[tuple[str, int], list[f
     dtype = dtype_of(rows) if rows else ""
     for model, label, updates in itertools.product(FAMILIES, DRAWN, DRAWN_UPDATES):
         keys = (f"{key_of(model, '', GROUPS['components'].rows[label], updates, seed)} {dtype}" for seed in range(MOST_SEEDS))
-        if runs := [rows[key]["edges"] for key in keys if key in rows]:
+        if runs := [rows[key]["edge errors"] for key in keys if key in rows]:
             found.setdefault(model, {})[label, updates] = [sum(at_edge) / len(runs) for at_edge in zip(*runs, strict=True)]
     if not found:
         labels = " ".join(f'"{label}"' for label in DRAWN)
@@ -340,6 +373,14 @@ def plot(store: Path, file: Path = PLOT) -> None:
         figure.savefig(file, metadata={"Date": None})
 
 
+def show(name: str, store: Path) -> None:
+    """A group's table: into docs/, or to the screen where the store is a trial's."""
+    if store == STORE:
+        write_table(f"ablate-{name}", table(GROUPS[name], store), show=False)
+    else:
+        print("\n".join(table(GROUPS[name], store)))
+
+
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--run"]:  # a cell's own process
         _, folder, n, *flags = argv
@@ -347,10 +388,13 @@ def main(argv: list[str]) -> None:
     cli = parser(__doc__, "runs/ablate", 512)
     cli.add_argument("groups", nargs="+", choices=[*GROUPS, "plot"], help="tables; plot: the figure of what is stored")
     cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
-    cli.add_argument("--seeds", type=int, default=0, help="training seeds; 0: as many as the group asks for")
+    cli.add_argument(
+        "--seeds", type=int, default=0, choices=range(MOST_SEEDS + 1), help="training seeds; 0: as many as the group asks for"
+    )
     cli.add_argument("--updates", type=int, nargs="+", help="--steps of the runs; default those of the group")
     cli.add_argument("--only", nargs="+", choices=[label for group in GROUPS.values() for label in group.rows], help="rows")
-    cli.add_argument("--store", type=Path, default=STORE, help="file of the scores")
+    where = "file of the scores; for another than the default the table is printed, and docs/ stay as they are"
+    cli.add_argument("--store", type=Path, default=STORE, help=where)
     args = cli.parse_args(argv)
     here = ("-m", "benchmarks.ablate", "--run")
 
@@ -383,11 +427,11 @@ def main(argv: list[str]) -> None:
             if scored.exists() and f"{key} {DTYPE}" not in done:
                 keep(args.store, key, scored)
                 print(key, flush=True)
-                write_table(f"ablate-{name}", table(group, args.store), show=False)
+                show(name, args.store)
         if args.store.exists():  # where nothing was new too
-            write_table(f"ablate-{name}", table(group, args.store), show=False)
+            show(name, args.store)
     if groups != args.groups:
-        plot(args.store)
+        plot(args.store, PLOT if args.store == STORE else args.store.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ import train
 from backends import cpu
 from benchmarks.jobs import parser
 from benchmarks.tables import markdown
+from data import sources
 from data.cache import Trajectories
 from layers import packed_layers
 from models import checkpoint, tiny
@@ -211,7 +212,7 @@ def damage(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: 
     file.write_bytes(data)
     what = f"{file.relative_to(out)}, byte {place}, of a {'finished' if finished else 'killed'} run"
     if finished:
-        flags = ["--checkpoint", str(out), "--steps", "1", "--prompt", sample.PROMPTS[0], "--out"]
+        flags = ["--checkpoint", str(out), "--steps", "1", "--prompt", sources.SAMPLE_PROMPTS[0], "--out"]
         code, printed, _ = run(sample, [*flags, f"{out}.png"])
         drawn = Path(f"{out}.png")
         if not (code == 2 and file.name in sentence(printed)):
@@ -260,7 +261,7 @@ def undisturbed(task) -> float:
     if code:
         sys.exit(printed)
     run(train, command(folder, flags, folder / f"{name}-killed"), before=die_at_four)
-    flags = ["--checkpoint", str(good), "--steps", "1", "--prompt", sample.PROMPTS[0], "--out", f"{good}.png"]
+    flags = ["--checkpoint", str(good), "--steps", "1", "--prompt", sources.SAMPLE_PROMPTS[0], "--out", f"{good}.png"]
     code, printed, _ = run(sample, flags)
     if code:
         sys.exit(printed)
@@ -290,7 +291,8 @@ def main() -> None:
     folder.mkdir(parents=True)
     cpu.is_available()  # built before anything is killed
     # inherited by every run
-    real_pictures, draw, sample.PROMPTS, Trajectories.SHARD = evaluate.real_pictures, sample.draw, sample.PROMPTS[:2], 8
+    sources.SAMPLE_PROMPTS, Trajectories.SHARD = sources.SAMPLE_PROMPTS[:2], 8
+    real_pictures, draw = evaluate.real_pictures, sample.draw
     evaluate.real_pictures = lambda classifier, n, *side: real_pictures(classifier, min(n, 64), *side)
     sample.draw = evaluate.draw = lambda model, denoiser, texts, steps, seed, **bar: draw(
         model, denoiser, texts, min(steps, 4), seed, **bar

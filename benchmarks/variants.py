@@ -14,11 +14,14 @@ import kernels
 import quant
 import student
 import tdpt
-import train
 from layers import PackedLayer
-from models import checkpoint
-from models.denoiser import Denoiser, lora_layers
+from models.denoiser import Denoiser
 from models.family import FAMILIES
+
+
+def eager_everywhere() -> None:
+    """Every backend is the eager one: the kernels in C++ and Triton round activations themselves and read codes of 4 bits."""
+    kernels.BACKENDS = dict.fromkeys(kernels.BACKENDS, kernels.BACKENDS["eager"])
 
 
 def powers_of_two() -> None:
@@ -36,6 +39,7 @@ def powers_of_two() -> None:
         return codes, m_G.to(torch.uint8), scale
 
     quant.quantize_activation = quantize
+    eager_everywhere()
 
 
 def fitted(model: Callable, path: tdpt.Path, states: Tensor, cond: dict[str, Tensor], edges: Tensor) -> Callable:
@@ -60,14 +64,15 @@ def fitted(model: Callable, path: tdpt.Path, states: Tensor, cond: dict[str, Ten
 
 def multiply_in_float() -> None:
     """The eager kernels take operands m q that are no int8, as float32. Their sums are in float32."""
+    eager_everywhere()
     im2col = kernels.im2col
     kernels.int8_matmul = lambda X_TK, W_OK: X_TK.float() @ W_OK.float().t()
     kernels.im2col = lambda X_NHWC, *geometry: im2col(X_NHWC, *geometry).view(X_NHWC.dtype)  # it copies four bytes at a time
 
 
 def keep_products() -> None:
-    """Packed layers hold m q of each weight as the bytes of a float32, so that m and q may be any numbers whose product is one.
-    Checkpoints keep bytes as they are. The size that a run reports is that of float32."""
+    """Packed layers hold the product m q of each weight, any float32 number, in the place of m and q. Checkpoints keep these bytes
+    as they are, so that the size which a run reports is that of float32."""
     init = PackedLayer.__init__
 
     def with_room(self, *args, **kwargs) -> None:
@@ -165,24 +170,9 @@ def modulations_w8a16() -> None:
     student.layers_to_quantize = others
 
 
-def from_teacher() -> None:
-    """What is quantized is the teacher, without the consistency model's LoRA. The student is as little told where a jump goes to as
-    the teacher is, whose layer for that is untrained and would stay so, in 16 bits: hence it learns one number of steps."""
-
-    def untold(denoiser: Denoiser) -> Denoiser:
-        denoiser.knows_destination = False
-        return denoiser
-
-    def without_lora(denoiser: Denoiser) -> Denoiser:
-        for name, lora in lora_layers(denoiser).items():
-            denoiser.net.set_submodule(name, lora.layer)
-        return untold(denoiser)
-
-    packed = checkpoint._packed_model
-    train.fuse, checkpoint._packed_model = without_lora, lambda *about: untold(packed(*about))
-
-
+OF_SAMPLER = {"@qsched"}  # these patch nothing: benchmarks/ablate.py draws with `fitted` where it scores
 VARIANTS: dict[str, Callable] = {
+    "@qsched": lambda: None,
     "@powers": powers_of_two,
     "@a16": activations_in_16_bits,
     "@w8": weights_in_8_bits,
@@ -191,5 +181,4 @@ VARIANTS: dict[str, Callable] = {
     "@modulations-w4a4": lambda: modulations("w4a4"),
     "@modulations-w8a16": modulations_w8a16,
     "@modulations-16bit": lambda: modulations("16bit"),
-    "@from-teacher": from_teacher,
-}  # @qsched is of the sampler: see `score`
+}

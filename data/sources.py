@@ -60,6 +60,11 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
         return rgb(picture)
 
 
+def to_bytes(pictures: Tensor) -> np.ndarray:
+    """(B, H, W, 3) uint8 of pictures (B, 3, H, W) in [-1, 1]."""
+    return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
 def report_skipped(skipped: list[str]) -> None:
     """Prints the first five pictures that could not be read, and how many there were."""
     for line in skipped[:5]:

@@ -21,9 +21,7 @@ from run.common import UserError
 
 def read_run(folder: Path) -> dict:
     """config.json of a finished run on a model with public weights. UserError for any other."""
-    about = files.read_config(folder)
-    if "layers" not in about:
-        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
+    about = files.read_finished(folder)
     if not isinstance(about.get("network"), dict):
         raise UserError(f"{folder} holds a tiny model, no pipeline's: draw with `python sample.py --checkpoint {folder}`")
     return about
@@ -120,7 +118,7 @@ def _metrics(report: dict) -> str:
     """report.json for the card: its numbers as a list, its rows of scores as a table."""
     text = f"\n## Metrics\n\nMeasured by CMQuant's evaluate.py on {report['n']} pictures of {report['steps']} steps.\n\n"
     text += "".join(f"- {name}: {value:.3f}\n" for name, value in report.items() if isinstance(value, float))
-    if rows := {name: row for name, row in report.items() if isinstance(row, dict) and name != "seconds"}:
+    if rows := {name: row for name, row in report.items() if isinstance(row, dict)}:
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         lines = [["", *columns], ["---"] * (len(columns) + 1)]
         lines += [

@@ -112,13 +112,9 @@ def load_checkpoint(folder: str | Path) -> tuple[Denoiser, dict]:
     """(the packed student, config.json). Embedded ones in denoiser.FAST, others in their run's dtype. UserError for a missing,
     unfinished, truncated or foreign checkpoint."""
     folder = Path(folder)
-    about = files.read_config(folder)
-    if about["config"].get("bits") == 16 or about["config"].get("stage") == "teacher":
-        raise UserError(f"{folder} holds 16-bit weights, no packed student: give them to train.py by --cm or --teacher")
+    about = files.read_finished(folder)
     hint = "the run is unfinished or damaged, run its train.py command again"
     tensors, _ = files.read_verified(folder / "model.safetensors", hint, files.run_digest(folder))
-    if "layers" not in about:
-        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
     floats = {f"net.{name}.scale_O" for name, row in about["layers"].items() if row.get("lora", 16) == 16}
     tensors = {k: kernels.unpack_scales(v) if k in floats else v for k, v in tensors.items()}
     student = _packed_model(about["network"], about["layers"], tensors, folder / "model.safetensors")

@@ -6,7 +6,9 @@
     state.safetensors    what resuming needs (run/state.py); state-previous.safetensors is the one before
     metrics.jsonl        a line per update
     model.safetensors    the deployed checkpoint (models/checkpoint.py)
-    samples/*.png
+    samples/*.png        pictures, and report.json, the closing lines' numbers
+    evaluation*/         scores of evaluate.py, with intervals, and the pictures of models with public weights
+    report.html          the page about the run (run/report.py)
 
 Every file is written under a temporary name, synced and renamed.
 
@@ -271,6 +273,16 @@ def read_config(folder: Path) -> dict:
         raise
     except (ValueError, KeyError, TypeError):
         raise DamagedConfig(f"{folder}/config.json is damaged: restore it, or run its train.py command again") from None
+
+
+def read_finished(folder: Path) -> dict:
+    """config.json of a finished student, with the table of its layers. UserError for another run."""
+    about = read_config(folder)
+    if about["config"].get("bits") == 16 or about["config"].get("stage") == "teacher":
+        raise UserError(f"{folder} holds 16-bit weights, no packed student: give them to train.py by --cm or --teacher")
+    if "layers" not in about:
+        raise UserError(f"{folder} is an unfinished run: run its train.py command again")
+    return about
 
 
 def run_digest(folder: Path) -> str:

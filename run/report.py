@@ -39,6 +39,13 @@ FIGURES = {  # of report.json: what the page says
 }
 
 
+MEANINGS = {  # metrics of the small models
+    "frechet": "distance between the features of these pictures and of real ones; lower is better",
+    "prompt_accuracy": "share of pictures in which a classifier reads everything that the prompt says; higher is better",
+    "psnr_to_fp": "PSNR in dB to the 16-bit consistency model's picture from the same noise; higher is closer",
+}
+
+
 @dataclass(frozen=True)
 class Sheet:
     """Pictures in rows, a model a row, a prompt a column."""
@@ -57,32 +64,19 @@ def _data(picture: Image.Image) -> str:
 
 
 def read_scores(run: Path) -> dict[Path, dict]:
-    """What evaluate.py found about a run, by its files. UserError for a damaged one."""
-    found = {}
+    """What evaluate.py found about the run's present weights, by its files. UserError for a damaged one."""
+    found, weights = {}, files.recorded_checksum(run / "model.safetensors")
     for path in sorted(run.glob("evaluation*/scores*.json")):
         try:
-            found[path] = json.loads(path.read_text())
-            found[path]["scores"], found[path]["versus"]
+            scored = json.loads(path.read_text())
+            scored["scores"], scored["versus"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} cannot be read: delete it, and run evaluate.py again") from None
+        if scored.get("weights") == weights:
+            found[path] = scored
+        else:
+            print(f"{path} is of other weights of this run, and is left out: run evaluate.py again")
     return found
-
-
-def sheets_of_evaluation(run: Path) -> list[Sheet]:
-    """The first pictures of the rows of evaluate.py's folders. UserError for a picture that cannot be read."""
-    sheets = []
-    for path, found in read_scores(run).items():
-        paths = {row: sorted((path.parent / row).glob("*.png"))[:SHOWN] for row in found["scores"]}
-        try:
-            rows = {row: [Image.open(file) for file in files_] for row, files_ in paths.items() if files_}
-            for picture in (picture for pictures in rows.values() for picture in pictures):
-                picture.load()
-        except OSError as error:
-            raise UserError(f"{error}: delete the picture, and run evaluate.py again") from None
-        if rows:
-            about = f"{path.parent.name}: {found['steps']} steps, seed {found['seed']}; the base in 25 steps"
-            sheets.append(Sheet(about, found["first_prompts"][:SHOWN], rows))
-    return sheets
 
 
 def score_table(found: dict) -> dict:
@@ -99,16 +93,19 @@ def score_table(found: dict) -> dict:
                 shown = "" if metric in found["to_reference"] else f"{value:+.3f} "
                 cells.append(f"{shown}[{low:.3f}, {high:.3f}]" if metric in versus else "")
             rows.append((f"difference to {found['reference']}, 95% interval", cells))
-    about = f"{found['n']} prompts, {found['steps']} steps, seed {found['seed']}."
+    about = (
+        f"{found['n']} prompts, {found['steps']} steps, seed {found['seed']}. {found['reference']} is the 16-bit consistency model."
+    )
     if found["to_reference"]:
-        about += f" Compared with the pictures of {found['reference']}: {', '.join(found['to_reference'])}."
+        about += f" Compared with its pictures: {', '.join(found['to_reference'])}."
+    about = " ".join([about, *(f"{metric}: {MEANINGS[metric]}." for metric in metrics if metric in MEANINGS)])
     return {"about": about, "metrics": metrics, "rows": rows}
 
 
 def of_closing_lines(closing: dict) -> dict:
-    """The scores of report.json in the form of evaluate.py's, without intervals."""
-    rows = {name: row for name, row in closing.items() if isinstance(row, dict) and name != "seconds"}
-    about = {"n": closing["n"], "steps": closing["steps"], "seed": "of the closing lines"}
+    """The scores of report.json in the form of evaluate.py's, without intervals; the closing lines' seed is always this one."""
+    rows = {name: row for name, row in closing.items() if isinstance(row, dict)}
+    about = {"n": closing["n"], "steps": closing["steps"], "seed": 4321}
     return about | {"reference": "fp", "to_reference": [], "scores": rows, "versus": {}}
 
 
@@ -155,27 +152,23 @@ def layer_rows(layers: dict[str, dict], seconds: dict[str, float]) -> list[list[
     return rows
 
 
-def page(run: Path, sheets: list[Sheet], notes: list[str]) -> str:
-    """The page as HTML. sheets: pictures; notes: sentences before them. UserError for an unfinished or damaged run."""
-    about = files.read_config(run)
-    if "layers" not in about:
-        raise UserError(f"{run} is an unfinished run: run its train.py command again")
+def page(run: Path, scores: list[dict], sheets: list[Sheet], notes: list[str]) -> str:
+    """The page as HTML. scores: what read_scores found; sheets: pictures; notes: sentences before them. UserError for an unfinished
+    or damaged run."""
+    about = files.read_finished(run)
     try:
         closing = json.loads((run / "report.json").read_text())
+        closing["memory_ratio"] = closing["mb"] / closing["mb_bf16"]
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run} lacks a file or has a damaged one ({error}): run its train.py command again") from None
-    config, seconds = about["config"], closing.get("seconds", {})
-    closing["memory_ratio"] = closing["mb"] / closing["mb_bf16"]
-    found = [score_table(found) for found in read_scores(run).values()]
-    if not found:
-        more = f" Scores with intervals are made by python evaluate.py --checkpoint {run}"
-        found = [table | {"about": table["about"] + more} for table in [score_table(of_closing_lines(closing))]]
+    config, seconds = about["config"], dict(closing.get("seconds", []))
+    tables = [table for table in map(score_table, scores or [of_closing_lines(closing)]) if table["rows"]]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((files.ASSETS / "report.html").read_text())
     largest = max((max(picture.size) for sheet in sheets for row in sheet.rows.values() for picture in row), default=0)
     return template.render(
-        title=f"{config['model']}: {run.name}",
+        title=f"{config['model']}: {run.resolve().name}",
         about=f"{len(metrics)} updates, seed {config['seed']}, torch {about['torch']}, commit {about['commit'] or 'unknown'}.",
         figures=[(name, form.format(closing[key])) for key, (name, form) in FIGURES.items() if key in closing],
         notes=notes,
@@ -184,10 +177,11 @@ def page(run: Path, sheets: list[Sheet], notes: list[str]) -> str:
             for s in sheets
         ],
         pixelated=largest <= 96,
-        scores=found,
+        scores=tables,
+        evaluate="" if scores else f"python evaluate.py --checkpoint {run}",
         curves=draw_curves(metrics),
         columns=[(name, name not in WORDS) for name in COLUMNS],
         layers=layer_rows(about["layers"], seconds),
-        timed="measured while the pictures of its closing lines were drawn" if seconds else "which this run did not measure",
+        timed=bool(seconds),
         config=list(config.items()),
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 import shlex
 
@@ -40,7 +41,7 @@ def variant(name: str):
     places = (quant, kernels, student, train, checkpoint, gptq_gpu, quant.GridWeight, layers.PackedLayer)
     before, families = [dict(vars(place)) for place in places], dict(FAMILIES)
     try:
-        variants.VARIANTS[name]()
+        ablate.VARIANTS[name]()
         yield
     finally:
         FAMILIES.update(families)
@@ -59,7 +60,7 @@ def test_every_row_is_a_command_of_its_own(name):
             for testbed in group.testbeds:
                 key = ablate.key_of(model, testbed, flags, group.updates[0], 0).split()
                 names = {flag for flag in key if flag.startswith("@")}
-                assert names <= {*variants.VARIANTS, "@qsched"}
+                assert names <= ablate.VARIANTS.keys()
                 cfg = train.parse([flag for flag in key if flag not in names])
                 train.validate(cfg)
                 configurations.add((*dataclasses.astuple(cfg), *names))
@@ -254,6 +255,38 @@ def test_a_run_of_a_variant_trains_and_draws(name, flags, tmp_path, monkeypatch)
         assert draw(loaded, loaded, ["a red ring", "a blue square"], 1).std() > 0
 
 
+def test_runs_share_a_start_where_nothing_of_it_differs(tmp_path, monkeypatch):
+    """Catches a start that is taken though a flag, variant, file of weights or line of code that it depends on has changed, and one
+    that is made again for another objective."""
+    made = []
+
+    def initialise(cfg, out):
+        made.append(out)
+        files.write_tensors(out / "start.safetensors", {"x": torch.tensor([len(made)])}, {}, files.run_digest(out))
+
+    def start_of(flags: str, *names: str) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "initialise_student", initialise)
+            ablate.share_starts(tmp_path / "starts", list(names))
+            out, cfg = tmp_path / f"{len(made)} {flags} {names}".replace("/", "-"), train.parse(flags.split())
+            files.open_run(out, train.stored(cfg), leader=True)
+            train.initialise_student(cfg, out)
+            return files.read_verified(out / "start.safetensors", "", files.run_digest(out))[0]["x"].item()
+
+    assert start_of("") == 1
+    same = ("--lr 1", "--steps 0", "--targets self,self --rollout 0", "--recipe paper", "--deploy merged", "--save-every 3")
+    assert [start_of(flags) for flags in same] == [1] * len(same) and start_of("", "@qsched") == 1
+    others = ("--rank 3", "--seed 1", "--calibration 5", "--micro 2", "--ranks uniform", "--init zero", "--bits-x 8", "--outliers")
+    assert [start_of(flags) for flags in others] == list(range(2, 2 + len(others)))
+    assert start_of("", "@w8") == len(others) + 2 and start_of("--rank 3") == 2
+    (tmp_path / "cm.safetensors").write_bytes(b"one")
+    one = start_of(f"--cm {tmp_path}/cm.safetensors")
+    (tmp_path / "cm.safetensors").write_bytes(b"two and more")
+    assert start_of(f"--cm {tmp_path}/cm.safetensors") == one + 1 == len(made)
+    monkeypatch.setattr(ablate, "code", lambda: "an edit")
+    assert start_of("") == len(made) == one + 2
+
+
 def test_fitted_coefficients_undo_a_gain_and_are_those_of_each_step():
     """Catches coefficients of x and p in each other's place, and one pair for all steps."""
     path, gen = tdpt.FlowPath(), torch.Generator().manual_seed(0)
@@ -280,7 +313,8 @@ def test_intervals_are_of_paired_prompts_and_of_seeds():
     assert mean == pytest.approx(each_prompt.mean().item())
     assert (low, high) == (pytest.approx(mean - half, abs=0.15 * half), pytest.approx(mean + half, abs=0.15 * half))
     _, low, high = ablate.interval(each_prompt + torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64))
-    assert low < mean - 0.8 and high > mean + 0.8
+    s = 4.303 / 3**0.5  # Student's t for three seeds whose sd is 1
+    assert high - mean == pytest.approx(math.hypot(half, s), rel=0.01) and mean - low == pytest.approx(high - mean)
 
 
 @pytest.fixture
@@ -289,7 +323,7 @@ def add(tmp_path):
 
     def add(flags: str, seed: int, psnr: float, dtype: str = ablate.DTYPE, n: int = 8, model: str = "tiny") -> None:
         each = torch.full((n,), round(100 * psnr)).short() + torch.arange(n).short()
-        about = {"x fp": 1 + psnr / 1000, "accuracy": 0.5, "psnr": psnr, "edges": [0.0], "n": n, "commit": ""}
+        about = {"x fp": 1 + psnr / 1000, "accuracy": 0.5, "psnr": psnr, "edge errors": [0.0], "n": n, "commit": ""}
         files.write_tensors(tmp_path / "scores.safetensors", {"psnr": each}, about)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ablate, "DTYPE", dtype)
@@ -325,7 +359,7 @@ def drawn_rows() -> dict[str, dict]:
         (("tiny", "--outliers", paper, 40, 0), "float32", 9.0), (("tiny", "", f"{paper} --split 1", 40, 0), "float32", 9.0),
         (("tiny", "", paper, 20, 0), "float32", 9.0),
     ):  # fmt: skip
-        rows[f"{ablate.key_of(*about)} {dtype}"] = {"edges": [0.0, error, 2 * error], "n": 2}
+        rows[f"{ablate.key_of(*about)} {dtype}"] = {"edge errors": [0.0, error, 2 * error], "n": 2}
     return rows
 
 
@@ -396,5 +430,5 @@ def test_a_cell_is_trained_scored_and_kept_once(tmp_path, monkeypatch):
     fp, ours = judge.draw("", as_cm(network), network, 4), judge.draw("", student, student, 4)
     assert row["psnr"] == pytest.approx(scores.psnr(ours, fp), abs=1e-3)
     assert row["x fp"] == pytest.approx(judge.score(ours)["frechet"] / judge.score(fp)["frechet"], rel=1e-6)
-    assert len(row["edges"]) == 5 and row["edges"][0] == 0 < row["edges"][4] < 1
+    assert len(row["edge errors"]) == 5 and row["edge errors"][0] == 0 < row["edge errors"][4] < 1
     assert f"{row['psnr']:.2f}" in written[-1][2] and len(written[-1]) == 5

@@ -20,7 +20,7 @@ LAYERS = {
 }
 FOUND = {
     "n": 3, "steps": 2, "seed": 7, "reference": "cm", "to_reference": ["psnr"],
-    "first_prompts": ["a <b>cat</b>", "a dog"],
+    "first_prompts": ["a <b>cat</b>", "a dog"], "weights": "",
     "scores": {"cm": {"clip": 20.0, "psnr": 100.0}, "ours": {"clip": 20.5, "psnr": 35.25}},
     "versus": {"ours": {"clip": [0.5, -0.25, 1.25], "psnr": [35.25, 34.0, 36.5]}},
 }  # fmt: skip
@@ -44,9 +44,17 @@ def run(tmp_path):
     rows = [{"step": k, "loss": 0.5 / (k + 1), "norm": 1.0, "objective": "tdpt" if k % 2 else "rollout"} for k in range(30)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     closing = {"steps": 4, "n": 16, "mb": 25.0, "mb_bf16": 100.0, "branch_parameters": 0.02, "fp": {"frechet": 3.25}}
-    closing |= {"w4a4": {"frechet": 3.5, "psnr_to_fp": 41.0}, "seconds": {"first.conv": 3.0, "last.to_q": 1.0, "conv_out": 4.0}}
+    closing |= {
+        "w4a4": {"frechet": 3.5, "psnr_to_fp": 41.0},
+        "seconds": [["first.conv", 3.0], ["last.to_q", 1.0], ["conv_out", 4.0]],
+    }
     (tmp_path / "run" / "report.json").write_text(json.dumps(closing))
     return tmp_path / "run"
+
+
+def report_of(run) -> str:
+    evaluate.main(["report", str(run)])
+    return (run / "report.html").read_text()
 
 
 def text_of(page: str) -> str:
@@ -90,7 +98,7 @@ def test_scores_are_shown_with_what_their_rows_differ_by():
 def test_the_page_says_what_the_folder_has_and_needs_no_other_file(run):
     """Catches text that is taken for HTML, a link to another file or host, and numbers that are lost on the way."""
     picture = Image.new("RGB", (1024, 512), "red")
-    page = report.page(run, [report.Sheet("caption", ["a <b>cat</b>"], {"ours": [picture]})], ["A note."])
+    page = report.page(run, [], [report.Sheet("caption", ["a <b>cat</b>"], {"ours": [picture]})], ["A note."])
     assert not re.search(r'(src|href)="(?!data:|#)|url\((?!#)|@import|https?://(?!www\.w3\.org/)', page)
     assert "<b>" not in page and page.count("<script>") == 1
     said = text_of(page)
@@ -101,7 +109,7 @@ def test_the_page_says_what_the_folder_has_and_needs_no_other_file(run):
     assert pictures_of_page(page) == {"ours: a <b>cat</b>": Image.new("RGB", (384, 192), "red").tobytes()}
     assert all(f">{objective}<" in page for objective in ("tdpt", "rollout")) and page.count("<svg") == 1
     (run / "metrics.jsonl").write_text("")
-    assert "<svg" not in report.page(run, [], [])
+    assert "<svg" not in report.page(run, [], [], [])
 
 
 def test_pictures_and_scores_of_the_evaluation_are_shown(run):
@@ -120,6 +128,21 @@ def test_pictures_and_scores_of_the_evaluation_are_shown(run):
     assert "+0.500 [-0.250, 1.250]" in text_of(page) and "3.250" not in text_of(page)
 
 
+def test_scores_of_other_weights_are_left_out(run, capsys):
+    """Catches pictures and scores of a student that was trained again in the same folder since, and more pictures than prompts."""
+    for i in range(3):
+        (run / "evaluation" / "ours").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(run / "evaluation" / "ours" / f"{i:05}.png")
+    (run / "evaluation" / "scores.json").write_text(json.dumps(FOUND))
+    assert len(pictures_of_page(report_of(run))) == len(FOUND["first_prompts"]) == 2
+    files.write_tensors(run / "model.safetensors", {}, {})
+    page = report_of(run)
+    assert not pictures_of_page(page) and "+0.500" not in page and "scores.json is of other weights" in capsys.readouterr().out
+    weights = files.recorded_checksum(run / "model.safetensors")
+    (run / "evaluation" / "scores.json").write_text(json.dumps(FOUND | {"weights": weights}))
+    assert len(pictures_of_page(report_of(run))) == 2
+
+
 def test_what_is_missing_or_damaged_is_one_sentence(run, capsys):
     """Catches tracebacks, and a page of a run that has not ended."""
     evaluate.main(["report", str(run), "--out", str(run / "page.html")])
@@ -127,16 +150,22 @@ def test_what_is_missing_or_damaged_is_one_sentence(run, capsys):
     (run / "evaluation" / "ours").mkdir(parents=True)
     (run / "evaluation" / "ours" / "00000.png").write_bytes(b"no picture")
     (run / "evaluation" / "scores.json").write_text(json.dumps(FOUND))
-    with pytest.raises(UserError, match=r"00000.png.*: delete the picture, and run evaluate.py again"):
+    with pytest.raises(UserError, match=r"00000.png cannot be read .*: delete it, and draw it again"):
         evaluate.main(["report", str(run)])
     (run / "evaluation" / "scores.json").write_text("{}")
     with pytest.raises(UserError, match=r"scores.json cannot be read: delete it, and run evaluate.py again"):
         evaluate.main(["report", str(run)])
     (run / "evaluation" / "scores.json").unlink()
+    (run / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"lacks a file or has a damaged one .*: run its train.py command again"):
+        evaluate.main(["report", str(run)])
     (run / "report.json").unlink()
     with pytest.raises(UserError, match=r"lacks a file or has a damaged one .*: run its train.py command again"):
         evaluate.main(["report", str(run)])
     about = files.read_config(run)
+    files.write_json(run / "config.json", about | {"config": about["config"] | {"bits": 16}})
+    with pytest.raises(UserError, match=r"holds 16-bit weights, no packed student"):
+        evaluate.main(["report", str(run)])
     about.pop("layers")
     files.write_json(run / "config.json", about)
     with pytest.raises(UserError, match=r"is an unfinished run: run its train.py command again"):

@@ -504,11 +504,11 @@ def test_the_page_about_a_run_has_its_pictures_scores_and_times(finished, tmp_pa
     assert sorted(path for path in folder.rglob("*") if path.is_file()) == files_before
     page = (tmp_path / "page.html").read_text()
     prompts = sources.sample_prompts(config)
-    expected = evaluate.to_bytes(draw(student, student, prompts, 2))
+    expected = sources.to_bytes(draw(student, student, prompts, 2))
     shown = pictures_of_page(page)
     assert all(shown[f"W4A4 CM, 2 steps: {prompt}"] == each.tobytes() for prompt, each in zip(prompts, expected, strict=True))
-    assert len(shown) == 7 * len(prompts) and "which this run did not measure" not in page
-    seconds = json.loads((folder / "report.json").read_text())["seconds"]
+    assert len(shown) == 7 * len(prompts) and "were not measured" not in page
+    seconds = dict(json.loads((folder / "report.json").read_text())["seconds"])
     assert set(seconds) > set(about["layers"]) and min(seconds.values()) > 0
 
 
