@@ -40,6 +40,7 @@ ROWS = {  # label: flags of train.py, whose default is 2 ranks on average, the s
     "uniform ranks, no updates": f"--ranks uniform {START}",
     "ranks by the spectrum alone, no updates": f"--ranks spectrum {START}",
     "`--recipe paper`": "--recipe paper",
+    "`--lr 1e-4`": "--lr 1e-4",  # what tiny has
 }
 STEPS, SEED = (4, 2, 1), 1234  # SEED: of the evaluation
 

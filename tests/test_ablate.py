@@ -416,6 +416,7 @@ def test_a_cell_is_trained_scored_and_kept_once(tmp_path, monkeypatch):
         return [function(item, call) for item in items]
 
     monkeypatch.setattr(ablate, "each", each)
+    monkeypatch.setattr(ablate, "STORE", tmp_path / "store")
     command = f"trial --models tiny-flux --n 6 --out {tmp_path}/runs --store {tmp_path}/store".split()
     ablate.main(command)
     assert len(calls) == 4  # fp, and three rows

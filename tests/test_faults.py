@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import os
@@ -454,6 +455,7 @@ def signal_at(step: int, number: int, patch, times: int = 1) -> None:
     """While the loss of update `step` is computed, this process gets the signal."""
     losses, calls = teacher.diffusion_losses, itertools.count()
 
+    @functools.wraps(losses)  # metrics name an objective by its generator
     def hit(*args):
         hits = times if next(calls) == step else 0
         for loss in losses(*args):
