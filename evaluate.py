@@ -220,8 +220,8 @@ def watched(net: nn.Module) -> Iterator[tuple[Counter, Counter]]:
 
 
 def write_report(out: Path, student: Denoiser, seen: tuple[Counter, Counter], steps: int, n: int, scored: dict, said: str) -> float:
-    """Size and composition of a checkpoint and its scores, printed (the scores as `said`) and in report.json, where the seconds of
-    its layers are too -> packed size / that in bf16. seen: what `watched` counted."""
+    """Size and composition of a checkpoint and its scores, printed (the scores as `said`) and in report.json; the seconds of its
+    layers, which differ from run to run, in seconds.json -> packed size / that in bf16. seen: what `watched` counted."""
     rows, seconds = seen
     s = checkpoint.packed_size(student) | checkpoint.composition(student, rows)
     ratio, kinds = s["mb"] / s["mb_bf16"], [kind for kind in ("w4a4", "w4a8") if s.get(f"{kind}_parameters")]
@@ -234,7 +234,9 @@ def write_report(out: Path, student: Denoiser, seen: tuple[Counter, Counter], st
     print(f"branches add {s['branch_parameters']:.2%} to the parameters; {without}")
     print(said)
     with files.atomic(out / "report.json") as file:
-        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scored, "seconds": list(seconds.items())}, indent=1))
+        file.write_text(json.dumps({"steps": steps, "n": n, **s, **scored}, indent=1))
+    with files.atomic(out / "seconds.json") as file:
+        file.write_text(json.dumps(seconds, indent=1))
     return ratio
 
 

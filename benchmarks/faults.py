@@ -103,7 +103,8 @@ def run(script, argv: list[str], moment=0.0, action=None, before=None) -> tuple[
 
 def contents(out: Path) -> dict[str, object]:
     """What the files of a run folder hold."""
-    files = [file for file in sorted(out.rglob("*")) if file.is_file() and file.name != "state-previous.safetensors"]
+    others = ("state-previous.safetensors", "seconds.json")
+    files = [file for file in sorted(out.rglob("*")) if file.is_file() and file.name not in others]
     held = {str(file.relative_to(out)): file.read_bytes() for file in files}
     with contextlib.suppress(KeyError, ValueError):
         about = json.loads(held["config.json"])  # may be written by another commit of the code
@@ -200,7 +201,7 @@ def nan(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: flo
 def damage(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float, cut: bool):
     finished = rng.random() < 0.5
     shutil.copytree(good if finished else good.with_name(f"{good.name}-killed"), out)
-    unread = ("state-previous.safetensors", "report.json", "4-steps.png", "compare.png")
+    unread = ("state-previous.safetensors", "report.json", "seconds.json", "4-steps.png", "compare.png")
     file = rng.choice(sorted(file for file in out.rglob("*") if file.is_file() and file.name not in unread))
     data = bytearray(file.read_bytes())
     if cut:

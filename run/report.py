@@ -1,8 +1,8 @@
 """One page about a run, report.html: pictures, scores with intervals, losses by objective, layers, configuration. It needs no other
 file, shows what the run folder has, and says which command adds what is missing.
 
-    config.json, report.json, metrics.jsonl    from train.py
-    evaluation*/scores*.json                   from evaluate.py; for models with public weights also its numbered pictures
+    config.json, report.json, seconds.json, metrics.jsonl    from train.py
+    evaluation*/scores*.json    from evaluate.py; for models with public weights also its numbered pictures
 
 The text of the page is the template assets/report.html.
 """
@@ -158,11 +158,12 @@ def page(run: Path, scores: list[dict], sheets: list[Sheet], notes: list[str]) -
     about = files.read_finished(run)
     try:
         closing = json.loads((run / "report.json").read_text())
+        seconds = json.loads((run / "seconds.json").read_text()) if (run / "seconds.json").exists() else {}  # of older runs
         closing["memory_ratio"] = closing["mb"] / closing["mb_bf16"]
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run} lacks a file or has a damaged one ({error}): run its train.py command again") from None
-    config, seconds = about["config"], dict(closing.get("seconds", []))
+    config = about["config"]
     tables = [table for table in map(score_table, scores or [of_closing_lines(closing)]) if table["rows"]]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((files.ASSETS / "report.html").read_text())
