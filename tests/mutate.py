@@ -124,7 +124,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("scale and alpha of a LoRA file", "models/pretrained.py", "B.float() * scale", "B.float()", "real"),
     ("alpha of a LoRA's metadata", "models/pretrained.py", ', "metadata": metadata}', "}", "pretrained"),
     ("features that are not centred", "scores.py", "(x_ND - mean_D) /", "x_ND /", "scores"),
-    ("an interval beside its value", "scores.py", "found - found.mean()", "found - value", "scores"),
+    ("intervals of one standard deviation", "scores.py", "half = 1.96 * found.std().item()", "half = found.std().item()", "scores"),
     ("prompts that are not paired", "scores.py", '"cm", i, j))', '"cm", i[:-1], j))', "scores"),
     ("code inside of weights", "scores.py", 'torch.load(file, "cpu", weights_only=True)', "pass", "scores"),
     ("the base's guidance", "evaluate.py", "family.compare_guidance if name", "1.0 if name", "scores"),
@@ -139,6 +139,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("windows of bytes", "benchmarks/variants.py", "*geometry).view(X_NHWC.dtype)", "*geometry)", "ablate"),
     ("text taken for a modulation", "benchmarks/variants.py", ' and layer != "context_embedder"', "", "ablate"),
     ("the teacher with its LoRA", "benchmarks/ablate.py", "set_submodule(name, lora.layer)", "get_submodule(name)", "ablate"),
+    ("the start of other code", "benchmarks/ablate.py", '"code": code(), ', "", "ablate"),
     ("errors summed over seeds", "benchmarks/ablate.py", "sum(at_edge) / len(runs)", "sum(at_edge)", "ablate"),
     ("one noise for all shards", "data/cache.py", "step_generator(0, k, stream=4)", "torch.Generator()", "cache"),
 ]  # fmt: skip
