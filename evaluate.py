@@ -375,12 +375,9 @@ def main_public(args: argparse.Namespace) -> None:
     ours = {name: drawn(name, args, about, prompts, source.fingerprint) for name in reversed(models)}  # the run's faults at once
     found = scores.report({name: ours[name] for name in models} | others, prompts, names, args)
     found |= {"checkpoint": args.checkpoint, "steps": args.steps, "prompts": source.fingerprint, "trained on them": seen}
-    found |= {
-        "first_prompts": prompts[: report.SHOWN],
-        "weights": files.recorded_checksum(Path(args.checkpoint, "model.safetensors")),
-    }
+    found |= {"first_prompts": prompts[: report.SHOWN]}
     print(f"{len(prompts)} prompts, {args.steps} steps, seed {args.seed}\n{scores.table(found)}")
-    write_scores(found, args.json, Path(args.out or f"{args.checkpoint}/evaluation") / "scores.json")
+    write_scores(found, args, Path(args.out or f"{args.checkpoint}/evaluation") / "scores.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,9 +421,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, bool]:
     return args, public
 
 
-def write_scores(found: dict, *paths: Path | str) -> None:
-    for path in filter(None, paths):
-        with files.atomic(Path(path)) as file:
+def write_scores(found: dict, args: argparse.Namespace, path: Path) -> None:
+    """To --json and to `path`, with a checksum of the weights, by which the page about the run knows its present ones."""
+    found = found | {"weights": files.recorded_checksum(Path(args.checkpoint, "model.safetensors"))}
+    for target in filter(None, (args.json, path)):
+        with files.atomic(Path(target)) as file:
             file.write_text(json.dumps(found, indent=1))
 
 
@@ -458,9 +457,8 @@ def main_scenes(args: argparse.Namespace) -> None:
     rows[name] = judge.score(ours, fp) | {"steps": steps}
     found = {"n": n, "seed": args.seed, "steps": steps, "reference": "fp", "to_reference": ["psnr_to_fp"]}
     found |= {"scores": rows, "versus": {name: judge.versus(ours, fp)}}
-    found |= {"weights": files.recorded_checksum(Path(args.checkpoint, "model.safetensors"))}
     print("\n".join([f"{n} pictures, seed {args.seed}", table(rows), *scores.compared(found)]))
-    write_scores(found, args.json, Path(args.checkpoint, "evaluation", f"scores-{steps}.json"))
+    write_scores(found, args, Path(args.checkpoint, "evaluation", f"scores-{steps}.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ MOST_SEEDS = max(STUDENT_T)  # that tables and the plot look for
 STORE = ROOT / "benchmarks" / "ablate.safetensors"
 PLOT = ROOT / "docs" / "plots" / "edges.svg"
 DTYPE = str(FAST).removeprefix("torch.")
+CODE = (".", "backends", "benchmarks", "data", "models", "run")  # folders; not what else lies there, as a venv
 OF_TRAINING = {  # fields of Config that the packed student before training does not depend on
     "recipe", "out", "steps", "batch", "optimizer", "lr", "warmup", "clip", "rollout", "trajectory", "on_policy", "cached",
     "jitter", "tdpt_phases", "targets", "split", "huber", "deploy",
@@ -218,8 +219,8 @@ def score(folder: Path, n: int, names: list[str]) -> None:
 
 def code() -> str:
     """A digest of all code that a packed student may depend on."""
-    found = (path for path in sorted(ROOT.rglob("*.[pc]*")) if path.suffix in (".py", ".cpp"))
-    return files.digest_of([path.read_text() for path in found if not {"tests", "runs"} & {*path.relative_to(ROOT).parts}])
+    found = (path for folder in CODE for path in sorted((ROOT / folder).glob("*.*")) if path.suffix in (".py", ".cpp"))
+    return files.digest_of([path.read_text() for path in found])
 
 
 def share_starts(starts: Path, names: list[str]) -> None:

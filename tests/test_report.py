@@ -44,9 +44,7 @@ def run(tmp_path):
     rows = [{"step": k, "loss": 0.5 / (k + 1), "norm": 1.0, "objective": "tdpt" if k % 2 else "rollout"} for k in range(30)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     closing = {"steps": 4, "n": 16, "mb": 25.0, "mb_bf16": 100.0, "branch_parameters": 0.02, "fp": {"frechet": 3.25}}
-    closing |= {
-        "w4a4": {"frechet": 3.5, "psnr_to_fp": 41.0},
-    }
+    closing |= {"w4a4": {"frechet": 3.5, "psnr_to_fp": 41.0}}
     (tmp_path / "run" / "report.json").write_text(json.dumps(closing))
     (tmp_path / "run" / "seconds.json").write_text(json.dumps({"first.conv": 3.0, "last.to_q": 1.0, "conv_out": 4.0}))
     return tmp_path / "run"
