@@ -493,7 +493,8 @@ def test_the_page_about_a_run_has_its_pictures_scores_and_times(finished, tmp_pa
     monkeypatch.setattr(
         evaluate, "draw", lambda model, net, prompts, steps, *seed, **bar: draw(model, net, prompts, min(steps, 4), *seed)
     )
-    monkeypatch.setattr(evaluate, "load_classifier", lambda: evaluate.SceneClassifier().eval().requires_grad_(False))
+    classifier = evaluate.SceneClassifier().eval().requires_grad_(False)  # one of random weights, the same for both reports
+    monkeypatch.setattr(evaluate, "load_classifier", lambda: classifier)
     folder, reports = shutil.copytree(finished, tmp_path / "run"), []
     student, about = checkpoint.load_checkpoint(folder)
     config = about["config"]
