@@ -7,7 +7,8 @@ outlier channels (--outliers), at SDXL's share of parameters in branches.
 What is scored is kept in benchmarks/ablate.safetensors and not done again, a run that was killed goes on, and the group's table in
 docs/tables has all that the store has and is written anew after every new cell; so a grid of hours may be made in parts, one at a
 time. A cell that fails is named, left out and tried again by the next call. What was made by other code is not made again: for
-that give another --out and another --store. A cell of the table has
+that give another --out and another --store. Networks are in float32 (CMQUANT_DTYPE), so that rows of all CPUs go
+together. A cell of the table has
 
     PSNR to the 16-bit consistency model's pictures, dB; in brackets the Frechet distance as a multiple of that model's, and prompt
     accuracy (means +- sd of the training seeds); after a semicolon the paired difference in PSNR to the first row, with its 95%
@@ -19,8 +20,8 @@ A row of your own is one more line in GROUPS. What no flag does is a function of
 
 import itertools
 import math
+import os
 import shutil
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,6 @@ STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 
 MOST_SEEDS = max(STUDENT_T)  # that tables and the plot look for
 STORE = ROOT / "benchmarks" / "ablate.safetensors"
 PLOT = ROOT / "docs" / "plots" / "edges.svg"
-DTYPE = str(FAST).removeprefix("torch.")
 CODE = (".", "backends", "benchmarks", "data", "models", "run")  # folders; not what else lies there, as a venv
 OF_TRAINING = {  # fields of Config that the packed student before training does not depend on
     "recipe", "out", "steps", "batch", "optimizer", "lr", "warmup", "clip", "rollout", "trajectory", "on_policy", "cached",
@@ -134,6 +134,12 @@ GROUPS = {
         "modulations W8A16": "@modulations-w8a16",
         "modulations in 16 bits": "@modulations-16bit",
     }, updates=(0, 40), testbeds=("",), seeds=1),
+    "rates": Group({  # defaults: 1e-4 on tiny, 3e-4 on tiny-flux
+        "default": "",
+        **{f"rate {lr}": f"--lr {lr}" for lr in ("2e-5", "1e-4", "3e-4")},
+        "0.7 ranks": "--rank 0.7",
+        **{f"0.7 ranks, rate {lr}": f"--rank 0.7 --lr {lr}" for lr in ("2e-5", "1e-4")},
+    }, updates=(0, 40), testbeds=("",)),
     "schedule": Group({
         "T' = 0.5 (paper's targets)": PAPER,
         "T' = 0: anchor alone": f"{PAPER} --split 0",
@@ -263,7 +269,7 @@ def key_of(model: str, testbed: str, flags: str, updates: int, seed: int) -> str
 
 
 def read_store(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """({key: PSNR of each picture}, {key: what `score` wrote beside it}), keys as key_of's with the dtype behind them."""
+    """({key: PSNR of each picture}, {key: what `score` wrote beside it})."""
     tensors, about = files.read_tensors(path, "delete it, or take it from the repository") if path.exists() else ({}, {"rows": {}})
     return tensors, about["rows"]
 
@@ -274,7 +280,7 @@ def keep(path: Path, key: str, scored: Path) -> None:
     row = {name: about[name] for name in ("psnr", "x fp", "accuracy", "edge errors", "n", "commit")}
     if other := {kept["n"] for kept in rows.values()} - {row["n"]}:
         raise UserError(f"{path} has rows of {min(other)} pictures: give --n {min(other)}, or another --store")
-    files.write_tensors(path, tensors | {f"{key} {DTYPE}": one["psnr"]}, {"rows": rows | {f"{key} {DTYPE}": row}})
+    files.write_tensors(path, tensors | {key: one["psnr"]}, {"rows": rows | {key: row}})
 
 
 def interval(difference: Tensor) -> list[float]:
@@ -288,21 +294,15 @@ def interval(difference: Tensor) -> list[float]:
     return [mean, mean - half, mean + half]
 
 
-def dtype_of(rows: dict[str, dict]) -> str:
-    """The dtype that most of a store's rows have."""
-    return Counter(key.rpartition(" ")[2] for key in rows).most_common(1)[0][0]
-
-
 def table(group: Group, store: Path) -> list[str]:
-    """Markdown of all that the store has of a group, in the dtype that most of its rows have."""
+    """Markdown of all that the store has of a group."""
     tensors, rows = read_store(store)
-    dtype = dtype_of(rows)
     columns = [(name, testbed) for name, family in FAMILIES.items() if family.embedded for testbed in group.testbeds]
     seeds, (first, *_) = range(MOST_SEEDS), group.rows.values()
 
     def found(column: tuple[str, str], flags: str, updates: int) -> dict[int, str]:
         """{seed: key} of a cell's runs."""
-        keys = {seed: f"{key_of(*column, flags, updates, seed)} {dtype}" for seed in seeds}
+        keys = {seed: key_of(*column, flags, updates, seed) for seed in seeds}
         return {seed: key for seed, key in keys.items() if key in rows}
 
     def cell(column: tuple[str, str], flags: str, updates: int) -> str:
@@ -325,7 +325,7 @@ def table(group: Group, store: Path) -> list[str]:
     head = ["", "flags", "updates", *(f"{model}{', outliers' * bool(testbed)}" for model, testbed in columns)]
     lines = [line[:3] + [line[3 + i] for i in kept] for line in (head, *lines)]
     n = next(iter(rows.values()))["n"]
-    return [*markdown(*lines), f"\n{n} pictures, {STEPS} steps, evaluation seed {SEED}; networks in {dtype}; {MACHINE}"]
+    return [*markdown(*lines), f"\n{n} pictures, {STEPS} steps, evaluation seed {SEED}; networks in float32; {MACHINE}"]
 
 
 # ---------------------------------------------------------------- the error at the edges of the phases
@@ -340,11 +340,10 @@ DRAWN_UPDATES = {0: "dotted", 40: "dashed", 200: "solid"}  # updates: style of t
 
 def edge_errors(rows: dict[str, dict]) -> dict[str, dict[tuple[str, int], list[float]]]:
     """{model: {(label of DRAWN, updates): relative error of the state at each edge of the phases, from noise to picture}}, means of
-    the training seeds, of what a store has in the dtype that most of its rows have. UserError if it has none of them."""
+    the training seeds. UserError if a store has none of them."""
     found: dict[str, dict[tuple[str, int], list[float]]] = {}
-    dtype = dtype_of(rows) if rows else ""
     for model, label, updates in itertools.product(FAMILIES, DRAWN, DRAWN_UPDATES):
-        keys = (f"{key_of(model, '', GROUPS['components'].rows[label], updates, seed)} {dtype}" for seed in range(MOST_SEEDS))
+        keys = (key_of(model, "", GROUPS["components"].rows[label], updates, seed) for seed in range(MOST_SEEDS))
         if runs := [rows[key]["edge errors"] for key in keys if key in rows]:
             found.setdefault(model, {})[label, updates] = [sum(at_edge) / len(runs) for at_edge in zip(*runs, strict=True)]
     if not found:
@@ -408,13 +407,14 @@ def main(argv: list[str]) -> None:
         key = key_of(*cell)
         folder = args.out / cell[0] / name_of(key).replace("@", "")
         scored = folder / f"scores-{args.n}.safetensors"
-        if f"{key} {DTYPE}" not in done and not scored.exists():
+        if key not in done and not scored.exists():
             try:
                 call(*here, str(folder), str(args.n), *key.split())
             except SystemExit as error:
                 print(error)
         return key, scored
 
+    os.environ["CMQUANT_DTYPE"] = "float32"  # of the runs
     groups = [name for name in args.groups if name != "plot"]
     if groups:
         list(each(fp, args.models, args.jobs))
@@ -425,7 +425,7 @@ def main(argv: list[str]) -> None:
         seeds, updates = range(args.seeds or group.seeds), args.updates or group.updates
         cells = [(*place, flags, k, seed) for seed in seeds for flags in rows for k in updates for place in places]
         for key, scored in each(work, cells, args.jobs):
-            if scored.exists() and f"{key} {DTYPE}" not in done:
+            if scored.exists() and key not in done:
                 keep(args.store, key, scored)
                 print(key, flush=True)
                 show(name, args.store)

@@ -12,6 +12,7 @@ Key: B batch, C, H, W latent shape, L caption tokens, D text width.
 """
 
 import json
+import os
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ from kernels import CPU
 from models import tiny
 from models.family import FAMILIES, Family
 
-FAST = torch.bfloat16 if CPU.get("avx512_bf16") or CPU.get("amx_bf16") else torch.float32  # elsewhere bfloat16 is emulated, slowly
+FAST_NAME = "bfloat16" if CPU.get("avx512_bf16") or CPU.get("amx_bf16") else "float32"  # elsewhere bfloat16 is emulated, slowly
+FAST = {"bfloat16": torch.bfloat16, "float32": torch.float32}[os.environ.get("CMQUANT_DTYPE", FAST_NAME)]  # of networks on a CPU
 
 
 class Denoiser(nn.Module):
