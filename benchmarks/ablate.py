@@ -136,9 +136,9 @@ GROUPS = {
     }, updates=(0, 40), testbeds=("",), seeds=1),
     "rates": Group({  # defaults: 1e-4 on tiny, 3e-4 on tiny-flux
         "default": "",
-        **{f"rate {lr}": f"--lr {lr}" for lr in ("2e-5", "1e-4", "3e-4")},
+        **{f"rate {lr}": f"--lr {lr}" for lr in ("2e-5", "6e-5")},
         "0.7 ranks": "--rank 0.7",
-        **{f"0.7 ranks, rate {lr}": f"--rank 0.7 --lr {lr}" for lr in ("2e-5", "1e-4")},
+        **{f"0.7 ranks, rate {lr}": f"--rank 0.7 --lr {lr}" for lr in ("2e-5", "6e-5")},
     }, updates=(0, 40), testbeds=("",)),
     "schedule": Group({
         "T' = 0.5 (paper's targets)": PAPER,
