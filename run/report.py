@@ -134,6 +134,7 @@ def draw_curves(metrics: list[dict]) -> str:
             axes.plot(steps, losses, "o", color=f"C{k}", alpha=0.4, markersize=2.5)
             axes.plot(steps, means, color=f"C{k}", label=objective)
         axes.set(xlabel="update", ylabel="loss", yscale="log" if min(row["loss"] for row in metrics) > 0 else "linear")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
