@@ -37,14 +37,14 @@ import train
 from benchmarks import variants
 from benchmarks.jobs import MACHINE, SVDQUANT, each, name_of, parser
 from benchmarks.tables import ROOT, markdown, spread, write_table
-from data import scenes
-from models import checkpoint, pretrained
+from data import scenes, sources
+from models import checkpoint, pretrained, tiny
 from models.denoiser import FAST, Denoiser, as_cm, lora_layers, start_noise
 from models.family import FAMILIES
 from run import files
 from run.common import UserError, run_script, step_generator
 
-SEED, STEPS, STATES = 1234, 4, 256  # of the evaluation; STATES: pictures whose states are compared at the edges of the phases
+SEED, STEPS, FITTED = 1234, 4, 256  # of the evaluation; FITTED: pictures by which coefficients of a sampler are fitted
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5% quantile, by training seeds
 MOST_SEEDS = max(STUDENT_T)  # that tables and the plot look for
 STORE = ROOT / "benchmarks" / "ablate.safetensors"
@@ -139,7 +139,7 @@ GROUPS = {
         **{f"rate {lr}": f"--lr {lr}" for lr in ("2e-5", "6e-5")},
         "0.7 ranks": "--rank 0.7",
         **{f"0.7 ranks, rate {lr}": f"--rank 0.7 --lr {lr}" for lr in ("2e-5", "6e-5")},
-    }, updates=(0, 40), testbeds=("",)),
+    }, testbeds=("",)),
     "schedule": Group({
         "T' = 0.5 (paper's targets)": PAPER,
         "T' = 0: anchor alone": f"{PAPER} --split 0",
@@ -182,23 +182,29 @@ VARIANTS = variants.VARIANTS | {"@from-teacher": from_teacher}  # this one chang
 # ---------------------------------------------------------------- one run, in a process of its own
 
 
-def reference(denoiser: Denoiser, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(noises, cond, edges) of at most STATES of n pictures, for the captions that a Judge of this seed asks for."""
+def questions(denoiser: Denoiser, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """(noises, cond, edges) of n pictures, those that a Judge of this seed asks for."""
     scene = scenes.random_scenes(n, step_generator(seed, 0))
-    captions = [scenes.caption_of(scene, i) for i in range(min(n, STATES))]
-    return start_noise(len(captions), denoiser.latent, 2_000_000 * seed), denoiser.encode(captions), denoiser.path.grid(STEPS)
+    x_T = [start_noise(min(64, n - i), denoiser.latent, 1_000_000 * seed + i) for i in range(0, n, 64)]
+    return torch.cat(x_T), denoiser.encode([scenes.caption_of(scene, i) for i in range(n)]), denoiser.path.grid(STEPS)
+
+
+def draw_states(model, path, x_T: Tensor, cond: dict[str, Tensor], edges: Tensor) -> Tensor:
+    """tdpt.rollout_states (STEPS + 1, n, ...), 64 pictures at a time."""
+    parts = sources.in_parts(x_T, cond, 64, "cpu")
+    return torch.cat([tdpt.rollout_states(model, path, *part, edges) for part in parts], 1)
 
 
 @torch.no_grad()
 def score_fp(model: str, out: Path, n: int) -> None:
-    """OUT/MODEL/fp-N.safetensors: pictures of the 16-bit consistency model, and its states at the edges of phases for two seeds."""
+    """OUT/MODEL/fp-N.safetensors: states of the 16-bit consistency model at the edges of phases, for the pictures that are scored
+    and for FITTED of another seed; features of real pictures."""
     network = pretrained.load_embedded_cm(model).to(FAST)
-    judge, cm = evaluate.Judge(n, SEED, side=network.family.side), as_cm(network)
-    found = {"pictures": judge.draw("fp", cm, network, STEPS)}
-    for seed in (SEED, SEED + 1):
-        x_T, cond, edges = reference(network, n, seed)
-        found[f"states-{seed}"] = tdpt.rollout_states(cm, network.path, x_T, cond, edges)
-    files.write_tensors(out / model / f"fp-{n}.safetensors", found, judge.score(found["pictures"]))
+    judge = evaluate.Judge(n, SEED, side=network.family.side)
+    sets = {"states": questions(network, n, SEED), "to fit": questions(network, min(n, FITTED), SEED + 1)}
+    found = {name: draw_states(as_cm(network), network.path, *asked) for name, asked in sets.items()}
+    row = judge.score(tiny.to_pictures(found["states"][-1]))
+    files.write_tensors(out / model / f"fp-{n}.safetensors", found | {"real": judge.real}, row)
 
 
 @torch.no_grad()
@@ -208,16 +214,16 @@ def score(folder: Path, n: int, names: list[str]) -> None:
     phases."""
     fp, about_fp = files.read_tensors(folder.parent / f"fp-{n}.safetensors", "delete the folder")
     packed, about = checkpoint.load_checkpoint(folder)
-    judge, drawing = evaluate.Judge(n, SEED, side=packed.family.side), packed
+    judge, drawing = evaluate.Judge(n, SEED, reference=1, side=packed.family.side), packed
+    judge.real = fp["real"]
     if variants.OF_SAMPLER & {*names}:
-        _, cond, edges = reference(packed, n, SEED + 1)
-        drawing = variants.fitted(packed, packed.path, fp[f"states-{SEED + 1}"], cond, edges)
-    pictures = judge.draw("ours", drawing, packed, STEPS)
-    x_T, cond, edges = reference(packed, n, SEED)
-    states, z = tdpt.rollout_states(drawing, packed.path, x_T, cond, edges), fp[f"states-{SEED}"]
+        _, cond, edges = questions(packed, fp["to fit"].shape[1], SEED + 1)
+        drawing = variants.fitted(packed, packed.path, fp["to fit"], cond, edges)
+    states, z = draw_states(drawing, packed.path, *questions(packed, n, SEED)), fp["states"]
+    pictures, wanted = tiny.to_pictures(states[-1]), tiny.to_pictures(z[-1])
     errors = ((states - z).square().flatten(1).sum(1) / z.square().flatten(1).sum(1)).sqrt().tolist()
     found = judge.score(pictures)
-    psnr = scores.psnr_B(pictures, fp["pictures"])
+    psnr = scores.psnr_B(pictures, wanted)
     row = {"psnr": psnr.mean().item(), "x fp": found["frechet"] / about_fp["frechet"], "accuracy": found["prompt_accuracy"]}
     row |= {"edge errors": errors, "n": n, "commit": about["commit"]}
     files.write_tensors(folder / f"scores-{n}.safetensors", {"psnr": (100 * psnr).round().short()}, row)
@@ -247,14 +253,23 @@ def share_starts(starts: Path, names: list[str]) -> None:
     train.initialise_student = shared
 
 
+def finished(folder: Path) -> bool:
+    try:
+        return bool(files.read_finished(folder))
+    except UserError:
+        return False
+
+
 def run(folder: Path, n: int, flags: list[str]) -> None:
-    """Trains and scores one cell; nothing that is there already is made again. What serves resuming alone is deleted."""
+    """Trains and scores one cell; nothing that is there already is made again. What serves resuming alone is deleted. The pictures
+    and scores with which train.py ends are left out."""
     names = [flag for flag in flags if flag.startswith("@")]
     for name in names:
         VARIANTS[name]()
     share_starts(folder.parent / "starts", names)
-    if not (folder / "report.json").exists():
-        train.main([flag for flag in flags if flag not in names] + ["--out", str(folder), "--eval-n", "2"])
+    train.sample.closing_pictures = train.evaluate.closing_report = lambda *about: None
+    if not finished(folder):
+        train.main([flag for flag in flags if flag not in names] + ["--out", str(folder)])
     score(folder, n, names)
     for path in folder.glob("sta*.safetensors"):
         path.unlink()
