@@ -31,6 +31,9 @@ layers, 8 bits cost 4 dB without mixing and 2 dB with it; on Gaussian layers of 
 4-bit error.
 
 A layer of rank 0 has no branch: lora_A and lora_B are None, and nothing in it is trained.
+
+To other libraries a packed layer is the nn.Linear or nn.Conv2d that it replaces, with a `weight` that is dequantized when it is
+read (W^ + B A for x itself) and that cannot be changed. So PEFT puts its adapters around packed layers as around float ones.
 Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
 Left out on purpose: training of grid, bias or scales, higher derivatives.
 """
@@ -43,6 +46,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 import kernels
 import quant
@@ -107,7 +111,7 @@ class PackedLayer(nn.Module):
     anchor_A, anchor_B are not part of it, since a deployed checkpoint has no use for them: see anchor_state.
 
     .to(dtype), .half() and the like move a layer but cast nothing: bfloat16 scales would change the weights, and bfloat16 A and B
-    would not take small updates. The layer computes in the dtype of its input."""
+    would not take small updates. The layer computes in the dtype of its input; `dtype` is what a float layer would have now."""
 
     def __init__(
         self,
@@ -131,9 +135,9 @@ class PackedLayer(nn.Module):
         quant.check_group(group)
         if group_x != quant.EIGHT_BITS:
             quant.check_group(group_x)
-        super().__init__()
+        nn.Module.__init__(self)  # not that of the float layer, which would make a weight
         self.channels, self.out, self.taps, self.group, self.group_x, self.rank = I, O, taps, group, group_x, rank
-        self.rotated, self.backend, self.use_anchor = rotated, "eager", False
+        self.rotated, self.backend, self.use_anchor, self.dtype = rotated, "eager", False, layer.weight.dtype
         padded, deployed, empty = taps * -(-I // group) * group, lora_bits == 8, partial(torch.empty, device=layer.weight.device)
         self.register_buffer("codes_OP", empty(O, padded // 2, dtype=torch.uint8))
         self.register_buffer("mult_P", empty(-(-O * padded // group // 2), dtype=torch.uint8))
@@ -187,7 +191,27 @@ class PackedLayer(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes_OP.device)).dtype
         return super()._apply(move_only, recurse)
+
+    @property
+    def weight(self) -> "DequantizedWeight":
+        """What the float layer calls so: (O, I), or (O, I, kh, kw) of a convolution, in `dtype`."""
+        return DequantizedWeight(self)
+
+    def float_weight(self) -> Tensor:
+        """W^ + B A (O, K) for x itself, without its change by smoothing, float32."""
+        w_OK = self.merged_weight(*self.factors())
+        return w_OK if self.inv_smooth is None else w_OK * self.inv_smooth.float().repeat(self.taps)
+
+    def dequantize(self, plain: nn.Module) -> None:
+        """`plain`, a float layer of this geometry, gets weight and bias in `dtype`. Its outputs are then this layer's but for the
+        rounding of activations, and but for (W - Q - B A) c where this layer is centred and `plain` has no bias."""
+        tensors = {"weight": self.weight.values()}
+        if plain.bias is not None:  # a plain layer computes Q x of x itself, so that c must not be there twice
+            twice = 0 if self.shift is None else self.merged_weight(None, None) @ self.shift.float()
+            tensors["bias"] = (self.bias.float() - twice).to(self.dtype)
+        plain.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()}, assign=True)
 
     @property
     def packed(self) -> kernels.PackedWeight:
@@ -246,11 +270,55 @@ class PackedLayer(nn.Module):
         return f"{self.channels}, {self.out}, rank={self.rank}, group={self.group}, {activations}, rotated={self.rotated}"
 
 
+class DequantizedWeight(Tensor):
+    """The weight of a packed layer as other libraries read it: shape, dtype and device cost nothing, an operation gets the values,
+    and one that would change them is a RuntimeError."""
+
+    @staticmethod
+    def __new__(cls, layer: PackedLayer):
+        return Tensor._make_wrapper_subclass(cls, layer.weight_shape, dtype=layer.dtype, device=layer.codes_OP.device)
+
+    def __init__(self, layer: PackedLayer):
+        self.layer = layer
+
+    def values(self) -> Tensor:
+        """The same as a plain tensor."""
+        w_OK, (_, _, *kernel_size) = self.layer.float_weight(), self.shape
+        return (quant.unflatten_conv(w_OK, kernel_size) if kernel_size else w_OK).to(self.dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.values()})"
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function == Tensor.data.__set__:
+            refuse_change()
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:  # weight.data
+            return cls(args[0].layer)
+        if function._schema.is_mutable:
+            refuse_change()
+        args, kwargs = tree_map_only(cls, cls.values, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def refuse_change(*args, **kwargs) -> None:
+    raise RuntimeError("packed weights cannot be changed: keep the LoRA as an adapter, or call dequantize() of the network first")
+
+
 # ---------------------------------------------------------------- the three layers
 
 
-class W4A4Linear(PackedLayer):
+class W4A4Linear(PackedLayer, nn.Linear):
     """x (.., I) -> (.., O); activations are quantized for each token."""
+
+    def __init__(self, layer: nn.Linear, rank: int, *grid, **options):
+        super().__init__(layer, rank, *grid, **options)
+        self.in_features, self.out_features, self.weight_shape = self.channels, self.out, (self.out, self.channels)
 
     def run(self, x: Tensor, A_rI: Tensor | None, B_Or: Tensor | None) -> Tensor:
         kernel, (inv_smooth_I, shift_I) = self._kernel(kernels.w4a4_linear), self.change_of_input()
@@ -276,8 +344,12 @@ class W4A16Linear(W4A4Linear):
         return self._kernel(kernels.w4a16_linear)(self._smoothed(x), self.packed, self.bias, A_rI, B_Or)
 
 
-class W4A4Conv2d(PackedLayer):
+class W4A4Conv2d(PackedLayer, nn.Conv2d):
     """x (N, I, H, W) -> (N, O, H', W'); activations have a scale for each sample and multipliers for each pixel and group."""
+
+    def __new__(cls, layer=None, *args, **kwargs):
+        """PEFT makes the A and B of an adapter by type(layer)(channels, rank, ..): these are plain convolutions."""
+        return nn.Conv2d(layer, *args, **kwargs) if isinstance(layer, int) else super().__new__(cls)
 
     def __init__(self, layer: nn.Conv2d, rank: int, *grid, **options):
         plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
@@ -285,6 +357,9 @@ class W4A4Conv2d(PackedLayer):
             raise ValueError("W4A4Conv2d needs an ungrouped, undilated convolution with explicit zero padding")
         super().__init__(layer, rank, *grid, **options)
         self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+        self.dilation, self.groups, self.padding_mode = (1, 1), 1, "zeros"
+        self.in_channels, self.out_channels = self.channels, self.out
+        self.weight_shape = (self.out, self.channels, *self.kernel_size)
 
     def run(self, x: Tensor, A_rK: Tensor | None, B_Or: Tensor | None) -> Tensor:
         kernel, geometry = self._kernel(kernels.w4a4_conv2d), (self.kernel_size, self.stride, self.padding)

@@ -96,8 +96,9 @@ def random_denoiser(name: str) -> Denoiser:
 
 
 def float_layers(net: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear and Conv2d of `net` by name."""
-    return {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    """Every Linear and Conv2d of `net` by name, without packed ones, whose weight is no parameter."""
+    layers = ((name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    return {name: layer for name, layer in layers if "weight" in layer._parameters}
 
 
 class LoRA(nn.Module):

@@ -31,27 +31,22 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 """
 
 import argparse
-import contextlib
-import itertools
-import textwrap
-from collections.abc import Callable
+from collections import OrderedDict
 from enum import Enum
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from diffusers.utils import delete_adapter_layers
-from safetensors import SafetensorError
 from torch import nn
-from torch.nn import functional as F
 
 import kernels
 import quant
-from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
+from layers import PackedLayer, W4A4Conv2d, packed_layers, refuse_change, replace_layer, set_backend
 from models import checkpoint, pretrained
 from models.card import read_run, write_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
@@ -81,7 +76,7 @@ class CMQuantConfig(QuantizationConfigMixin):
 class CMQuantQuantizer(DiffusersQuantizer):
     """What diffusers calls while it loads and saves a network with a CMQuantConfig."""
 
-    is_serializable, is_trainable, is_compileable = True, False, True
+    is_serializable, is_trainable, is_compileable = True, True, True  # what is trained are adapters
 
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized:
@@ -110,6 +105,20 @@ class CMQuantQuantizer(DiffusersQuantizer):
         if absent := [k for k, v in model.state_dict().items() if v.is_meta]:
             raise ValueError(f"the weights lack {absent[0]} and {len(absent) - 1} more tensors: copy the whole folder again")
         set_backend(model, self.quantization_config.backend)
+        fit_in(model)
+
+    def _dequantize(self, model):
+        """Q + B A in plain layers, with which any tool works; activations are not rounded there."""
+        config = {k: v for k, v in model.config.items() if k != "quantization_config"}
+        with torch.device("meta"):
+            float_net = type(model).from_config(config)
+        for name, layer in list(packed_layers(model)):
+            plain = float_net.get_submodule(name.removesuffix(".base_layer")).train(layer.training)  # PEFT's name
+            layer.dequantize(plain)
+            replace_layer(model, name, plain)
+        model._internal_dict = FrozenDict(config)
+        del model.num_parameters, model.state_dict, model.fuse_lora
+        return model
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         floats = {k: v for k, v in state_dict.items() if k.endswith(".scale_O") and v.is_floating_point()}
@@ -118,6 +127,39 @@ class CMQuantQuantizer(DiffusersQuantizer):
 
 auto.AUTO_QUANTIZER_MAPPING[Method.CMQUANT.value] = CMQuantQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.CMQUANT.value] = CMQuantConfig
+
+
+class WithWeights(OrderedDict):
+    """A state_dict of the packed network `net` that also answers for the `weight` of a packed layer, which it does not list: there
+    diffusers looks the shapes of FLUX's layers up when it loads a LoRA."""
+
+    net: nn.Module
+
+    def __missing__(self, key: str) -> torch.Tensor:
+        module, _, name = key.rpartition(".")
+        layer = dict(self.net.named_modules()).get(module)
+        layer = getattr(layer, "base_layer", layer)  # inside of PEFT's
+        if name != "weight" or not isinstance(layer, PackedLayer):
+            raise KeyError(key)
+        return layer.weight
+
+
+def fit_in(net: nn.Module) -> None:
+    """What diffusers asks of a network it then gets of a packed one: num_parameters counts packed layers, .to(dtype) casts what is
+    not packed (diffusers refuses it for all), the state_dict knows weights, and
+    fuse_lora stops before it has fused 16-bit layers."""
+
+    def num_parameters(only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        tensors = (tensor for _, layer in packed_layers(net) for tensor in (layer.weight, layer.bias) if tensor is not None)
+        packed = 0 if only_trainable else sum(tensor.numel() for tensor in tensors)
+        return type(net).num_parameters(net, only_trainable, exclude_embeddings) + packed
+
+    def state_dict(*args, **kwargs) -> WithWeights:
+        found = WithWeights(type(net).state_dict(net, *args, **kwargs))
+        found.net = net
+        return found
+
+    net.num_parameters, net.state_dict, net.fuse_lora, net.is_quantized = num_parameters, state_dict, refuse_change, False
 
 
 def quantization_config(net: nn.Module) -> CMQuantConfig:
@@ -138,7 +180,8 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     backend, steps = about["config"].get("backend", "native"), files.most_steps(about["config"])
     config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
     net = denoiser.net  # did not come by from_pretrained, and becomes one that save_pretrained can write
-    net.hf_quantizer, net.is_quantized, net.quantization_method = CMQuantQuantizer(config), True, config.quant_method
+    net.hf_quantizer, net.quantization_method = CMQuantQuantizer(config), config.quant_method
+    fit_in(net)
     net.register_to_config(quantization_config=config)
     return denoiser
 
@@ -308,80 +351,10 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
     return len(layers) // 2
 
 
-_STYLES = itertools.count()  # names for PEFT, which keeps adapters apart by name
-
-
-def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> Callable[[], None]:
-    """A LoRA on top of a packed pipeline or network: y + scale (alpha / r) B A x, beside our branch. Call the result to remove it.
-
-    file: any format that diffusers converts (PEFT's, kohya's, its own older ones; safetensors only), hub id or state dict.
-    No tensor of the network changes: the branch is a forward hook, on packed and on 16-bit layers, and several add up. A
-    pipeline's text encoders get theirs by PEFT. Remove styles before save_pretrained. UserError if the file fits no layer."""
-    pipe = pipe_or_net if isinstance(pipe_or_net, diffusers.DiffusionPipeline) else None
-    net = pipe_or_net if pipe is None else denoiser_of(pipe)
-    family, name, factors = family_of_network(net), f"style_{next(_STYLES)}", {}
-    file, shown = (dict(file), "the LoRA") if isinstance(file, dict) else (str(file), str(file))
-    with contextlib.ExitStack() as undo:
-        undo.callback(_forget_compiled, net)
-        try:
-            state, about = pretrained.read_lora(net, file)
-            parts = {key.partition(".")[0] for key in state}
-            if family.part in parts:
-                factors = pretrained.lora_factors(net, state, about, shown)
-            texts = [p for p in ("text_encoder", "text_encoder_2") if p in parts and getattr(pipe, p, None) is not None]
-            for prefix in texts:
-                text = getattr(pipe, prefix)
-                undo.callback(delete_adapter_layers, text, name)
-                options = dict(text_encoder=text, prefix=prefix, adapter_name=name, low_cpu_mem_usage=True)
-                family.pipeline().load_lora_into_text_encoder(state, **options, **about)
-                _beside_others(text, name, scale)
-        except UserError:
-            raise
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
-            why = textwrap.shorten(str(error), 200, placeholder=" ..")
-            raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
-        if not factors and not texts:
-            raise UserError(f"{shown} holds no LoRA for {type(net).__name__}: choose a LoRA that was made for it")
-        for key, (down, up, strength) in factors.items():
-            hook = _branch_hook(down, scale * strength * up, net)
-            undo.callback(net.get_submodule(key).register_forward_hook(hook).remove)
-        _forget_compiled(net)
-        return undo.pop_all().close
-
-
-def _forget_compiled(net: nn.Module) -> None:
-    """Compiled code does not look for hooks."""
-    if net._compiled_call_impl is not None:
-        torch.compiler.reset()
-
-
-def _beside_others(text: nn.Module, name: str, scale: float) -> None:
-    """The adapter `name` of a text encoder acts at `scale`, beside those that are on already."""
-    for layer in text.modules():
-        if name in getattr(layer, "lora_A", {}):
-            layer.set_adapter([*layer.lora_A])
-            layer.set_scale(name, scale)
-
-
-def _branch_hook(down: nn.Module, up: torch.Tensor, net: nn.Module) -> Callable:
-    """y + up(down(x)), a forward hook. down: PEFT's layer A, with the geometry of the layer; up: B times its scale."""
-    A, B = (t.detach().to(net.device, net.dtype) for t in (down.weight, up))
-
-    def style(layer, args, y):
-        x = args[0]
-        if isinstance(down, nn.Conv2d):
-            return y + F.conv2d(F.conv2d(x, A.to(x), None, down.stride, down.padding), B.to(x))
-        return y + F.linear(F.linear(x, A.to(x)), B.to(x))
-
-    return style
-
-
 def save_pipeline(pipe, out: str | Path) -> None:
-    """save_pretrained and the card. UserError while a style LoRA is on, which is not saved."""
-    net = denoiser_of(pipe)
-    hooks = (hook for layer in net.modules() for hook in layer._forward_hooks.values())
-    if any(getattr(hook, "__name__", "") == "style" for hook in hooks):
-        raise UserError("styles are not saved with a pipeline: remove them (call what add_style_lora returned), then save")
+    """save_pretrained and the card. UserError while adapters are on, which save_pretrained would take for the network's own."""
+    if getattr(denoiser_of(pipe), "peft_config", None):
+        raise UserError("adapters are not saved with a pipeline: call its unload_lora_weights(), then save")
     try:
         pipe.save_pretrained(out)
         write_card(out)

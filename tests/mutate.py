@@ -141,6 +141,9 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("the teacher with its LoRA", "benchmarks/ablate.py", "set_submodule(name, lora.layer)", "get_submodule(name)", "ablate"),
     ("the start of other code", "benchmarks/ablate.py", '"code": code(), ', "", "ablate"),
     ("errors summed over seeds", "benchmarks/ablate.py", "sum(at_edge) / len(runs)", "sum(at_edge)", "ablate"),
+    ("a weight of the smoothed input", "layers.py", "w_OK * self.inv_smooth.float().repeat(self.taps)", "w_OK", "pipeline"),
+    ("the mean input twice in a bias", "layers.py", "twice = 0 if self.shift is None", "twice = 0 if True", "pipeline"),
+    ("LoRA fused into 16-bit layers", "models/pipeline.py", "refuse_change, False", "net.fuse_lora, False", "pipeline"),
     ("one noise for all shards", "data/cache.py", "step_generator(0, k, stream=4)", "torch.Generator()", "cache"),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """models/pipeline.py and sample.py on public models in miniature: run folders, loading and saving, LoRAs, model card."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -11,6 +12,7 @@ import miniature
 import pytest
 import torch
 from diffusers.quantizers import auto
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -19,7 +21,7 @@ import quant
 import sample
 import tdpt
 import train
-from layers import W4A4Conv2d, packed_class, packed_layers
+from layers import W4A4Conv2d, W4A16Linear, packed_class, packed_layers
 from models import checkpoint, pipeline
 from models.denoiser import float_layers, from_blueprint
 from models.family import FAMILIES
@@ -191,22 +193,23 @@ def test_a_pipeline_draws_pictures_in_bfloat16(runs):
 
 
 @pytest.mark.slow
-def test_compiled_pipelines_draw_the_same_and_feel_a_style(runs, monkeypatch):
-    """Catches a denoiser that torch.compile cannot take, and a style LoRA that compiled code does not see, or keeps."""
-    compile, reset, resets = torch.nn.Module.compile, torch.compiler.reset, []
-    traced = {"backend": "eager"}  # Inductor takes minutes
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, mode: compile(net, **traced))
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(reset()))
-    pipe, eager = load(runs["flux"], compile=True), load(runs["flux"])
+def test_compiled_pipelines_draw_the_same_and_feel_an_adapter(runs, monkeypatch):
+    """Catches a denoiser that torch.compile cannot take, and an adapter that compiled code does not see, or keeps."""
+    compile, traced = torch.nn.Module.compile, {"backend": "eager"}  # Inductor takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **mode: compile(net, **traced))
+    pipe, eager, blocks = load(runs["flux"], compile=True), load(runs["flux"]), load(runs["flux"])
+    blocks.transformer.compile_repeated_blocks()
     assert pipe.transformer._compiled_call_impl is not None
     compiled, plain = latents(pipe, 1), latents(eager, 1)
     assert (compiled - plain).norm() < 0.01 * plain.norm()
-    remove, _ = pipeline.add_style_lora(pipe, style("flux")), pipeline.add_style_lora(eager, style("flux"))
+    eager.load_lora_weights(style("flux"))
     styled = latents(eager, 1)
     assert (styled - plain).norm() > 0.05 * plain.norm()
-    assert (latents(pipe, 1) - styled).norm() < 0.01 * plain.norm() and len(resets) == 1
-    remove()
-    assert len(resets) == 2 and not any(module._forward_hooks for module in pipe.transformer.modules())
+    for each in (pipe, blocks):
+        each.load_lora_weights(style("flux"))
+        assert (latents(each, 1) - styled).norm() < 0.01 * plain.norm()
+        each.unload_lora_weights()
+        assert (latents(each, 1) - plain).norm() < 0.01 * plain.norm()
 
 
 def test_a_run_of_a_gpu_takes_the_kernels_of_a_cpu(runs, tmp_path):
@@ -387,41 +390,49 @@ def style(name: str, texts: bool = False) -> dict[str, torch.Tensor]:
     return state
 
 
+def set_styles(pipe, file: Path, **scales: float) -> None:
+    for adapter in scales:
+        if adapter not in getattr(denoiser_of(pipe), "peft_config", {}):
+            pipe.load_lora_weights(file, adapter_name=adapter)
+    pipe.set_adapters([*scales], [*scales.values()])
+
+
 @pytest.mark.parametrize("name", (SDXL, "flux"))
 @torch.no_grad()
-def test_a_style_lora_adds_its_branch_to_each_layer_and_can_be_taken_away(runs, tmp_path, name):
-    """Catches a branch that reads the smoothed input, a lost scale or stride, packed tensors that change, a hook left behind."""
-    pipe, file = load(runs[name]), tmp_path / "style.safetensors"
-    net, part = denoiser_of(pipe), "unet" if name == "sdxl" else "transformer"
-    state, before, tensors = (
-        style(name, texts=True),
-        latents(pipe),
-        {k: v.clone() for k, v in denoiser_of(pipe).state_dict().items()},
-    )
+def test_adapters_of_peft_add_their_branches_and_can_be_taken_away(runs, tmp_path, name):
+    """Catches a branch that reads the smoothed input, a lost scale or stride, several adapters that do not add up, packed tensors
+    that change, an adapter fused into what cannot hold it, and one that is saved as the network's own."""
+    pipe, file, part = load(runs[name]), tmp_path / "style.safetensors", "unet" if name == "sdxl" else "transformer"
+    net, state, before = denoiser_of(pipe), style(name, texts=True), latents(pipe)
+    tensors, text = {k: v.clone() for k, v in net.state_dict().items()}, text_layer(pipe)
     save_file(state, file)
-    remove = pipeline.add_style_lora(pipe, file, scale=0.5)
+    set_styles(pipe, file, first=0.5)
     calls = {}
     for key in STYLED[name]:
         net.get_submodule(key).register_forward_hook(lambda layer, args, y, key=key: calls.update({key: (args[0], y)}))
     styled = latents(pipe)
     assert (styled - before).norm() > 0.05 * before.norm() and calls.keys() == set(STYLED[name])
     for key, (x, y) in calls.items():
-        layer, A, B = net.get_submodule(key), *(state[f"{part}.{key}.lora_{ab}.weight"] for ab in "AB")
+        layer, A, B = net.get_submodule(key).base_layer, *(state[f"{part}.{key}.lora_{ab}.weight"] for ab in "AB")
         if A.ndim == 2:
             added = x @ A.mT @ B.mT
         else:
             added = F.conv2d(x, torch.einsum("or,rihw->oihw", B[:, :, 0, 0], A), None, layer.stride, layer.padding)
-        assert (y - layer.forward(x) - 0.5 * added).norm() < 1e-4 * added.norm(), key
-    with pytest.raises(UserError, match="styles are not saved with a pipeline: remove them"):
+        assert (y - layer(x) - 0.5 * added).norm() < 1e-4 * added.norm(), key
+    with pytest.raises(UserError, match="adapters are not saved with a pipeline: call its unload_lora_weights"):
         pipeline.save_pipeline(pipe, tmp_path / "saved")
-    remove_second = pipeline.add_style_lora(pipe, style(name, texts=True), scale=-0.25)
+    for safe in (False, True):
+        with pytest.raises(RuntimeError, match=r"packed weights cannot be changed: .* dequantize\(\)"):
+            pipe.fuse_lora(safe_fusing=safe)
+    assert torch.equal(latents(pipe), styled)
+    set_styles(pipe, file, first=0.5, second=-0.25)
     assert not torch.equal(latents(pipe), styled)
     layer, A, B = text_layer(pipe), *(state[f"text_encoder.text_model.{TEXT_KEY}.lora_{ab}.weight"] for ab in "AB")
     x = torch.randn(3, A.shape[1], generator=torch.Generator().manual_seed(4))
-    assert (layer(x) - layer.base_layer(x) - (0.5 - 0.25) * x @ A.mT @ B.mT).norm() < 1e-4 * layer(x).norm()
-    remove_second()
+    assert (layer(x) - text(x) - (0.5 - 0.25) * x @ A.mT @ B.mT).norm() < 1e-4 * layer(x).norm()
+    set_styles(pipe, file, first=0.5)
     assert torch.equal(latents(pipe), styled)
-    remove()
+    pipe.unload_lora_weights()
     assert torch.equal(latents(pipe), before)
     assert all(torch.equal(tensors[k], v) for k, v in net.state_dict().items())
 
@@ -439,13 +450,109 @@ def test_kohya_keys_and_alphas_and_text_encoders_are_understood(runs):
         name = name.replace(".", "_")
         kohya |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
     x, tokens = torch.randn(5, layer.channels, generator=gen), pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)[0]
-    remove = pipeline.add_style_lora(pipe, kohya)
+    pipe.load_lora_weights(kohya)
     added = x @ A.mT @ B.mT / 4
-    assert (layer(x) - layer.forward(x) - added).norm() < 1e-4 * added.norm()
+    assert (pipe.unet.get_submodule(key)(x) - layer(x) - added).norm() < 1e-4 * added.norm()
     assert not torch.equal(pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)[0], tokens)
-    remove()
-    assert torch.equal(layer(x), layer.forward(x))
+    pipe.unload_lora_weights()
+    assert pipe.unet.get_submodule(key) is layer
     assert torch.equal(pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)[0], tokens)
+
+
+@pytest.mark.parametrize("name", (SDXL, "flux"))
+def test_an_adapter_trains_on_the_packed_network(runs, name):
+    """Catches our own branch that is trained with it, gradients that stop at a packed layer, and those of other weights than the
+    layer has."""
+    net, gen = denoiser_of(load(runs[name])), torch.Generator().manual_seed(5)
+    key = STYLED[name][-1] if name == "flux" else "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    net.requires_grad_(False)
+    net.add_adapter(LoraConfig(r=4, target_modules=[key]), "mine")
+    assert {k for k, p in net.named_parameters() if p.requires_grad} == {f"{key}.lora_{ab}.mine.weight" for ab in "AB"}
+    layer = net.get_submodule(key)
+    A, B, x = layer.lora_A["mine"].weight, layer.lora_B["mine"].weight, torch.randn(6, layer.in_features, generator=gen)
+    torch.nn.init.normal_(B.data, generator=gen)
+    x.requires_grad_()
+    g = torch.randn(6, layer.out_features, generator=gen)
+    layer(x).backward(g)
+    scale = layer.scaling["mine"]
+    for found, wanted in (
+        (A.grad, scale * (g @ B).mT @ x), (B.grad, scale * g.mT @ (x @ A.mT)),
+        (x.grad, g @ (layer.base_layer.float_weight() + scale * B @ A)),
+    ):  # fmt: skip
+        assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipelines around it
+
+
+def embedding(pipe) -> None:
+    pipe.load_textual_inversion({"<mine>": torch.randn(1, pipe.text_encoder.config.hidden_size)}, token="<mine>")
+
+
+AROUND = {  # what people do with a pipeline, each on one that may be packed
+    "to another dtype": lambda pipe: pipe.to(torch.bfloat16),
+    "image to image": lambda pipe: diffusers.AutoPipelineForImage2Image.from_pipe(pipe, torch_dtype=torch.float32),
+    "inpainting": lambda pipe: diffusers.AutoPipelineForInpainting.from_pipe(pipe),
+    "ControlNet": lambda pipe: controlled(pipe),
+    "VAE slices": lambda pipe: pipe.vae.enable_slicing(),
+    "copy": lambda pipe: copy.deepcopy(denoiser_of(pipe)),
+    "checkpointing": lambda pipe: denoiser_of(pipe).enable_gradient_checkpointing(),
+    "textual inversion": embedding,  # not of FLUX
+}
+
+
+def controlled(pipe):
+    """With a ControlNet, which is a copy of some of the network's layers in 16 bits."""
+    plain = copy.deepcopy(denoiser_of(pipe)).dequantize()
+    if hasattr(pipe, "unet"):
+        return diffusers.StableDiffusionXLControlNetPipeline.from_pipe(pipe, controlnet=diffusers.ControlNetModel.from_unet(plain))
+    control = diffusers.FluxControlNetModel.from_transformer(
+        plain, 1, 1, plain.config.attention_head_dim, plain.config.num_attention_heads
+    )
+    return diffusers.FluxControlNetPipeline.from_pipe(pipe, controlnet=control)
+
+
+@pytest.mark.parametrize("what, name", [(what, name) for what in AROUND for name in ("sdxl", "flux")][:-1])
+def test_what_works_around_a_16_bit_pipeline_works_around_a_packed_one(runs, bases, name, what):
+    """Catches a packed network that stands in the way, and packed tensors that are cast or lost."""
+    pipe = load(runs[name])
+    layers = {key: copy.deepcopy(layer.state_dict()) for key, layer in packed_layers(denoiser_of(pipe))}
+    made = AROUND[what](pipe) or pipe
+    net = made if isinstance(made, torch.nn.Module) else denoiser_of(made)
+    assert layers.keys() == dict(packed_layers(net)).keys()
+    for key, layer in packed_layers(net):
+        assert all(torch.equal(layer.state_dict()[k], v) and layer.state_dict()[k].dtype == v.dtype for k, v in layers[key].items())
+    if made is pipe:
+        assert latents(pipe, 1).isfinite().all()
+
+
+@pytest.mark.parametrize("name", (SDXL, "flux"))
+@torch.no_grad()
+def test_a_dequantized_network_is_a_plain_one(runs, tmp_path, name):
+    """Catches a weight for the smoothed or rotated input, a bias that has the mean input twice, a quantization_config left behind,
+    a count of parameters without packed ones."""
+    pipe, plain = load(runs[name]), denoiser_of(miniature.PIPELINES[name]())
+    net, before = denoiser_of(pipe), latents(pipe)
+    branches = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in packed_layers(net) if layer.rank)
+    biases = [layer.bias for key, layer in packed_layers(net) if plain.get_submodule(key).bias is None]
+    of_centring = sum(len(bias) for bias in biases if bias is not None)
+    assert net.num_parameters() == plain.num_parameters() + branches + of_centring
+    inputs = {}
+    for key, layer in packed_layers(net):
+        layer.register_forward_hook(lambda layer, args, y, key=key: inputs.update({key: (layer, args[0], y)}))
+    latents(pipe, 1)
+    net.dequantize()
+    for key, (layer, x, y) in inputs.items():
+        if layer.bias is None or plain.get_submodule(key).bias is not None:
+            rounding = 1e-5 if isinstance(layer, W4A16Linear) else 0.03 if layer.group_x == quant.EIGHT_BITS else 0.3
+            assert (net.get_submodule(key)(x) - y).norm() < rounding * y.norm(), key
+    assert not [*packed_layers(net)] and net.num_parameters() == plain.num_parameters()
+    pipe.save_pretrained(tmp_path / "plain")
+    again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "plain"))
+    assert "quantization_config" not in (tmp_path / "plain" / FAMILIES[name].part / "config.json").read_text()
+    assert same_tensors(denoiser_of(again), net) and denoiser_of(again).state_dict().keys() == plain.state_dict().keys()
+    assert (latents(pipe) - before).norm() < 0.3 * before.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,11 +635,7 @@ def test_commands_export_lora_pipeline_and_card(runs, tmp_path):
 def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases, tmp_path, monkeypatch):
     """Catches tracebacks of diffusers and PEFT, pipelines with the wrong base's text encoders, and silent acceptance."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    pipe = load(runs["flux"])
-    foreign, broken, tiny, merged = tmp_path / "foreign.safetensors", tmp_path / "broken", tmp_path / "tiny", tmp_path / "merged"
-    save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 3), "unet.nothing.lora_B.weight": torch.zeros(3, 2)}, foreign)
-    bent = style("flux")
-    bent |= {k: v[:, ::2].contiguous() for k, v in bent.items() if "x_embedder.lora_A" in k}
+    broken, tiny, merged = tmp_path / "broken", tmp_path / "tiny", tmp_path / "merged"
     about = files.read_config(runs["flux"])
     real = tmp_path / "real"
     real.mkdir()
@@ -550,9 +653,6 @@ def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases,
         r"tiny model.*sample\.py": lambda: load(tiny),
         r"does not fit its table": lambda: load(broken),
         "has no LoRA.*--deploy branch": lambda: pipeline.export_lora(merged, tmp_path / "x.safetensors"),
-        "holds no LoRA for FluxTransformer2DModel": lambda: pipeline.add_style_lora(pipe, foreign),
-        "missing.safetensors cannot be loaded": lambda: pipeline.add_style_lora(pipe, tmp_path / "missing.safetensors"),
-        "size mismatch|shape": lambda: pipeline.add_style_lora(pipe, bent),
         "holds no checkpoint": lambda: pipeline.write_card(tmp_path / "none"),
         "holds no packed network": lambda: pipeline.write_card(bases["sdxl"]),
     }
@@ -560,4 +660,3 @@ def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases,
         with pytest.raises(UserError, match=sentence) as caught:
             call()
         assert "\n" not in str(caught.value)
-    assert not any(module._forward_hooks for module in pipe.transformer.modules())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tdpt
 import train
-from models import encoders, pipeline, pretrained
+from models import encoders, pretrained
 from models.denoiser import lora_layers
 from models.family import FAMILIES, family_of_network
 from run.common import UserError
@@ -192,9 +192,8 @@ def test_a_lora_that_is_more_than_two_factors_is_refused(bases, tmp_path):
     """Catches DoRA's magnitudes that are dropped without a word."""
     file = lora_of("sdxl", bases["sdxl"], tmp_path, lora_alpha=8, use_dora=True)
     network = pretrained.load_network("sdxl", str(bases["sdxl"]), dtype=torch.float32)
-    for load in (pretrained.add_cm, pipeline.add_style_lora):
-        with pytest.raises(UserError, match=r"is more than B A at .*choose a plain LoRA"):
-            load(network if load is pretrained.add_cm else network.net, str(file))
+    with pytest.raises(UserError, match=r"is more than B A at .*choose a plain LoRA"):
+        pretrained.add_cm(network, str(file))
 
 
 def test_what_a_hub_id_s_files_lack_is_not_called_a_missing_download(bases, tmp_path, monkeypatch):
