@@ -412,6 +412,17 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     model.set_submodule(name, layer)
 
 
+def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
+    """Packed layers, contents uninitialised, where `table` says so; those of the kind 16bit stay as they are. ValueError or
+    AttributeError if it is not this network's."""
+    for name, row in table.items():
+        if row["kind"] == "16bit":
+            continue
+        layer, shape = net.get_submodule(name), (row["rank"], row["group_w"], row["group_x"], row["smooth"], row.get("lora", 16))
+        younger = {key: row.get(key, False) for key in ("rotated", "centred")}  # than some folders
+        net.set_submodule(name, packed_class(row["kind"], layer)(layer, *shape, **younger))
+
+
 def set_backend(model: nn.Module, backend: str) -> None:
     """Run every layer through one of kernels.BACKENDS."""
     for _, layer in packed_layers(model):

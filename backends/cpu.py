@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # units of this machine by name; {} before torch has the list
-SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fopenmp", "-std=c++20", "-fPIC", "-shared"]
 
 
@@ -42,10 +41,15 @@ def is_available() -> bool:
     return True
 
 
+def source() -> str:
+    """The C++ code. OSError if it is not there."""
+    return Path(__file__).with_name("cpu.cpp").read_text()
+
+
 def _library() -> Path:
     """The built library. OSError or CalledProcessError where it cannot be built."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    about = (SOURCE.read_bytes(), compiler, FLAGS, torch.__version__, sorted(CPU.items()))
+    compiler, code = shlex.split(os.environ.get("CXX", "c++")), source()
+    about = (code, compiler, FLAGS, torch.__version__, sorted(CPU.items()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cmquant")
     library = folder / f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     if not library.exists():
@@ -55,7 +59,8 @@ def _library() -> Path:
         torch_paths = [f"-I{path}" for path in cpp_extension.include_paths()]
         torch_paths += [f"-L{path}" for path in cpp_extension.library_paths()]
         with tempfile.TemporaryDirectory(dir=folder) as own:
-            command = [*compiler, *FLAGS, *torch_paths, str(SOURCE), "-o", f"{own}/kernels.so", "-lc10", "-ltorch_cpu"]
+            Path(own, "cpu.cpp").write_text(code)
+            command = [*compiler, *FLAGS, *torch_paths, f"{own}/cpu.cpp", "-o", f"{own}/kernels.so", "-lc10", "-ltorch_cpu"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(f"{own}/kernels.so", library)
     return library

@@ -28,12 +28,18 @@ def read_run(folder: Path) -> dict:
 
 
 def of_run(folder: Path) -> tuple:
-    """(files of weights, family, class of the network, its base, layers, steps and guidance, what loads it) of a run folder.
+    """(files of weights, family, class of the network, its base, layers, steps and guidance, how to use it) of a run folder.
     UserError if it is none of a pipeline."""
     about = read_run(folder)
     network = about["network"]
     packed = network | {"layers": about["layers"], "steps": files.most_steps(about["config"])}
-    use = {"imports": "from models import pipeline", "load": f'pipeline.load_pipeline("{folder.name}")', "size": ""}
+    steps, guidance = packed["steps"], FAMILIES[network["model"]].few_step_guidance(network.get("guidance"))
+    use = {
+        "how": "With CMQuant's files on the Python path:",
+        "imports": "from models import pipeline",
+        "load": f'pipeline.load_pipeline("{folder.name}")',
+        "call": f", num_inference_steps={steps}, guidance_scale={guidance}",
+    }
     return [folder / "model.safetensors"], FAMILIES[network["model"]], network["class"], packed, use
 
 
@@ -46,11 +52,11 @@ def of_pipeline(folder: Path) -> tuple:
         )
     about = json.loads(config.read_text())
     packed = about["quantization_config"]
-    height, width = (8 * side for side in packed["latent"][1:])  # not the base's own size
     use = {
-        "imports": "import torch\nfrom diffusers import DiffusionPipeline\n\nimport models.pipeline  # registers cmquant",
-        "load": f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
-        "size": f"height={height}, width={width}, ",
+        "how": "With diffusers alone; `trust_remote_code` lets it run the Python files of this folder, which are CMQuant's:",
+        "imports": "import torch\nfrom diffusers import DiffusionPipeline",
+        "load": f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16, trust_remote_code=True)',
+        "call": "",  # pipeline.py knows
     }
     return sorted(config.parent.glob("*.safetensors")), family_of(about), about["_class_name"], packed, use
 
@@ -85,6 +91,8 @@ def write_card(folder: str | Path) -> Path:
         ratio=size / twin,
         steps=packed.get("steps", 4),
         guidance=family.few_step_guidance(packed.get("guidance")),
+        height=8 * packed["latent"][1],
+        width=8 * packed["latent"][2],
         metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",
         **use,
     )

@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import kernels
 import quant
@@ -19,8 +18,8 @@ from layers import (
     anchor_state,
     load_anchor_state,
     merged_layer,
-    packed_class,
     packed_layers,
+    place_packed,
     replace_layer,
     set_backend,
     store_8bit,
@@ -28,17 +27,6 @@ from layers import (
 from models.denoiser import FAST, Denoiser, blueprint, float_layers, from_blueprint, random_denoiser
 from run import files
 from run.common import UserError
-
-
-def place_packed(net: nn.Module, table: dict[str, dict]) -> None:
-    """Packed layers, contents uninitialised, where `table` says so; those of the kind 16bit stay as they are. ValueError or
-    AttributeError if it is not this network's."""
-    for name, row in table.items():
-        if row["kind"] == "16bit":
-            continue
-        layer, shape = net.get_submodule(name), (row["rank"], row["group_w"], row["group_x"], row["smooth"], row.get("lora", 16))
-        younger = {key: row.get(key, False) for key in ("rotated", "centred")}  # than some folders
-        net.set_submodule(name, packed_class(row["kind"], layer)(layer, *shape, **younger))
 
 
 def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> Denoiser:

@@ -3,7 +3,10 @@
 import copy
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -238,8 +241,8 @@ def test_saved_pipelines_come_back_bit_for_bit(runs, tmp_path, name):
     for dtype in (torch.float32, torch.bfloat16):
         pipe = load(runs[name], dtype=dtype)
         pipeline.save_pipeline(pipe, tmp_path / str(dtype))
-        again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / str(dtype), torch_dtype=dtype))
-        assert type(again) is type(pipe) and same_tensors(denoiser_of(pipe), denoiser_of(again))
+        again = load(tmp_path / str(dtype), dtype=dtype)
+        assert isinstance(again, type(pipe)) and same_tensors(denoiser_of(pipe), denoiser_of(again))
         assert [layer.group_x for _, layer in packed_layers(denoiser_of(again))] == [row["group_x"] for row in rows]
         backends = {layer.backend for _, layer in packed_layers(denoiser_of(again))}
         assert backends == {"eager"}  # as the run's
@@ -559,19 +562,52 @@ def test_a_dequantized_network_is_a_plain_one(runs, tmp_path, name):
 # Model card, sample.py, what users do wrong
 
 
+def code_of(card: Path) -> str:
+    return re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
+
+
 @pytest.mark.parametrize("name", (SDXL, "flux"))
-def test_the_cards_snippet_draws_a_picture(runs, tmp_path, monkeypatch, name):
-    """Catches a card whose code does not run: on a run folder and on a saved pipeline."""
+def test_the_card_of_a_run_has_code_that_draws(runs, tmp_path, monkeypatch, name):
+    """Catches a card whose code does not run, and pictures of the base's own size."""
     (tmp_path / "run").symlink_to(runs[name])
-    pipe = load(runs[name], dtype=torch.bfloat16)
-    pipeline.save_pipeline(pipe, tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kernels, "_has_native", lambda device: False)
-    for card in (pipeline.write_card("run"), Path("saved/README.md")):
-        code = re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
-        exec(code, said := {})
-        assert said["image"].size == (64, 64)  # that of the run, not the base's own
-        Path("picture.png").unlink()
+    exec(code_of(pipeline.write_card("run")), said := {})
+    assert said["image"].size == (64, 64) and Path("picture.png").exists()
+
+
+@pytest.mark.parametrize("name", (SDXL, "flux"))
+@torch.no_grad()
+def test_an_exported_folder_draws_without_this_repository(runs, tmp_path, name):
+    """Catches a module that the folder lacks, one that imports ours, other pictures, and a bare call with fifty steps, guidance or
+    the base's own size."""
+    pipe = load(runs[name], dtype=torch.bfloat16)
+    pipeline.save_pipeline(pipe, tmp_path / "saved")
+    guidance, steps = STEPS[name]["guidance_scale"], 4
+    torch.save(start(pipe).bfloat16(), tmp_path / "noise.pt")
+    code = (
+        code_of(tmp_path / "saved" / "README.md")
+        + f"""
+import sys
+pipe.set_progress_bar_config(disable=True)
+noise = torch.load("noise.pt", weights_only=True)
+asked = dict(num_inference_steps={steps}, guidance_scale={guidance}, height=64, width=64)
+draw = lambda **more: pipe({PROMPT!r}, latents=noise, output_type="latent", **more).images
+torch.save([draw(), draw(**asked), draw(num_inference_steps=2)], "drawn.pt")
+ours = [name for name in ("quant", "kernels", "layers", "models", "run", "hessian") if name in sys.modules]
+assert not ours, ours
+"""
+    )
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    bare, asked, two = torch.load(tmp_path / "drawn.pt", weights_only=True)
+    assert torch.equal(bare, asked) and not torch.equal(two, bare)
+    expected = latents(pipe, steps)
+    assert (asked - expected).norm() < 0.02 * expected.norm()  # mapped files are aligned otherwise: BLAS sums otherwise
+    assert (tmp_path / "picture.png").exists()
+    again = load(tmp_path / "saved", dtype=torch.bfloat16)  # by our own code
+    assert same_tensors(denoiser_of(again), denoiser_of(pipe))
 
 
 def test_the_card_names_base_licence_format_and_metrics(runs, tmp_path):

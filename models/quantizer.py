@@ -1,0 +1,139 @@
+"""The quantization method "cmquant" of diffusers, for networks that are packed already.
+
+Importing this file adds it to the two mappings of diffusers.quantizers.auto. From then on `save_pretrained` of a packed network and
+`from_pretrained` of network or pipeline are diffusers' own; without the import from_pretrained says "Unknown quantization type, got
+cmquant". config.json carries the table of layers, from which packed layers take the place of float ones before weights are read.
+Stored:
+
+    scale_O            kernels.pack_scales: one byte (in memory float32, or with LoRA in 8 bits that byte)
+    everything else    as it is.  torch_dtype casts the 16-bit layers alone; a round trip is equal bit for bit.
+"""
+
+from collections import OrderedDict
+from enum import Enum
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+import kernels
+from layers import PackedLayer, packed_layers, place_packed, refuse_change, replace_layer, set_backend
+
+
+class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a str)
+    CMQUANT = "cmquant"
+
+
+class CMQuantConfig(QuantizationConfigMixin):
+    """layers: the table of layers of a checkpoint; base: the pipeline that was quantized; backend: of the kernels; latent: the
+    shape of the pictures' latents in training; guidance: what the network was given as its guidance, if it has that input; steps:
+    the largest number that it was trained for."""
+
+    def __init__(
+        self, layers: dict, base="", backend="native", latent=(0, 128, 128), guidance=None, steps=4, quant_method=Method.CMQUANT
+    ):
+        self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers, base, backend
+        self.latent, self.guidance, self.steps = list(latent), guidance, steps
+
+    to_diff_dict = QuantizationConfigMixin.to_dict  # what repr prints
+
+
+class CMQuantQuantizer(DiffusersQuantizer):
+    """What diffusers calls while it loads and saves a network with a CMQuantConfig."""
+
+    is_serializable, is_trainable, is_compileable = True, True, True  # what is trained are adapters
+
+    def validate_environment(self, *args, **kwargs):
+        if not self.pre_quantized:
+            raise ValueError("CMQuant does not quantize while loading: make a checkpoint with train.py and load that")
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        place_packed(model, self.quantization_config.layers)
+
+    def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedLayer)
+
+    def check_quantized_param_shape(self, param_name, current_param, loaded_param):
+        raise ValueError(
+            f"{param_name} has shape {tuple(loaded_param.shape)}, its table of layers says {tuple(current_param.shape)}"
+        )
+
+    def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, *args, **kwargs):
+        """The tensor as it was saved: `param_value` was already cast to torch_dtype."""
+        module, _, name = param_name.rpartition(".")
+        layer, tensor = model.get_submodule(module), state_dict[param_name].to(target_device)
+        if name == "scale_O" and layer.scale_O.is_floating_point():
+            tensor = kernels.unpack_scales(tensor)
+        setattr(layer, name, nn.Parameter(tensor, requires_grad=False) if name in layer._parameters else tensor)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if absent := [k for k, v in model.state_dict().items() if v.is_meta]:
+            raise ValueError(f"the weights lack {absent[0]} and {len(absent) - 1} more tensors: copy the whole folder again")
+        set_backend(model, self.quantization_config.backend)
+        fit_in(model)
+
+    def _dequantize(self, model):
+        """Q + B A in plain layers, with which any tool works; activations are not rounded there."""
+        config = {k: v for k, v in model.config.items() if k != "quantization_config"}
+        with torch.device("meta"):
+            float_net = type(model).from_config(config)
+        for name, layer in list(packed_layers(model)):
+            plain = float_net.get_submodule(name.removesuffix(".base_layer")).train(layer.training)  # PEFT's name
+            layer.dequantize(plain)
+            replace_layer(model, name, plain)
+        model._internal_dict = FrozenDict(config)
+        del model.num_parameters, model.state_dict, model.fuse_lora
+        return model
+
+    def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
+        floats = {k: v for k, v in state_dict.items() if k.endswith(".scale_O") and v.is_floating_point()}
+        return state_dict | {k: kernels.pack_scales(v) for k, v in floats.items()}, {}
+
+
+def register() -> None:
+    """From now on diffusers' "cmquant" is this file's, not that of a pipeline folder whose own code was loaded (standalone.py)."""
+    auto.AUTO_QUANTIZER_MAPPING[Method.CMQUANT.value] = CMQuantQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.CMQUANT.value] = CMQuantConfig
+
+
+register()
+
+
+class WithWeights(OrderedDict):
+    """A state_dict of the packed network `net` that also answers for the `weight` of a packed layer, which it does not list: there
+    diffusers looks the shapes of FLUX's layers up when it loads a LoRA."""
+
+    net: nn.Module
+
+    def __missing__(self, key: str) -> torch.Tensor:
+        module, _, name = key.rpartition(".")
+        layer = dict(self.net.named_modules()).get(module)
+        layer = getattr(layer, "base_layer", layer)  # inside of PEFT's
+        if name != "weight" or not isinstance(layer, PackedLayer):
+            raise KeyError(key)
+        return layer.weight
+
+
+def fit_in(net: nn.Module) -> None:
+    """What diffusers asks of a network it then gets of a packed one: num_parameters counts packed layers, .to(dtype) casts what is
+    not packed (diffusers refuses it for all), the state_dict knows weights, and
+    fuse_lora stops before it has fused 16-bit layers."""
+
+    def num_parameters(only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        tensors = (tensor for _, layer in packed_layers(net) for tensor in (layer.weight, layer.bias) if tensor is not None)
+        packed = 0 if only_trainable else sum(tensor.numel() for tensor in tensors)
+        return type(net).num_parameters(net, only_trainable, exclude_embeddings) + packed
+
+    def state_dict(*args, **kwargs) -> WithWeights:
+        found = WithWeights(type(net).state_dict(net, *args, **kwargs))
+        found.net = net
+        return found
+
+    net.num_parameters, net.state_dict, net.fuse_lora, net.is_quantized = num_parameters, state_dict, refuse_change, False
+
+
+def quantization_config(net: nn.Module) -> CMQuantConfig:
+    return net.hf_quantizer.quantization_config
