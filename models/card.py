@@ -66,23 +66,18 @@ def write_card(folder: str | Path) -> Path:
     folder = Path(folder)
     weights, family, network, packed, use = (of_pipeline if (folder / "model_index.json").is_file() else of_run)(folder)
     base, layers, report = packed["base"], packed["layers"], folder / "report.json"
-    known = (entry for each in FAMILIES.values() for entry in each.licences.items())
-    licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-    origin = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
     number_format = quant.number_format(row["group_x"] for row in layers.values() if row["kind"] == "w4a4")
-    tags = ["cmquant", "consistency-model", number_format.lower().replace("/", "-"), "quantized"]
-    front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin)
+    front, licence = _front(base, [number_format.lower().replace("/", "-"), "quantized"])
     size, twin = _sizes(weights, layers)
     groups = sorted({(row["group_w"], row["group_x"]) for row in layers.values() if row["kind"] == "w4a4"})
     kinds = Counter(_kind(row) for row in layers.values())
     template = (files.ASSETS / "card.md").read_text()
     text = template.format(
-        front=front.to_yaml(),
+        front=front,
         title=f"{Path(base).name}, {number_format} in few steps",
         bits_x=number_format.partition("A")[2],
         base=base,
-        licence=in_words,
+        licence=licence,
         groups=" and ".join(_groups(*pair) for pair in groups),
         kinds=", ".join(f"{n} layers {kind}" for kind, n in sorted(kinds.items())),
         network=network,
@@ -96,6 +91,34 @@ def write_card(folder: str | Path) -> Path:
         metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",
         **use,
     )
+    return _write(folder, text)
+
+
+def write_16bit_card(folder: Path, network: str, base: str, call: str, psnr: float, n: int) -> Path:
+    """README.md of a folder whose network was dequantized. psnr: of n of its pictures to those of the packed network, dB; call: the
+    arguments of a few-step call."""
+    front, licence = _front(base, ["16-bit"])
+    known = {
+        "front": front,
+        "licence": licence,
+        "title": f"{Path(base).name}, in few steps",
+        "load": f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
+    }
+    text = (files.ASSETS / "card-16bit.md").read_text()
+    return _write(folder, text.format(**known, network=network, base=base, call=call, psnr=psnr, n=n))
+
+
+def _front(base: str, tags: list[str]) -> tuple[str, str]:
+    """(front matter, the licence of the base in words)."""
+    known = (entry for each in FAMILIES.values() for entry in each.licences.items())
+    licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    origin = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
+    tags = ["cmquant", "consistency-model", *tags]
+    return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin).to_yaml(), in_words
+
+
+def _write(folder: Path, text: str) -> Path:
     with files.atomic(folder / "README.md") as file:
         file.write_text(text)
     return folder / "README.md"

@@ -181,7 +181,9 @@ def vp_path(scheduler: dict, latent: tuple[int, int, int]) -> VPPath:
 
 def ddim_scheduler(scheduler: dict, path: VPPath) -> DDIMScheduler:
     schedule = {k: scheduler.get(k, official) for k, official in OFFICIAL_SCHEDULE.items()}
-    return DDIMScheduler(**schedule, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    found = DDIMScheduler(**schedule, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    found.register_to_config(original_inference_steps=len(found.alphas_cumprod))  # by which LCM's and TCD's find these timesteps
+    return found
 
 
 def encode_sdxl(pipe, captions: list[str], device) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@
     image = pipe("a house by a river", num_inference_steps=4, guidance_scale=1.0).images[0]
 
     python -m models.pipeline --checkpoint runs/sdxl --export diffusers --out FOLDER     a pipeline folder with a model card
+    python -m models.pipeline --checkpoint runs/sdxl --export 16bit --out FOLDER         the same with plain layers, Q + B A
     python -m models.pipeline --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B for stock diffusers
     python -m models.pipeline --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed (export_lora)
     python -m models.pipeline --checkpoint runs/sdxl --export card                       README.md beside the weights
@@ -25,6 +26,7 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import diffusers
@@ -33,9 +35,10 @@ import torch
 from torch import nn
 
 import quant
+from data import sources
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
 from models import checkpoint, pretrained
-from models.card import read_run, write_card
+from models.card import read_run, write_16bit_card, write_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from models.quantizer import CMQuantConfig, CMQuantQuantizer, fit_in, quantization_config, register
@@ -236,10 +239,35 @@ def save_pipeline(pipe, out: str | Path) -> None:
     net = denoiser_of(pipe)
     if getattr(net, "peft_config", None):
         raise UserError("adapters are not saved with a pipeline: call its unload_lora_weights(), then save")
-    try:
+    with writing(out):
         pipe.save_pretrained(out)
         write_code(Path(out), family_of_network(net), quantization_config(net).guidance)
         write_card(out)
+
+
+def export_16bit(pipe, out: str | Path) -> float:
+    """save_pretrained of a packed pipeline whose network is dequantized here, and a card. Returns the PSNR in dB of its pictures to
+    those of the packed one, which draws them first."""
+    net, prompts = denoiser_of(pipe), sources.SAMPLE_PROMPTS[:2]
+    config, family = quantization_config(net), family_of_network(net)
+    guidance = family.few_step_guidance(config.guidance)
+    before = draw_with_pipeline(pipe, prompts, config.steps)
+    net.dequantize()
+    error = (draw_with_pipeline(pipe, prompts, config.steps, guidance=guidance) - before).square().flatten(1).mean(1)
+    distance = 10 * torch.log10(4 / error.clamp_min(4e-10)).mean().item()  # of pictures in [-1, 1]
+    height, width = (pipe.vae_scale_factor * side for side in config.latent[1:])
+    call = f", num_inference_steps={config.steps}, guidance_scale={guidance}, height={height}, width={width}"
+    with writing(out):
+        pipe.save_pretrained(out)
+        write_16bit_card(Path(out), type(net).__name__, config.base, call, distance, len(prompts))
+    return distance
+
+
+@contextlib.contextmanager
+def writing(out: str | Path):
+    """UserError for a folder that cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror or error}): choose another --out, or free some space") from None
 
@@ -249,8 +277,8 @@ def main(argv: list[str]) -> None:
         "python -m models.pipeline", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="folder that train.py wrote")
-    parser.add_argument("--export", required=True, choices=("diffusers", "lora", "update", "card"))
-    parser.add_argument("--out", help="folder (diffusers) or .safetensors file (lora, update)")
+    parser.add_argument("--export", required=True, choices=("diffusers", "16bit", "lora", "update", "card"))
+    parser.add_argument("--out", help="folder (diffusers, 16bit) or .safetensors file (lora, update)")
     parser.add_argument("--base", default="", help="another copy of the base pipeline: folder, hub id or single file")
     args = parser.parse_args(argv)
     if args.export != "card" and not args.out:
@@ -260,6 +288,10 @@ def main(argv: list[str]) -> None:
     elif args.export == "diffusers":
         save_pipeline(load_pipeline(args.checkpoint, dtype=torch.bfloat16, base=args.base), args.out)
         print(f"pipeline: {args.out}")
+    elif args.export == "16bit":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        distance = export_16bit(load_pipeline(args.checkpoint, device, dtype=torch.bfloat16, base=args.base), args.out)
+        print(f"pipeline: {args.out}, its pictures {distance:.1f} dB from those of the packed one")
     else:
         print(f"model card: {write_card(args.checkpoint)}")
 

@@ -22,8 +22,10 @@ from torch.nn import functional as F
 import kernels
 import quant
 import sample
+import scores
 import tdpt
 import train
+from data import sources
 from layers import W4A4Conv2d, W4A16Linear, packed_class, packed_layers
 from models import checkpoint, pipeline
 from models.denoiser import float_layers, from_blueprint
@@ -225,6 +227,25 @@ def test_a_run_of_a_gpu_takes_the_kernels_of_a_cpu(runs, tmp_path):
         files.write_tensors(folder / "model.safetensors", *files.read_verified(runs["flux"] / "model.safetensors", ""), run)
         layers = [layer for _, layer in packed_layers(load(folder).transformer)]
         assert {layer.backend for layer in layers} == {used}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_lcm_and_tcd_schedulers_go_through_the_timesteps_of_training(runs):
+    """Catches 759 and 259 where training had 749 and 249, and steps of TCD without noise that are not ours."""
+    pipe = load(runs["sdxl"])
+    ours = pipe.scheduler
+    for steps in (1, 2, 4, 8):
+        pipe.scheduler = ours
+        expected, timesteps = latents(pipe, steps), ours.timesteps
+        pipe.scheduler = diffusers.LCMScheduler.from_config(ours.config)
+        pipe.scheduler.set_timesteps(steps)
+        assert torch.equal(pipe.scheduler.timesteps, timesteps)
+        pipe.scheduler = diffusers.TCDScheduler.from_config(ours.config)
+        options = dict(guidance_scale=1.0, eta=0.0, height=64, width=64)
+        found = pipe(PROMPT, num_inference_steps=steps, latents=start(pipe), output_type="latent", **options).images
+        assert torch.equal(pipe.scheduler.timesteps, timesteps)
+        assert (found - expected).norm() < 0.01 * expected.norm()  # it ends at the first noise level, ours at none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -666,6 +687,24 @@ def test_commands_export_lora_pipeline_and_card(runs, tmp_path):
     assert (tmp_path / "saved" / "README.md").is_file() and (tmp_path / "saved" / "model_index.json").is_file()
     with pytest.raises(UserError, match="--out names: add it"):
         pipeline.main(["--checkpoint", run, "--export", "lora"])
+
+
+def test_the_16_bit_export_is_stock_diffusers_and_says_how_far_it_is(runs, tmp_path, capsys, monkeypatch):
+    """Catches a folder that needs our code, and a distance that is not that of the pictures."""
+    monkeypatch.setattr(kernels, "_has_native", lambda device: False)
+    folder, prompts = tmp_path / "plain", sources.SAMPLE_PROMPTS[:2]
+    pipeline.main(["--checkpoint", str(runs["flux"]), "--export", "16bit", "--out", str(folder)])
+    again = quiet(diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16))
+    assert not [*packed_layers(again.transformer)] and not [*folder.glob("*.py")]
+    packed = pipeline.draw_with_pipeline(load(runs["flux"], dtype=torch.bfloat16), prompts, 4)
+    again.default_sample_size = 8
+    plain = pipeline.draw_with_pipeline(again, prompts, 4, guidance=3.5)
+    distance = scores.psnr(plain, packed)
+    assert 10 < distance < 90 and f"are\n  {distance:.1f} dB (PSNR)" in (folder / "README.md").read_text()
+    assert f"{distance:.1f} dB from those of the packed one" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    exec(code_of(folder / "README.md"), said := {})
+    assert said["image"].size == (64, 64)
 
 
 def test_what_cannot_be_loaded_is_one_sentence_that_says_what_to_do(runs, bases, tmp_path, monkeypatch):
