@@ -239,6 +239,8 @@ def save_pipeline(pipe, out: str | Path) -> None:
     net = denoiser_of(pipe)
     if getattr(net, "peft_config", None):
         raise UserError("adapters are not saved with a pipeline: call its unload_lora_weights(), then save")
+    if quantization_config(net).steps is None:
+        raise UserError("the network was packed as it was loaded, not trained for few steps: save it with its own save_pretrained")
     with writing(out):
         pipe.save_pretrained(out)
         write_code(Path(out), family_of_network(net), quantization_config(net).guidance)

@@ -1,4 +1,10 @@
-"""The quantization method "cmquant" of diffusers, for networks that are packed already.
+"""The quantization method "cmquant" of diffusers: loads and saves packed networks, and packs others without data.
+
+    config = CMQuantConfig()  # or CMQuantConfig(bits_x=8)
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", quantization_config=config)
+
+That rounds weights to nearest as it loads them: no statistics, no branches, no distillation. It is the quick way to try the format
+and its kernels; what train.py makes is better.
 
 Importing this file adds it to the two mappings of diffusers.quantizers.auto. From then on `save_pretrained` of a packed network and
 `from_pretrained` of network or pipeline are diffusers' own; without the import from_pretrained says "Unknown quantization type, got
@@ -20,7 +26,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 import kernels
-from layers import PackedLayer, packed_layers, place_packed, refuse_change, replace_layer, set_backend
+import quant
+from layers import PackedLayer, packed_class, packed_layers, place_packed, refuse_change, replace_layer, set_backend
 
 
 class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a str)
@@ -28,15 +35,27 @@ class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a 
 
 
 class CMQuantConfig(QuantizationConfigMixin):
-    """layers: the table of layers of a checkpoint; base: the pipeline that was quantized; backend: of the kernels; latent: the
-    shape of the pictures' latents in training; guidance: what the network was given as its guidance, if it has that input; steps:
-    the largest number that it was trained for."""
+    """layers: the table of layers of a checkpoint, none for a network that is to be packed; base: the pipeline that was quantized;
+    backend: of the kernels; latent: the shape of the pictures' latents in training; guidance: what the network was given as its
+    guidance, if it has that input; steps: the largest number that it was trained for, None if it was not; bits_x: of activations, 4
+    or 8, where a network is packed."""
 
     def __init__(
-        self, layers: dict, base="", backend="native", latent=(0, 128, 128), guidance=None, steps=4, quant_method=Method.CMQUANT
+        self,
+        layers: dict | None = None,
+        base="",
+        backend="native",
+        latent=(0, 128, 128),
+        guidance=None,
+        steps=4,
+        bits_x=4,
+        quant_method=Method.CMQUANT,
     ):
-        self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers, base, backend
-        self.latent, self.guidance, self.steps = list(latent), guidance, steps
+        """ValueError for other bits."""
+        if bits_x not in (4, 8):
+            raise ValueError(f"activations have 4 or 8 bits, not {bits_x}")
+        self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers or {}, base, backend
+        self.latent, self.guidance, self.steps, self.bits_x = list(latent), guidance, steps, bits_x
 
     to_diff_dict = QuantizationConfigMixin.to_dict  # what repr prints
 
@@ -47,8 +66,8 @@ class CMQuantQuantizer(DiffusersQuantizer):
     is_serializable, is_trainable, is_compileable = True, True, True  # what is trained are adapters
 
     def validate_environment(self, *args, **kwargs):
-        if not self.pre_quantized:
-            raise ValueError("CMQuant does not quantize while loading: make a checkpoint with train.py and load that")
+        if not self.pre_quantized and self.quantization_config.layers:
+            raise ValueError("a table of layers belongs to a checkpoint: give a network in 16 bits CMQuantConfig() without one")
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         place_packed(model, self.quantization_config.layers)
@@ -72,6 +91,9 @@ class CMQuantQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if absent := [k for k, v in model.state_dict().items() if v.is_meta]:
             raise ValueError(f"the weights lack {absent[0]} and {len(absent) - 1} more tensors: copy the whole folder again")
+        if not self.quantization_config.layers:
+            self.quantization_config.layers = pack_nearest(model, self.quantization_config.bits_x)
+            self.quantization_config.steps = None
         set_backend(model, self.quantization_config.backend)
         fit_in(model)
 
@@ -91,6 +113,29 @@ class CMQuantQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         floats = {k: v for k, v in state_dict.items() if k.endswith(".scale_O") and v.is_floating_point()}
         return state_dict | {k: kernels.pack_scales(v) for k, v in floats.items()}, {}
+
+
+def pack_nearest(net: nn.Module, bits_x: int) -> dict[str, dict]:
+    """Packs a network in place, one layer at a time, rounded to nearest, rotated where that can be, without branches: the table of
+    layers. ValueError for a network of no family."""
+    from models.family import family_of_network  # which a pipeline folder's own code lacks
+
+    if (family := family_of_network(net)) is None:
+        raise ValueError(f"{type(net).__name__} of this configuration is of no family here: models/family.py lists them")
+    table = {}
+    for name, layer in list(net.named_modules()):
+        kind = family.precision(name) if isinstance(layer, nn.Linear | nn.Conv2d) else "16bit"
+        if kind == "16bit":
+            continue
+        w_OIhw = layer.weight.detach().float()
+        w_OK, taps = quant.flatten_conv(w_OIhw if w_OIhw.dim() == 4 else w_OIhw[..., None, None]), w_OIhw[0, 0].numel()
+        rotated = kind == "w4a4" and w_OIhw.shape[1] % quant.TURN == 0
+        gw = quant.quantize_weight(quant.rotate_taps(w_OK, taps) if rotated else w_OK, 64, taps)
+        group_x = quant.EIGHT_BITS if bits_x == 8 else 8
+        replace_layer(net, name, packed_class(kind, layer).from_float(layer, gw, group_x=group_x, rotated=rotated))
+        table[name] = {"kind": kind, "shape": [*w_OK.shape], "rank": 0, "smooth": False, "rotated": rotated}
+        table[name] |= {"group_w": 64, "group_x": group_x}
+    return table
 
 
 def register() -> None:

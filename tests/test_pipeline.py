@@ -315,9 +315,36 @@ def test_saved_networks_that_lack_or_bend_a_tensor_are_refused(runs, bases, tmp_
     save_file(tensors | {key: tensors[key][:, ::2].contiguous()}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=key):
         diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"train\.py"):
-        config = pipeline.CMQuantConfig({})
-        diffusers.FluxTransformer2DModel.from_pretrained(bases["flux"], subfolder="transformer", quantization_config=config)
+
+
+@pytest.mark.parametrize("name", (SDXL, "flux"))
+@pytest.mark.parametrize("bits_x", (4, 8))
+@torch.no_grad()
+def test_a_network_in_16_bits_is_packed_as_it_is_loaded(bases, tmp_path, name, bits_x):
+    """Catches layers that stay in 16 bits, weights off the grid, a config that does not bring them back, and an export that would
+    call an undistilled network a few-step one."""
+    part, cls = FAMILIES[name].part, FAMILIES[name].network
+    plain = cls.from_pretrained(bases[name], subfolder=part)
+    config = pipeline.CMQuantConfig(bits_x=bits_x, backend="eager")
+    net = cls.from_pretrained(bases[name], subfolder=part, quantization_config=config)
+    layers = dict(packed_layers(net))
+    kinds = {key: FAMILIES[name].precision(key) for key in float_layers(plain)}
+    assert layers.keys() == {key for key, kind in kinds.items() if kind != "16bit"} and any(
+        layer.rotated for layer in layers.values()
+    )
+    assert quant.number_format(layer.group_x for layer in layers.values()) == f"W4A{bits_x}"
+    for key, layer in layers.items():
+        weight = plain.get_submodule(key).weight
+        assert 0 < (layer.weight - weight).norm() < 0.15 * weight.norm()
+    assert net.num_parameters() == plain.num_parameters()
+    pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(bases[name], **{part: net}))
+    assert latents(pipe, 1).isfinite().all()
+    with pytest.raises(UserError, match="not trained for few steps"):
+        pipeline.save_pipeline(pipe, tmp_path / "export")
+    net.save_pretrained(tmp_path / "saved")
+    assert same_tensors(cls.from_pretrained(tmp_path / "saved"), net)
+    with pytest.raises(ValueError, match=r"CMQuantConfig\(\) without one"):
+        cls.from_pretrained(bases[name], subfolder=part, quantization_config=pipeline.CMQuantConfig({"a": {}}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
