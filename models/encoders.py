@@ -111,7 +111,7 @@ def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cac
     if network.family.embedded:
         return sources.LiveExamples(sources.source(cfg.data, network.family.side), network)
     source, encoders, folder = sources.captioned(cfg.data), Encoders(cfg, network), Path(cfg.cache or out / "cache")
-    if (first := next(iter(source.rows()), None)) is None:
+    if (first := next((row for row in source.rows() if row[1]), None)) is None:
         raise UserError(f"--data {cfg.data} has no captions: look at what it names")
     draws = first[2] is None and cfg.rollout < 1
     key, draw = cache_key(cfg, draws), encoders.draw if draws else None
