@@ -33,7 +33,6 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 import argparse
 import contextlib
 import itertools
-import textwrap
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -45,7 +44,6 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import delete_adapter_layers
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,7 +55,7 @@ from models.card import read_run, write_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from run import files
-from run.common import UserError, run_script
+from run.common import UserError, check_device, run_script
 
 
 class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a str)
@@ -151,6 +149,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser (minutes, at the first call), in the mode
     that is named, if one is: "reduce-overhead" makes CUDA graphs. Layers that a run compiled one by one use the C++ kernel on
     a CPU. UserError with what to do."""
+    check_device(device)
     folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
     dtype = dtype or (FAST if on_cpu else torch.bfloat16)
     if (folder / "model_index.json").is_file():
@@ -192,6 +191,7 @@ def load_16bit(folder: str | Path, cm: bool, device="cpu", base: str = ""):
     """A pipeline in 16 bits (float32 on CPUs without units for bfloat16) that the student of a run folder is measured against: its
     base as it is or, if `cm`, its consistency model: --cm fused into the base, with the student's scheduler for few steps.
     base: another copy of the base. UserError if the run was made from random weights, or its base or LoRA is not there."""
+    check_device(device)
     folder, dtype = Path(folder), FAST if torch.device(device).type == "cpu" else torch.bfloat16
     about = read_run(folder)
     config, family = about["config"], FAMILIES[about["network"]["model"]]
@@ -323,8 +323,8 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
     file, shown = (dict(file), "the LoRA") if isinstance(file, dict) else (str(file), str(file))
     with contextlib.ExitStack() as undo:
         undo.callback(_forget_compiled, net)
-        try:
-            state, about = pretrained.read_lora(net, file)
+        with pretrained.lora_errors(shown, "this model"):
+            state, about, given = pretrained.read_lora(net, file)
             parts = {key.partition(".")[0] for key in state}
             if family.part in parts:
                 factors = pretrained.lora_factors(net, state, about, shown)
@@ -335,11 +335,8 @@ def add_style_lora(pipe_or_net, file: str | Path | dict, scale: float = 1.0) -> 
                 options = dict(text_encoder=text, prefix=prefix, adapter_name=name, low_cpu_mem_usage=True)
                 family.pipeline().load_lora_into_text_encoder(state, **options, **about)
                 _beside_others(text, name, scale)
-        except UserError:
-            raise
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
-            why = textwrap.shorten(str(error), 200, placeholder=" ..")
-            raise UserError(f"{shown} cannot be loaded onto this model ({why}): choose a LoRA that was made for it") from error
+        if len(given) > len(texts):
+            print(f"{shown}: of its parts for text encoders ({', '.join(sorted(given))}) {len(given) - len(texts)} are left out")
         if not factors and not texts:
             raise UserError(f"{shown} holds no LoRA for {type(net).__name__}: choose a LoRA that was made for it")
         for key, (down, up, strength) in factors.items():
