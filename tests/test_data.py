@@ -479,6 +479,8 @@ class FakeDatasets:
             for values in self.values:
                 if values is None:
                     raise ConnectionError("connection reset")
+                if isinstance(values, Exception):
+                    raise values
                 yield values
 
     def __init__(self, columns, values):
@@ -577,6 +579,21 @@ def hub_lost(hub, path):
     list(sources.captioned("someone/pictures"))
 
 
+def hub_encoded(hub, path):
+    hub({"text": str}, [{"text": "a cat"}, UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "unexpected end of data")])
+    list(sources.captioned("someone/pictures"))
+
+
+def unread_table(hub, path):
+    (path / "t.parquet").write_bytes(b"no parquet")
+
+    def load(*args, **options):
+        raise ValueError("Parquet magic bytes not found")
+
+    hub({}, []).load_dataset = load
+    sources.captioned(f"{path}/t.parquet")
+
+
 def hub_columns(hub, path):
     hub({"image": FakeDatasets.Image(), "label": int}, [])
     sources.captioned("someone/pictures")
@@ -629,6 +646,8 @@ def bad_line(hub, path):
     ("case", "says"),
     [
         (hub_lost, "run the same command again"),
+        (hub_encoded, "has a table that is not UTF-8 .*: save it as UTF-8"),
+        (unread_table, r"t.parquet cannot be read by the library datasets \(Parquet magic bytes not found\): check its files"),
         (hub_columns, "no column text, caption or prompt but image, label"),
         (hub_unknown, "check the name and the network"),
         (hub_no_library, "pip install datasets"),
