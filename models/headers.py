@@ -62,21 +62,20 @@ def check_config_unquantized(config: dict, base: str) -> None:
         raise UserError(f"{base} is quantized ({method}): give the base in 16 bits")
 
 
-def check_folder_unquantized(folder: Path, part: str, base: str) -> None:
-    """UserError if a part of a pipeline's folder says that it was saved with a quantizer, or the weights of `part` are codes."""
+def check_folder_unquantized(base: str, known: str, part: str = "") -> None:
+    """UserError if a part of a pipeline says that it was saved with a quantizer, or the weights of `part` are codes. base: a
+    folder, or a hub id of which the file `known` was fetched before."""
+    folder = Path(base)
+    if not folder.is_dir():
+        cached = huggingface_hub.try_to_load_from_cache(base, known) if base.count("/") == 1 else None
+        if not isinstance(cached, str):
+            return
+        folder = Path(cached.removesuffix(known))
     for config in sorted(folder.glob("*/config.json")):
         about = json.loads(config.read_text(encoding="utf-8"))
         check_config_unquantized(about if isinstance(about, dict) else {}, f"{config.parent.name} of {base}")
-    for file in sorted((folder / part).glob("*.safetensors")):
+    for file in sorted((folder / part).glob("*.safetensors")) if part else ():
         check_unquantized(read_headers(file), str(file))
-
-
-def cached_folder(base: str, part: str) -> Path | None:
-    """Where the hub's cache has the files of a hub id, whose `part` was asked for before; a folder is its own."""
-    if Path(base).is_dir():
-        return Path(base)
-    config = huggingface_hub.try_to_load_from_cache(base, f"{part}/config.json")
-    return Path(config).parent.parent if isinstance(config, str) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

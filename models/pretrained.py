@@ -57,6 +57,7 @@ def loading_errors(what: str, base: str):
     except (UserError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
+        headers.check_folder_unquantized(base, "model_index.json")  # a part needs its quantizer
         raise UserError(f"{what} of {base} needs a package: {str(error).strip().splitlines()[0]}") from None
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, *OF_LIBRARIES) as error:
         chain, local = [error], Path(base).exists()
@@ -104,8 +105,7 @@ def network_config(family: Family, base: str) -> dict:
         raise UserError(f"{base} is a {Path(base).suffix or 'nameless'} file, which is not read: give a hub id, {read}")
     if Path(base).is_dir() and not (Path(base) / family.part).is_dir():
         raise UserError(f"{base} has no {family.part} folder: it is no {family.name}, choose another --teacher or --model")
-    if Path(base).is_dir():
-        headers.check_folder_unquantized(Path(base), family.part, base)
+    headers.check_folder_unquantized(base, f"{family.part}/config.json", family.part)
     config = family.network.load_config(base, subfolder=family.part)
     check_architecture(family, config, base)
     return config
@@ -153,8 +153,7 @@ def load_folder(family: Family, base: str, weights: str, dtype: torch.dtype) -> 
             net = family.network.from_config(config).to(dtype)
         else:
             net = from_pretrained(family.network, base, subfolder=family.part, torch_dtype=dtype)
-        if folder := headers.cached_folder(base, family.part):  # what the hub had was fetched only now
-            headers.check_folder_unquantized(folder, family.part, base)
+        headers.check_folder_unquantized(base, f"{family.part}/config.json", family.part)  # the hub's files came only now
     check_whole("the denoiser", net, base)
     return net, load_scheduler(base)
 

@@ -170,6 +170,16 @@ def test_a_base_that_a_quantizer_saved_is_refused_by_its_configuration(bases, tm
         pretrained.load_network(name, str(base))
 
 
+def test_text_encoders_of_codes_need_no_quantizer_but_another_base(bases, tmp_path):
+    """Catches the advice to install a quantizer, where `components` alone has its codes."""
+    base = changed(bases["flux"], tmp_path / "q", "text_encoder_2/config.json", quantization_config={"quant_method": "sdnq"})
+    with (
+        pytest.raises(UserError, match=r"text_encoder_2 of \S+ is quantized \(sdnq\): give the base in 16 bits"),
+        pretrained.loading_errors("the text encoders", str(base)),
+    ):
+        raise ImportError("`pip install sdnq`")
+
+
 def test_plain_eight_bit_floats_are_read(bases, single, tmp_path):
     """Catches a check for codes that takes rounded floats for them."""
     key = TO_Q + "weight"
