@@ -252,7 +252,7 @@ METRICS = {  # a new metric is a row
 
 def pictures_of(folder: str) -> list[Path]:
     """The files of pictures in a folder and its sub-folders; none for ""."""
-    return [file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in sources.PICTURES] if folder else []
+    return sources.pictures_below(folder) if folder else []
 
 
 def numbered(folder: str, n: int) -> list[Path]:

@@ -32,7 +32,7 @@ def is_available() -> bool:
         return False
     try:
         torch.ops.load_library(_library())
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ImportError, ValueError, subprocess.CalledProcessError) as error:
         lines = getattr(error, "stderr", "").splitlines()
         why = next((line for line in lines if "error" in line), error)
         warnings.warn(f"backends/cpu.cpp was not built, the slower eager kernels run ({why})", stacklevel=2)
@@ -47,7 +47,7 @@ def source() -> str:
 
 
 def _library() -> Path:
-    """The built library. OSError or CalledProcessError where it cannot be built."""
+    """The built library. OSError, CalledProcessError, ImportError or ValueError where it cannot be built."""
     compiler, code = shlex.split(os.environ.get("CXX", "c++")), source()
     about = (code, compiler, FLAGS, torch.__version__, sorted(CPU.items()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cmquant")

@@ -12,7 +12,7 @@ Storage. A folder with
     manifest.json        the key (what the cache was made of), and the number of shards, null as long as there may be more
     00000.safetensors    shard k is made of rows [64 k, 64 k + 64) of the source alone. Tensors HxW/latents (n, C, H/8, W/8) float16
                          and HxW/NAME (n, ..) for each tensor of cond: bfloat16, but time_ids float32. The metadata has the
-                         number of rows in each bucket and the unreadable pictures
+                         number of rows in each bucket, and those that were skipped, with the reason
     null.safetensors     cond of the caption ""
 
 Since a shard depends on its own rows alone, a killed build goes on at any shard, processes share the shards, and a damaged one is
@@ -94,7 +94,7 @@ class CacheBuilder:
 
     @torch.no_grad()
     def open_or_make(self) -> "Cache":
-        """UserError: a cache of another key, a damaged manifest, a full disk, encoders that overflow, no readable picture."""
+        """UserError: a cache of another key, a damaged manifest, a full disk, encoders that overflow, most rows skipped."""
         self.sizes, leader = buckets(self.resolution), process_index() == 0
         if leader:
             self._begin()
@@ -113,7 +113,7 @@ class CacheBuilder:
         wait_for_all()
         cache = Cache(self.folder)
         if leader and shards is None:
-            sources.report_skipped(cache.skipped)
+            sources.report(self.source.spec, int(cache.ends[-1]), cache.skipped)
         return cache
 
     def _full_key(self) -> dict:
@@ -177,7 +177,7 @@ class CacheBuilder:
 
     def _make_shard(self, k: int, rows: Iterator) -> None:
         """Reads and encodes the rows of shard k, at most 8 of one bucket at a time, and writes the file."""
-        groups, skipped = defaultdict(list), []  # bucket -> (key, caption, pixels, time_ids) of each row; unreadable pictures
+        groups, skipped = defaultdict(list), []  # bucket -> (key, caption, pixels, time_ids) of each row; what is skipped, and why
         for key, caption, opened in rows:
             bucket, pixels, ids = "drawn" if self.draw else "prompts", None, None
             if opened is not None:
@@ -250,7 +250,7 @@ class Cache:
     each part of a shard, in this order; ends, the number of rows up to the end of each; last, that of each bucket; skipped."""
 
     def __init__(self, folder: Path):
-        """UserError: no cache, an unfinished one, or no row in it."""
+        """UserError: no cache, an unfinished one, no row in it, or fewer than were skipped."""
         self.folder = folder
         about, counts, self.skipped = read_manifest(folder), {}, []
         if about is None or about["shards"] is None:
@@ -260,8 +260,11 @@ class Cache:
                 info = json.loads(file.metadata()["info"])
             self.skipped += info["skipped"]
             counts |= {(bucket, name): n for bucket, n in info["rows"].items()}
-        if not counts:
-            raise UserError(f"no picture of --data could be read ({len(self.skipped)} tried): check the files and delete {folder}")
+        used, found = sum(counts.values()), sum(counts.values()) + len(self.skipped)
+        if used < len(self.skipped) or not used:
+            lost = f"{used} of {found} pictures and captions of --data could be used ({sources.reasons(self.skipped)})"
+            first = f", such as {self.skipped[0]}" if self.skipped else ""
+            raise UserError(f"only {lost}{first}: mend them or leave them out, and delete {folder}")
         self.pieces = sorted(counts, key=lambda piece: piece[0])
         self.ends = torch.tensor([counts[piece] for piece in self.pieces]).cumsum(0)
         self.last = {bucket: end for (bucket, _), end in zip(self.pieces, self.ends.tolist(), strict=True)}

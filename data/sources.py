@@ -7,7 +7,9 @@ Models with public weights read pictures of any size, once, into a cache (data/c
 --data names:
 
     FOLDER             pictures with metadata.jsonl (lines {"file_name": .., "text": ..}) or NAME.txt beside NAME.png; sub-folders
-    FOLDER, "X-*.tar"  WebDataset shards: KEY.jpg with KEY.txt, or KEY.json that has "caption" or "text", adjacent
+                       too, linked ones once, but none that is hidden
+    FOLDER, "X-*.tar"  WebDataset shards: KEY.jpg with KEY.txt, or KEY.json that has "caption" or "text", adjacent. KEY is the path
+                       up to the last dot
     OWNER/NAME[@REV]   a dataset of the Hugging Face hub, streamed; also a folder that `datasets` saved or can read, or a .parquet
     prompts, FILE.txt  captions alone, ours (assets/prompts.txt) or one a line: the consistency model draws the latents
 
@@ -15,9 +17,15 @@ Folders and shards have readers of our own, since nothing may be lost silently i
 `datasets` ignores NAME.txt and ends at the first absent picture or bad line; its webdataset reader refuses shards whose samples
 differ in their kinds of files; it and the library webdataset take a shard that was cut in a header for a whole one.
 
+Whatever is found is a row: a picture without a caption, or a caption without a picture, is a row that says why it is skipped, so
+that the closing line (`report`) accounts for everything. Captions are UTF-8, or UTF-16 with its mark; others are skipped, since
+letters that were replaced would be trained on.
+
 Left out on purpose: filters for size and content, captioning, brace expansion of shard names.
 """
 
+import codecs
+import contextlib
 import glob
 import io
 import json
@@ -25,11 +33,12 @@ import os
 import re
 import struct
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 import numpy as np
@@ -41,7 +50,14 @@ from data import scenes
 from run import files
 from run.common import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (  # what Pillow does not open (some need a plugin) is named among what is skipped
+    ".png", ".jpg", ".jpeg", ".webp", ".jfif", ".jpe", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".heic", ".heif", ".jxl",
+)  # fmt: skip
+CAPTIONS = (".txt", ".json")  # in shards
+ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # which nobody here unpacks
+OF_OTHERS = ("__MACOSX", "@eaDir")  # folders of copies and small pictures that a Mac and a NAS leave, beside hidden ones
+NO_CAPTION, NO_PICTURE, NOT_UTF8 = "no caption", "no picture", "its caption is not UTF-8"
+NOT_ADJACENT = "its parts are not adjacent: pack the shard with --sort=name"
 UNREADABLE = (  # what PIL raises; the last three for EXIF that is none
     OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError, TypeError, AttributeError, LookupError,
 )  # fmt: skip
@@ -65,38 +81,107 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
     return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def report_skipped(skipped: list[str]) -> None:
-    """Prints the first five pictures that could not be read, and how many there were."""
+def reasons(skipped: list[str]) -> str:
+    """How many rows were skipped for each reason, the most frequent first."""
+    known = (NO_CAPTION, NO_PICTURE, NOT_UTF8, NOT_ADJACENT)
+    count = Counter(next((why for why in known if line.endswith(why)), "cannot be read") for line in skipped)
+    return ", ".join(f"{why} ({n})" for why, n in count.most_common())
+
+
+def report(spec: str, used: int, skipped: list[str]) -> None:
+    """Prints the first five rows that were skipped, and the closing line: what was found, used and skipped, and why."""
     for line in skipped[:5]:
-        print(f"skipped unreadable picture {line}".encode(errors="replace").decode())  # names that are no UTF-8
-    if len(skipped) > 5:
-        print(f"skipped {len(skipped)} unreadable pictures in all")
+        print(f"skipped {line}".encode(errors="replace").decode())  # names that are no UTF-8
+    why = f": {reasons(skipped)}" if skipped else ""
+    print(f"{spec or 'prompts'}: {used + len(skipped)} pictures or captions found, {used} used, {len(skipped)} skipped{why}")
+
+
+def is_hidden(path: PurePosixPath) -> bool:
+    """Whether a part of a relative path is hidden or a folder OF_OTHERS."""
+    return any(part.startswith(".") or part in OF_OTHERS for part in path.parts)
+
+
+def files_below(folder: str | Path) -> list[Path]:
+    """The files in a folder and its sub-folders, sorted; linked folders are followed once. None that is_hidden. UserError for a
+    sub-folder that cannot be listed."""
+
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): change its permissions, or move it away")
+
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
+        found += [Path(parent, name) for name in names if not is_hidden(Path(name))]
+    return sorted(found)
+
+
+def pictures_below(folder: str | Path) -> list[Path]:
+    return [file for file in files_below(folder) if file.suffix.lower() in PICTURES]
+
+
+def decode(content: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 with its mark; the mark goes. UnicodeError for any other."""
+    text = content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    if "\0" in text:
+        raise UnicodeError("null characters: UTF-16 without its mark, or UTF-32")
+    return text
+
+
+def caption_of(value) -> tuple[str, str]:
+    """(caption, "") or ("", why there is none) of a file, of bytes, or of what a table has; of a list, the first."""
+    value = value[0] if isinstance(value, list) and value else value
+    try:
+        value = value.read_bytes() if isinstance(value, Path) else value
+        value = decode(value).strip() if isinstance(value, bytes) else value
+    except UnicodeError:
+        return "", NOT_UTF8
+    except OSError as error:
+        return "", f"its caption cannot be read ({error.strerror})"
+    return (value, "") if isinstance(value, str) and value.strip() else ("", NO_CAPTION)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders of pictures
 
 
-def _captions_of_tables(folder: Path) -> list[tuple[Path, str]]:
-    """The pairs of every metadata.jsonl, whose file names are relative to it."""
-    pairs = []
-    for table in sorted(folder.rglob("metadata.jsonl")):
-        for number, line in enumerate(table.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                pairs.append((table.parent / row["file_name"], row["text"]))
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f'{table} line {number}: every line must be {{"file_name": .., "text": ..}}') from None
-    return pairs
+def _rows_of_table(table: Path) -> Iterator[tuple[Path, str, str]]:
+    """(picture, caption, why there is none) of each line of a metadata.jsonl, whose file names are relative to it."""
+    content = table.read_bytes()
+    with contextlib.suppress(UnicodeError):  # else line by line
+        content = decode(content).encode()
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        text = line.decode(errors="replace")
+        try:
+            row = json.loads(text)
+            picture, (caption, why) = table.parent / row["file_name"], caption_of(row["text"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f'{table} line {number}: every line must be {{"file_name": .., "text": ..}}') from None
+        yield (picture, caption, why) if text.encode() == line else (picture, "", NOT_UTF8)
 
 
-def _captions_beside(folder: Path) -> list[tuple[Path, str]]:
-    """Every picture that has a NAME.txt beside it, with what that says."""
-    pictures = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURES]
-    beside = [(file, file.with_suffix(".txt")) for file in pictures]
-    return [(file, text.read_text(encoding="utf-8-sig", errors="replace").strip()) for file, text in beside if text.is_file()]
+def _rows_of_folder(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """(picture, or the caption's file where there is none; caption; why it is skipped) for all pictures and captions of a folder:
+    those of every metadata.jsonl, then the other pictures, each with what the NAME.txt beside it says."""
+    found, named = files_below(folder), set()
+    for table in (file for file in found if file.name == "metadata.jsonl"):
+        for row in _rows_of_table(table):
+            named.add(os.path.normpath(row[0]))
+            yield row
+    texts = {file.with_suffix(""): file for file in found if file.suffix.lower() == ".txt"}
+    pictures = [file for file in found if file.suffix.lower() in PICTURES]
+    for picture in pictures:
+        if os.path.normpath(picture) not in named:
+            text = texts.get(picture.with_suffix(""))
+            yield picture, *caption_of(text)
+    for name in {picture.with_suffix("") for picture in pictures}:
+        texts.pop(name, None)
+    yield from ((text, "", NO_PICTURE) for text in texts.values())
 
 
 class Folder:
@@ -108,7 +193,7 @@ class Folder:
     def __init__(self, path: str, side: int = scenes.SIDE):
         if not Path(path).is_dir():
             raise UserError(f"--data {path} is not a folder: give a folder of pictures with metadata.jsonl or .txt captions")
-        found = [(text, self._square(picture, side)) for _, text, picture in _folder(path)]
+        found = [(text, self._square(picture, side)) for _, text, picture in captioned(path) if picture is not None]
         if not found:
             raise UserError(f"no picture in {path} could be read: check the files")
         self.texts, self.pictures = [text for text, _ in found], torch.stack([picture for _, picture in found])
@@ -173,23 +258,25 @@ class Source:
     """What --data names. rows() is an iterator of (key, caption, open), each time from the beginning and in the same order.
 
     open() returns the RGB picture or raises one of UNREADABLE; for a prompt alone, open is None. It must be called before the
-    next row is asked for. So rows that nobody needs cost no decoding. `fingerprint` changes when the data do."""
+    next row is asked for. So rows that nobody needs cost no decoding. A row that cannot be used has the caption "", and open()
+    raises the reason. `fingerprint` changes when the data do, or the rules by which they are read."""
 
     spec: str
     fingerprint: str
     rows: Callable[[], Iterator[tuple[str, str, Callable | None]]]
 
     def __iter__(self) -> Iterator[tuple[str, str, Image.Image | None]]:
-        """(key, caption, RGB picture or None). Unreadable pictures are left out, and named and counted at the end."""
-        skipped = []
+        """(key, caption, RGB picture or None). Rows that cannot be read are left out, and named and counted at the end."""
+        used, skipped = 0, []
         for key, caption, opened in self.rows():
             try:
                 picture = None if opened is None else opened()
             except UNREADABLE as error:
                 skipped.append(f"{key}: {error}")
             else:
+                used += 1
                 yield key, caption, picture
-        report_skipped(skipped)
+        report(self.spec, used, skipped)
 
 
 def captioned(spec: str = "") -> Source:
@@ -202,13 +289,28 @@ def captioned(spec: str = "") -> Source:
     if (path.suffix == ".tar" or glob.has_magic(spec)) and not path.is_dir():
         return _tars(spec, [path] if path.is_file() else sorted(map(Path, glob.glob(spec, recursive=True))))
     if path.is_dir():
-        if tars := sorted(path.rglob("*.tar")):
+        if tars := _of_one_kind(path).get("tar"):
             return _tars(spec, tars)
-        return _hub(spec) if any(any(path.glob(name)) for name in OF_DATASETS) else _folder(spec)
+        marks = (mark.relative_to(path) for name in OF_DATASETS for mark in path.glob(name))
+        return _hub(spec) if not all(map(is_hidden, marks)) else _folder(spec)
     if (path.suffix == ".parquet" and path.is_file()) or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", spec):
         return _hub(spec)
     kinds = "folder, .tar shards, .txt file of prompts or Hugging Face dataset OWNER/NAME"
     raise UserError(f"{spec} is no {kinds}: check the path")
+
+
+def _of_one_kind(folder: Path) -> dict[str, list[Path]]:
+    """Kind -> files below a folder, of shards, tables and pictures. UserError for two kinds, of which one would be left out, and
+    for an archive, which would be."""
+    found, kinds = files_below(folder), {}
+    if packed := next((file for file in found if file.suffix.lower() in ARCHIVES), None):
+        raise UserError(f"{packed} is not read: unpack it, or move it out of {folder}")
+    for kind, suffixes in {"tar": (".tar",), "parquet": (".parquet",), "picture": PICTURES}.items():
+        kinds |= {kind: files} if (files := [file for file in found if file.suffix.lower() in suffixes]) else {}
+    if len(kinds) > 1:
+        one, other = (files[0].relative_to(folder) for files in list(kinds.values())[:2])
+        raise UserError(f"{folder} holds both {one} and {other}, and only one kind is read: give a folder for each")
+    return kinds
 
 
 def _stat(file: Path, folder: Path) -> list:
@@ -218,7 +320,7 @@ def _stat(file: Path, folder: Path) -> list:
 
 
 def _unreadable(why: str):
-    """What stands for `open` where there is no picture to open."""
+    """What stands for `open` in a row that cannot be used."""
 
     def opened():
         raise OSError(why)
@@ -226,11 +328,16 @@ def _unreadable(why: str):
     return opened
 
 
+def _row(key: str, caption: str, why: str, opened: Callable | None) -> tuple[str, str, Callable | None]:
+    """A row, or, where there is a reason why not, one that is skipped."""
+    return (key, "", _unreadable(why)) if why else (key, caption, opened)
+
+
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank. UserError: no such file, not text, no line."""
+    """The lines of a file that are not blank; a line ends at \\n alone. UserError: no such file, not text, no line."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in decode(path.read_bytes()).split("\n") if line.strip()]
+    except (OSError, UnicodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): give a UTF-8 file with a prompt in every line") from None
     if not lines:
         raise UserError(f"{path} holds no prompt: write one in every line")
@@ -255,15 +362,18 @@ def _prompts(spec: str, path: Path) -> Source:
 
 
 def _folder(spec: str) -> Source:
-    """The pictures of a folder and its sub-folders whose captions are not blank. NAME.txt files are looked at where no
-    metadata.jsonl names a picture. UserError for a line that is no pair, and for no captions at all."""
+    """The pictures and captions of a folder and its sub-folders. UserError for a line that is no pair, or if there are no
+    captions."""
     folder = Path(spec)
-    pairs = _captions_of_tables(folder) or _captions_beside(folder)
-    pairs = [(file, text) for file, text in pairs if isinstance(text, str) and text.strip()]
-    if not pairs:
-        raise UserError(f"{folder} has no captions: add metadata.jsonl (file_name, text) or NAME.txt beside each picture")
-    fingerprint = files.digest_of([[*_stat(file, folder), text] for file, text in pairs])
-    return Source(spec, fingerprint, lambda: ((os.path.relpath(f, folder), text, partial(open_picture, f)) for f, text in pairs))
+    found = list(_rows_of_folder(folder))
+    if not any(caption for _, caption, _ in found):
+        why = f" that can be used ({reasons([why for *_, why in found])})" if found else ""
+        raise UserError(
+            f"{folder} has no captions{why}: give metadata.jsonl (file_name, text) or NAME.txt beside each picture, in UTF-8"
+        )
+    fingerprint = files.digest_of([[*_stat(file, folder), text or why] for file, text, why in found])
+    rows = lambda: (_row(os.path.relpath(f, folder), text, why, partial(open_picture, f)) for f, text, why in found)  # noqa: E731
+    return Source(spec, fingerprint, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,50 +386,63 @@ def _tars(spec: str, tars: list[Path]) -> Source:
 
     def rows():
         for path in tars:
+            halves = {}  # key -> why the pictures without a caption, or captions without a picture, that have it are skipped
             try:
                 with tarfile.open(path, "r:") as tar:
-                    for key, group in groupby(_members(tar), _key_of):
-                        yield _row_of_tar(tar, f"{path.name}/{key}", {os.path.splitext(m.name)[1].lower(): m for m in group})
+                    for name, parts in _samples(tar):
+                        key, has_picture = f"{path.name}/{name}", not parts.keys().isdisjoint(PICTURES)
+                        has_caption = not parts.keys().isdisjoint(CAPTIONS)
+                        if has_picture and has_caption:
+                            yield _row_of_tar(tar, key, parts)
+                        elif has_picture or has_caption:
+                            lacks = NO_CAPTION if has_picture else NO_PICTURE
+                            halves[key] = lacks if halves.get(key, lacks) == lacks else NOT_ADJACENT
             except (tarfile.TarError, OSError) as error:
                 yield path.name, "", _unreadable(f"the rest of the shard is damaged ({error})")
+            yield from (_row(key, "", why, None) for key, why in halves.items())
 
-    return Source(spec, files.digest_of([_stat(tar, tars[0].parent) for tar in tars]), rows)
+    return Source(spec, files.digest_of(["keys to the last dot", *(_stat(tar, tars[0].parent) for tar in tars)]), rows)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files in a shard, without keeping their headers. ReadError if the shard has no end: tarfile takes a header that is cut or
-    broken for the end."""
+    """The files in a shard that are not hidden, without keeping their headers. ReadError if the shard has no end: tarfile takes a
+    header that is cut or broken for the end."""
     for member in tar:
         tar.members = []
-        if member.isfile():
+        if member.isfile() and not is_hidden(PurePosixPath(member.name)):
             yield member
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("no end of archive")
 
 
-def _key_of(member: tarfile.TarInfo) -> str:
-    """What the files of a sample share: the path up to the first dot of the name."""
-    folder, name = os.path.split(member.name)
-    return os.path.join(folder, name.split(".")[0])
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """(key, {suffix: file}) of adjacent files whose paths are the same up to the last dot. A suffix that comes twice begins a new
+    sample."""
+    last, parts = "", {}
+    for member in _members(tar):
+        key, suffix = os.path.splitext(member.name)
+        if parts and (key != last or suffix.lower() in parts):
+            yield last, parts
+            parts = {}
+        last, parts = key, parts | {suffix.lower(): member}
+    if parts:
+        yield last, parts
 
 
 def _row_of_tar(tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo]) -> tuple[str, str, Callable]:
     """The row of a sample whose files are `parts`, by suffix."""
-    picture, caption = next((parts[suffix] for suffix in PICTURES if suffix in parts), None), None
-    try:
-        if ".txt" in parts:
-            caption = tar.extractfile(parts[".txt"]).read().decode(errors="replace").strip()
-        elif ".json" in parts:
-            about = json.loads(tar.extractfile(parts[".json"]).read())
+    picture = next(parts[suffix] for suffix in PICTURES if suffix in parts)
+    caption = tar.extractfile(parts.get(".txt") or parts[".json"]).read()
+    if ".txt" not in parts:
+        try:
+            about = json.loads(caption)
             caption = about.get("caption") or about.get("text")
-    except (ValueError, AttributeError):
-        pass  # the .json is none, or no table: the picture has no caption
-    if picture is None:
-        return key, "", _unreadable("no picture")
-    if not isinstance(caption, str) or not caption:
-        return key, "", _unreadable("no caption")
-    return key, caption, lambda: open_picture(io.BytesIO(tar.extractfile(picture).read()))
+        except UnicodeError:
+            pass  # which caption_of says
+        except (ValueError, AttributeError):
+            caption = None  # the .json is none, or no table
+    return _row(key, *caption_of(caption), lambda: open_picture(io.BytesIO(tar.extractfile(picture).read())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +454,8 @@ OF_DATASETS = ("state.json", "dataset_dict.json", "metadata.csv", "*.parquet", "
 def _hub(spec: str) -> Source:
     """A dataset of the hub, one that `datasets` saved, or one in a layout that it knows. Split train, or the first.
 
-    The caption is the column text, caption or prompt; of a list, the first. UserError: no library, no such dataset or column."""
+    The caption is the column text, caption or prompt; the picture is the first column that has any: as pictures of the library, or
+    as bytes, alone or in a struct {bytes, path}; of a list, the first. UserError: no library, no such dataset or column."""
     try:
         import datasets
     except ImportError:
@@ -339,28 +463,61 @@ def _hub(spec: str) -> Source:
     table, mark = _open_dataset(datasets, spec)
     columns = table.features or next(iter(table), {})
     text = next((c for c in ("text", "caption", "prompt") if c in columns), None)
-    image = next((c for c, kind in columns.items() if isinstance(kind, datasets.Image)), None)
     if text is None:
         others = ", ".join(columns)
         raise UserError(f"--data {spec} has no column text, caption or prompt but {others}: rename the captions' column")
-    if image is not None:
-        table = table.cast_column(image, datasets.Image(decode=False))
+    for column, kind in columns.items():  # pictures are decoded when they are asked for
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            table = table.cast_column(column, type(kind)(datasets.Image(decode=False)))
+    with _stream_errors(spec):
+        image = _column_of_pictures(datasets, table, columns)
+    if image is None:
+        print(f"--data {spec} has no column of pictures but {', '.join(columns)}: its captions alone are used")
 
     def rows():
-        try:
+        with _stream_errors(spec):
             for i, values in enumerate(table):
-                caption = values[text][0] if isinstance(values[text], list) and values[text] else values[text]
-                picture = values[image] if image else None
-                if image and picture is None:
-                    yield str(i), "", _unreadable("no picture")
-                elif not isinstance(caption, str) or not caption.strip():
-                    yield str(i), "", _unreadable("no caption")
-                else:
-                    yield str(i), caption, picture and (lambda p=picture: rgb(datasets.Image().decode_example(p)))
-        except OSError as error:
-            raise UserError(f"--data {spec} broke off ({error}): run the same command again to go on") from None
+                picture = _encoded(values[image]) if image else None
+                caption, why = (values[text], NO_PICTURE) if image and not picture else caption_of(values[text])
+                opened = picture and (lambda p=picture: rgb(datasets.Image().decode_example(p)))
+                yield _row(str(i), caption, why, opened)
 
-    return Source(spec, files.digest_of(mark), rows)
+    return Source(spec, files.digest_of(["columns of bytes", *mark]), rows)
+
+
+@contextlib.contextmanager
+def _stream_errors(spec: str):
+    """Errors of a table that is read row by row -> UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--data {spec} broke off ({error}): run the same command again to go on") from None
+    except UnicodeError as error:
+        raise UserError(f"--data {spec} has a table that is not UTF-8 ({error}): save it as UTF-8") from None
+
+
+def _encoded(value) -> dict | None:
+    """A picture as the library's Image holds it, {bytes, path}: of that, of bytes, or of the first in a list. None: no picture."""
+    value = value[0] if isinstance(value, list) and value else value
+    value = {"bytes": value, "path": None} if isinstance(value, bytes) else value
+    return value if isinstance(value, dict) and (value.get("bytes") or value.get("path")) else None
+
+
+def _column_of_pictures(datasets, table, columns) -> str | None:
+    """The first column of the library's pictures, or of lists of them; else the first of bytes that Pillow reads in a first row."""
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in columns.items()}  # of lists what is in them
+    if found := [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]:
+        return found[0]
+    of_bytes = [c for c, kind in kinds.items() if isinstance(kind, dict) and "bytes" in kind]
+    of_bytes += [c for c, kind in kinds.items() if "binary" in str(getattr(kind, "dtype", ""))]
+    for values in islice(table, 20) if of_bytes else ():
+        for column in of_bytes:
+            with contextlib.suppress(*UNREADABLE):
+                datasets.Image().decode_example(_encoded(values[column]))
+                return column
+    return None
 
 
 def _open_dataset(datasets, spec: str):
@@ -369,7 +526,7 @@ def _open_dataset(datasets, spec: str):
     path = Path(spec)
     try:
         if path.is_dir():
-            mark = [_stat(file, path) for file in sorted(path.rglob("*")) if file.is_file()]
+            mark = [_stat(file, path) for file in files_below(path)]
             saved = any((path / part).exists() for part in ("state.json", "dataset_dict.json"))
             table = datasets.load_from_disk(spec) if saved else datasets.load_dataset(spec, streaming=True)
         elif path.is_file():
@@ -380,6 +537,8 @@ def _open_dataset(datasets, spec: str):
             table = datasets.load_dataset(name, revision=mark[0], streaming=True)
     except Exception as error:  # without network, without rights, for a wrong name: the libraries' errors have no common class
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if path.exists():
+            raise UserError(f"--data {spec} cannot be read by the library datasets ({why}): check its files") from None
         raise UserError(
             f"--data {spec} is not here and cannot be had from the Hugging Face hub ({why}): check the name and the network, "
             "accept its terms and `hf auth login` if it is gated, or give a folder"

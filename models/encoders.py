@@ -16,7 +16,7 @@ from models.denoiser import Denoiser, as_cm
 from models.family import FACTOR, FAMILIES, Family
 from models.pretrained import load_text_pipeline, load_vae
 from run import files
-from run.common import UserError
+from run.common import UserError, check_device
 
 
 def square(side: int, n: int) -> torch.Tensor:
@@ -33,6 +33,7 @@ class Text:
     what the pipeline itself takes for the unconditional one."""
 
     def __init__(self, name: str, base: str, components: str = "", resolution: int = 1024, device="cpu", dtype=torch.bfloat16):
+        check_device(device)
         self.family, self.resolution, self.device = FAMILIES[name], resolution, device
         self.pipeline = load_text_pipeline(self.family, base, components, dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -48,13 +49,15 @@ class VAE:
     them. One picture at a time: at 1024 pixels its first layers hold 2.7 GB for each."""
 
     def __init__(self, name: str, base: str, components: str = "", device="cpu"):
-        self.vae, self.device = load_vae(FAMILIES[name], base, components).to(device), device
+        check_device(device)
+        self.family, self.device = FAMILIES[name], device
+        self.vae = load_vae(self.family, base, components).to(device)
         self.vae.enable_slicing()
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        return ((self.vae.encode(pictures.to(self.device)).latent_dist.mode() - shift) * scale).cpu()
+        z = self.vae.encode(pictures.to(self.device)).latent_dist.mode()
+        return self.family.scale_latents(self.vae.config, z).cpu()
 
 
 def random_text(denoiser: Denoiser, resolution: int, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -111,7 +114,7 @@ def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cac
     if network.family.embedded:
         return sources.LiveExamples(sources.source(cfg.data, network.family.side), network)
     source, encoders, folder = sources.captioned(cfg.data), Encoders(cfg, network), Path(cfg.cache or out / "cache")
-    if (first := next(iter(source.rows()), None)) is None:
+    if (first := next((row for row in source.rows() if row[1]), None)) is None:
         raise UserError(f"--data {cfg.data} has no captions: look at what it names")
     draws = first[2] is None and cfg.rollout < 1
     key, draw = cache_key(cfg, draws), encoders.draw if draws else None

@@ -76,7 +76,12 @@ class Family:
     guidance_input: Callable[[dict], float | None] = lambda config: None  # default of a network that has guidance as an input
     compare_guidance: float = 0.0  # of the base's own 25 steps in pictures that compare
     pack: Callable[..., Tensor] = lambda pipe, noise: noise  # (pipeline, noise (1, C, H, W)) -> latents as the pipeline takes them
-    check_keys: Callable[[set[str]], str] = lambda keys: ""  # what a single file without --components lacks; "": nothing
+    unlike: Callable[[dict], str] = lambda config: ""  # what a configuration has that is not computed here; "": nothing
+    in_file: str = ""  # what_file_holds of a single file of this family
+    check_shapes: Callable[[dict], str] = lambda shapes: ""  # what a single file without --components lacks; "": nothing
+    scale_latents: Callable[..., Tensor] = lambda config, z: (
+        z * config.scaling_factor
+    )  # (VAE's configuration, latents), as its pipeline
     few_step_scheduler: Callable | None = None  # (base's scheduler configuration, path) -> scheduler whose steps are path.jump
     cm_example: str = ""  # a consistency LoRA, with the flags that it needs
     licences: dict[str, tuple[dict, str]] = field(default_factory=dict)  # part of a base's name -> its entries in a card, sentence
@@ -150,6 +155,26 @@ def unet_cond_shapes(config, tokens: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def unet_unlike(config: dict) -> str:
+    """What stands against a UNet that looks like Stable Diffusion's or SDXL's, and what to do; "": nothing."""
+    if config.get("time_cond_proj_dim"):
+        return "has an input for guidance (time_cond_proj_dim), as LCM's whole UNets do: give its base, and its LoRA as --cm"
+    if kind := config.get("encoder_hid_dim_type"):
+        return f"projects its text before it reads it ({kind}), as Kolors does: choose another --teacher"
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        return "has an input for classes (class_embed_type), as upscalers do: choose another --teacher"
+    pooled = config.get("projection_class_embeddings_input_dim") or 0
+    if pooled and pooled - 5 * config["addition_time_embed_dim"] == config["cross_attention_dim"]:  # one text encoder, five numbers
+        return "is SDXL's refiner, which only finishes pictures: give the base"
+    return ""
+
+
+def unet_width_of_text(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Stable Diffusion 2.x, whose architecture is not the official one of sd15."""
+    widths = {shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")}
+    return "" if widths <= {768} else f"reads text of width {max(widths)}: give --components, the hub id or folder of its base"
+
+
 def unet_precision(name: str) -> str:
     first, last = name.split(".")[0], name.split(".")[-1]
     if first in ("conv_in", "conv_out", "time_embedding", "add_embedding"):
@@ -168,9 +193,11 @@ OFFICIAL_SCHEDULE = {  # of SDXL and Stable Diffusion
 
 
 def vp_path(scheduler: dict, latent: tuple[int, int, int]) -> VPPath:
-    """Of a scheduler's configuration; {} stands for the official base's. ValueError for a schedule that has no path here: betas
-    that are not scaled_linear, eps-prediction at zero signal-to-noise ratio."""
+    """Of a scheduler's configuration; {} stands for the official base's. ValueError for a schedule that has no path here: flow
+    matching, betas that are not scaled_linear, eps-prediction at zero signal-to-noise ratio."""
     asked = OFFICIAL_SCHEDULE | scheduler
+    if "shift" in scheduler or asked.get("use_flow_sigmas"):
+        raise ValueError("flow matching is not supported, scaled_linear betas are")
     if (schedule := asked["beta_schedule"]) != "scaled_linear":
         raise ValueError(f"beta_schedule {schedule} is not supported, scaled_linear is")
     if "sigma_data" in scheduler or scheduler.get("trained_betas") is not None:
@@ -193,6 +220,14 @@ def encode_sdxl(pipe, captions: list[str], device) -> dict[str, Tensor]:
         empty = torch.tensor([not caption for caption in captions], device=tokens.device)
         tokens, pooled = tokens.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
     return {"tokens": tokens, "pooled": pooled}
+
+
+def scale_sdxl(config, z: Tensor) -> Tensor:
+    """Latents as SDXL's pipeline scales them back before it decodes: by mean and standard deviation where the VAE has them."""
+    if config.latents_mean and config.latents_std:
+        mean, std = (z.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+        z = (z - mean) / std
+    return z * config.scaling_factor
 
 
 def encode_sd15(pipe, captions: list[str], device) -> dict[str, Tensor]:
@@ -235,12 +270,18 @@ def flux_precision(name: str) -> str:
 
 
 def flux_path(scheduler: dict, latent: tuple[int, int, int]) -> FlowPath:
-    """Of a scheduler's configuration; {} stands for the official base's, whose shift grows with the number of tokens."""
+    """Of a scheduler's configuration; {} stands for the official base's, whose shift grows with the number of tokens. ValueError
+    for betas."""
+    if "beta_schedule" in scheduler:  # of a scheduler for both kinds
+        if not scheduler.get("use_flow_sigmas"):
+            raise ValueError("betas are not supported, flow matching is")
+        return FlowPath(scheduler.get("flow_shift", 1.0))
     if scheduler and not scheduler.get("use_dynamic_shifting", False):
         return FlowPath(scheduler.get("shift", 1.0))  # the class's own defaults
     low, high = (scheduler.get(f"{k}_image_seq_len", n) for k, n in (("base", 256), ("max", 4096)))
     mu, top = (scheduler.get(f"{k}_shift", shift) for k, shift in (("base", 0.5), ("max", 1.15)))
-    return FlowPath(math.exp(mu + (top - mu) * (latent[1] * latent[2] / 4 - low) / (high - low)))
+    mu += (top - mu) * (latent[1] * latent[2] / 4 - low) / (high - low)
+    return FlowPath(mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu))
 
 
 def encode_flux(pipe, captions: list[str], device) -> dict[str, Tensor]:
@@ -250,10 +291,42 @@ def encode_flux(pipe, captions: list[str], device) -> dict[str, Tensor]:
     return {"tokens": tokens, "pooled": pooled}
 
 
-def flux_file_lacks(keys: set[str]) -> str:
-    if any("guidance" in key for key in keys):
+def flux_file_lacks(shapes: dict[str, tuple[int, ...]]) -> str:
+    if any("guidance" in key for key in shapes):
         return ""
     return "has no input for guidance: give --components black-forest-labs/FLUX.1-schnell, or its own base"
+
+
+def scale_flux(config, z: Tensor) -> Tensor:
+    return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single files
+
+
+def what_file_holds(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Which network a single file holds, by names (its authors' or diffusers') and shapes; "": none that is known here."""
+    prefix = "model.diffusion_model."
+    for first, pooled in ((f"{prefix}input_blocks.0.0.weight", f"{prefix}label_emb.0.0.weight"),
+                          ("conv_in.weight", "add_embedding.linear_1.weight")):  # fmt: skip
+        if first not in shapes:
+            continue
+        if shapes[first][1] != 4:
+            return f"a UNet of {shapes[first][1]} input channels"
+        if any("cond_proj" in key or key.startswith("encoder_hid_proj") for key in shapes):
+            return "a UNet with further inputs (LCM's, or Kolors)"
+        if pooled in shapes:
+            return "SDXL's refiner" if shapes[pooled][1] == 2560 else "SDXL"
+        return "Stable Diffusion"
+    if "input_blocks.0.0.weight" in shapes:
+        return f"a UNet whose names lack {prefix}"
+    if any("distilled_guidance_layer" in key for key in shapes):
+        return "Chroma"
+    names = ("img_in.weight", f"{prefix}img_in.weight", "x_embedder.weight")
+    if first := next((shapes[name] for name in names if name in shapes), None):
+        return "FLUX" if first[1] == 64 else f"a transformer of {first[1]} input channels"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,6 +345,7 @@ STABLE_DIFFUSION = UNET | dict(
     part="unet",
     few_step_scheduler=ddim_scheduler,
     preset={"guidance": 7.5},
+    unlike=unet_unlike,
 )
 FLUX = dict(
     network=FluxTransformer2DModel,
@@ -331,6 +405,8 @@ SDXL = Family(  # SDXL base 1.0, 2.567 B parameters
     base="stabilityai/stable-diffusion-xl-base-1.0",
     pipeline_name="StableDiffusionXLPipeline",
     encode=encode_sdxl,
+    scale_latents=scale_sdxl,
+    in_file="SDXL",
     takes_sizes=True,
     compare_guidance=5.0,
     cm_example="latent-consistency/lcm-lora-sdxl",
@@ -345,6 +421,8 @@ SD15 = Family(  # Stable Diffusion 1.5, 0.860 B parameters
     base="stable-diffusion-v1-5/stable-diffusion-v1-5",
     pipeline_name="StableDiffusionPipeline",
     encode=encode_sd15,
+    in_file="Stable Diffusion",
+    check_shapes=unet_width_of_text,
     text_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     compare_guidance=7.5,
     cm_example="latent-consistency/lcm-lora-sdv1-5",
@@ -367,7 +445,9 @@ FLUX_DEV = Family(  # FLUX.1 [dev], 11.90 B parameters
     guidance_input=lambda config: 3.5 if config.guidance_embeds else None,  # schnell has no such input
     compare_guidance=3.5,
     pack=lambda pipe, noise: pipe._pack_latents(noise, *noise.shape),
-    check_keys=flux_file_lacks,
+    scale_latents=scale_flux,
+    in_file="FLUX",
+    check_shapes=flux_file_lacks,
     few_step_scheduler=lambda scheduler, path: FlowMatchEulerDiscreteScheduler(shift=path.shift),
     cm_example="ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors --cm-scale 0.125 --sampling-steps 8",
     licences={

@@ -37,14 +37,14 @@ from torch import nn
 import quant
 from data import sources
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
-from models import checkpoint, pretrained
+from models import checkpoint, headers, pretrained
 from models.card import read_run, write_16bit_card, write_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from models.quantizer import CMQuantConfig, CMQuantQuantizer, fit_in, quantization_config, register
 from models.standalone import without_code, write_code
 from run import files
-from run.common import UserError, run_script
+from run.common import UserError, check_device, run_script
 
 
 def denoiser_of(pipe) -> nn.Module:
@@ -75,6 +75,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser (minutes, at the first call), in the mode
     that is named, if one is: "reduce-overhead" makes CUDA graphs. Layers that a run compiled one by one use the C++ kernel on
     a CPU. UserError with what to do."""
+    check_device(device)
     folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
     dtype = dtype or (FAST if on_cpu else torch.bfloat16)
     register()
@@ -117,6 +118,7 @@ def load_16bit(folder: str | Path, cm: bool, device="cpu", base: str = ""):
     """A pipeline in 16 bits (float32 on CPUs without units for bfloat16) that the student of a run folder is measured against: its
     base as it is or, if `cm`, its consistency model: --cm fused into the base, with the student's scheduler for few steps.
     base: another copy of the base. UserError if the run was made from random weights, or its base or LoRA is not there."""
+    check_device(device)
     folder, dtype = Path(folder), FAST if torch.device(device).type == "cpu" else torch.bfloat16
     about = read_run(folder)
     config, family = about["config"], FAMILIES[about["network"]["model"]]
@@ -232,6 +234,27 @@ def export_lora(folder: str | Path, out: str | Path, update: bool = False) -> in
     with files.atomic(Path(out)) as file:
         family.pipeline().save_lora_weights(file.parent, **{f"{family.part}_lora_layers": layers}, weight_name=file.name)
     return len(layers) // 2
+
+
+def add_style_lora(pipe, lora: str | Path | dict, name: str = "style") -> None:
+    """pipe.load_lora_weights(lora, adapter_name=name), but a UserError for a LoRA of which diffusers would leave out a part with a
+    warning (DoRA, LoHa, biases), or all, and a line about parts for text encoders that are left out.
+
+    lora: any format that diffusers converts (PEFT's, kohya's, its own older ones; safetensors only), file, folder, hub id or state
+    dict. Then pipe.set_adapters([names], [strengths]) says which act, and pipe.unload_lora_weights() takes all away."""
+    net, shown = denoiser_of(pipe), "the LoRA" if isinstance(lora, dict) else str(lora)
+    with pretrained.lora_errors(shown, "this model"):
+        lora = dict(lora) if isinstance(lora, dict) else headers.find_lora(shown)
+        state, about, given = pretrained.read_lora(net, lora)
+        prefix = f"{family_of_network(net).part}."
+        factors = pretrained.lora_factors(net, state, about, shown) if any(key.startswith(prefix) for key in state) else {}
+        if not factors and not given:
+            raise UserError(f"{shown} holds no LoRA for {type(net).__name__}: choose a LoRA that was made for it")
+        pipe.load_lora_weights(lora, adapter_name=name)
+    texts = [getattr(pipe, part, None) for part in ("text_encoder", "text_encoder_2")]
+    read = sum(name in (getattr(text, "peft_config", None) or {}) for text in texts)
+    if read < len(given):
+        print(f"{shown}: of its parts for text encoders ({', '.join(sorted(given))}) {len(given) - read} are left out")
 
 
 def save_pipeline(pipe, out: str | Path) -> None:

@@ -18,26 +18,31 @@ is a UserError whose sentence names the command that helps.
 """
 
 import contextlib
+import inspect
 import os
 import tempfile
+import textwrap
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import errors as hub
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from models import headers
 from models.denoiser import Denoiser, LoRA, add_lora, is_plain_lora, lora_layers, random_denoiser, transformer_blocks
-from models.family import FACTOR, FAMILIES, Family, family_of, family_of_network
+from models.family import FACTOR, FAMILIES, Family, family_of, family_of_network, what_file_holds
 from models.outliers import add_outliers
 from run import files
-from run.common import UserError
+from run.common import UserError, check_device
 
 OF_LIBRARIES = (SafetensorError, SingleFileComponentError)
+VARIANTS = ("fp16", "bf16", "fp32", "non_ema")  # in the names of files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,6 +57,7 @@ def loading_errors(what: str, base: str):
     except (UserError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
+        headers.check_folder_unquantized(base, "model_index.json")  # a part needs its quantizer
         raise UserError(f"{what} of {base} needs a package: {str(error).strip().splitlines()[0]}") from None
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, *OF_LIBRARIES) as error:
         chain, local = [error], Path(base).exists()
@@ -65,7 +71,8 @@ def loading_errors(what: str, base: str):
             says = f"{what} of {base} is truncated or damaged: {again}"
         elif local or not isinstance(error, OSError):
             first = str(error).strip().split("\n")[0][:200]
-            says = f"{what} could not be read from {base} ({first}): give the folder that `hf download` made"
+            advice = "--components, the hub id or folder of its base" if is_file(base) else "the folder that `hf download` made"
+            says = f"{what} could not be read from {base} ({first}): give {advice}"
         elif os.path.isabs(base) or base.startswith((".", "~")) or base.count("/") != 1:
             says = f"{base} does not exist: give a hub id such as {FAMILIES['sdxl'].base}, a folder or a file"
         else:
@@ -81,17 +88,24 @@ def is_file(base: str) -> bool:
 
 
 def check_architecture(family: Family, config: dict, base: str) -> None:
-    """UserError for the configuration of a network (with _class_name) that is of another family, or of none."""
+    """UserError for the configuration of a network (with _class_name) that is quantized, of another family, or of none."""
+    headers.check_config_unquantized(config, base)
     found = family_of(config)
     if found is not family:
         hint = f"give --model {found.name}" if found else "choose another --teacher or --model"
         raise UserError(f"{base} is no {family.name.upper()} model: {hint}")
+    if problem := family.unlike(config):
+        raise UserError(f"{base} {problem}")
 
 
 def network_config(family: Family, base: str) -> dict:
-    """Of the denoiser in a folder or hub id. UserError if there is none, or one of another family."""
+    """Of the denoiser in a folder or hub id. UserError if there is none, or one that is quantized or of another family."""
+    if Path(base).is_file():
+        read = "a folder or a .safetensors file of the model in 16 bits"
+        raise UserError(f"{base} is a {Path(base).suffix or 'nameless'} file, which is not read: give a hub id, {read}")
     if Path(base).is_dir() and not (Path(base) / family.part).is_dir():
         raise UserError(f"{base} has no {family.part} folder: it is no {family.name}, choose another --teacher or --model")
+    headers.check_folder_unquantized(base, f"{family.part}/config.json", family.part)
     config = family.network.load_config(base, subfolder=family.part)
     check_architecture(family, config, base)
     return config
@@ -104,6 +118,7 @@ def load_network(
     pixels; 0: the base's own. weights "random": only configs are read, of a folder, or for base "" none at all; then they are
     drawn on `device` (a CPU takes two minutes for FLUX's, and draws others) and stay there."""
     family = FAMILIES[name]
+    check_device(device)
     if weights == "random" and not base:
         net, scheduler = random_weights(family.build, dtype, device), {}
     else:
@@ -138,6 +153,7 @@ def load_folder(family: Family, base: str, weights: str, dtype: torch.dtype) -> 
             net = family.network.from_config(config).to(dtype)
         else:
             net = from_pretrained(family.network, base, subfolder=family.part, torch_dtype=dtype)
+        headers.check_folder_unquantized(base, f"{family.part}/config.json", family.part)  # the hub's files came only now
     check_whole("the denoiser", net, base)
     return net, load_scheduler(base)
 
@@ -147,14 +163,15 @@ def load_file(family: Family, base: str, components: str, dtype: torch.dtype) ->
     if not Path(base).is_file():
         raise UserError(f"{base} does not exist: give a hub id, a folder or a .safetensors file")
     with loading_errors("the denoiser", base), tempfile.TemporaryDirectory() as folder:
-        predicts_v = check_file(family, base, components)
+        asked = check_file(family, base, components)
         family.build_meta().save_config(Path(folder) / family.part)  # which from_single_file would else ask the hub for
         net = family.network.from_single_file(base, config=components or folder, subfolder=family.part, torch_dtype=dtype)
     check_architecture(family, dict(net.config) | {"_class_name": type(net).__name__}, base)
     check_whole("the denoiser", net, base)
     scheduler = load_scheduler(components or family.base)
-    if predicts_v and scheduler.get("prediction_type") != "v_prediction":
-        raise UserError(f"{base} predicts v: give --components whose scheduler says so")
+    for mark, (setting, value, says) in MARKS.items():
+        if mark in asked and scheduler.get(setting) != value:
+            raise UserError(f"{base} {says}: give --components whose scheduler says so ({setting}: {value})")
     return net, scheduler
 
 
@@ -164,23 +181,38 @@ def check_whole(what: str, net: nn.Module, base: str) -> None:
         raise UserError(f"{what} of {base} lacks {absent[0]} and {len(absent) - 1} more tensors: get the whole of it")
 
 
-def check_file(family: Family, base: str, components: str) -> bool:
-    """Whether the marks in a single file say that it predicts v. UserError for weights with scales beside them, for EDM's noise
-    schedules, and for a file that lacks what only `components` could say."""
-    with safe_open(base, "pt") as file:
-        keys = set(file.keys())
-    if any(key.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) or ".absmax" in key for key in keys):
-        raise UserError(f"the weights in {base} are quantized with scales of their own: give the file in 16 bits (or plain fp8)")
-    if marks := keys & {"edm_mean", "edm_vpred.sigma_max"}:
+MARKS = {  # in a single file -> setting of a scheduler, the value that it asks for, and what it says of the model
+    "v_pred": ("prediction_type", "v_prediction", "predicts v"),
+    "ztsnr": ("rescale_betas_zero_snr", True, "ends at zero signal-to-noise ratio"),
+}
+
+
+def check_file(family: Family, base: str, components: str) -> set[str]:
+    """Which of MARKS a single file has. UserError for one that is quantized, a LoRA, of another family or of none, has EDM's noise
+    schedule, or lacks what only `components` could say."""
+    found = headers.read_headers(base)
+    headers.check_unquantized(found, base)
+    if headers.is_lora(found):
+        raise UserError(f"{base} is a LoRA: give it as --cm, and the model that it was made for as --teacher")
+    if marks := found.keys() & {"edm_mean", "edm_vpred.sigma_max"}:
         raise UserError(f"{base} has a noise schedule of its own ({min(marks)}): choose another --teacher")
-    if not components and (problem := family.check_keys(keys)):
+    shapes = {key: header.shape for key, header in found.items()}
+    if (holds := what_file_holds(shapes)) != family.in_file:
+        other = next((one.name for one in FAMILIES.values() if holds and one.in_file == holds), None)
+        hint = f"give --model {other}" if other else f"give a .safetensors file of {family.in_file}, a folder or a hub id"
+        raise UserError(f"{base} holds {holds or 'no network that is known here'}: {hint}")
+    if not components and (problem := family.check_shapes(shapes)):
         raise UserError(f"{base} {problem}")
-    return "v_pred" in keys
+    return found.keys() & MARKS.keys()
 
 
 def latent_side(family: Family, net: nn.Module, resolution: int) -> int:
-    """Of square pictures of `resolution` pixels; 0: of the base's own."""
-    return resolution // FACTOR or int(getattr(net.config, "sample_size", 0) or family.latent[1])
+    """Of square pictures of `resolution` pixels; 0: of the base's own. UserError if these are not square."""
+    size = getattr(net.config, "sample_size", 0) or family.latent[1]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    if not resolution and height != width:
+        raise UserError(f"the base draws pictures of {FACTOR * height} x {FACTOR * width} pixels: give --resolution of square ones")
+    return resolution // FACTOR or int(height)
 
 
 def skeleton(name: str, base: str = "") -> nn.Module:
@@ -193,19 +225,27 @@ def skeleton(name: str, base: str = "") -> nn.Module:
 
 
 def from_pretrained(cls, base: str, **options):
-    """cls.from_pretrained of a folder or hub id, safetensors only; variant fp16 where there is no other."""
+    """cls.from_pretrained of a folder or hub id, safetensors only; one of VARIANTS where there is no other."""
     try:
         return cls.from_pretrained(base, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            return cls.from_pretrained(base, use_safetensors=True, variant="fp16", **options)
+        for variant in VARIANTS:
+            with contextlib.suppress(OSError, ValueError):
+                return cls.from_pretrained(base, use_safetensors=True, variant=variant, **options)
         raise error
 
 
 def load_scheduler(base: str) -> dict:
+    """The configuration of a base's scheduler. What it does not say is the default of its class, as in its pipeline. UserError for
+    a class that diffusers does not have."""
     with loading_errors("the scheduler's config", base):
         config = DDIMScheduler.load_config(base, subfolder="scheduler")
-    return {k: v for k, v in config.items() if not k.startswith("_")}
+    name = config.get("_class_name", "")
+    if not (name.endswith("Scheduler") and hasattr(diffusers, name)):
+        raise UserError(f"diffusers does not have the scheduler of {base} ({name or 'of no class'}): choose another --teacher")
+    arguments = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+    return defaults | {k: v for k, v in config.items() if not k.startswith("_")}
 
 
 def load_component(cls, what: str, family: Family, base: str, components: str, **options):
@@ -229,6 +269,10 @@ def load_vae(family: Family, base: str, components: str = "") -> AutoencoderKL:
     """The VAE in float32: SDXL's overflows in float16."""
     vae = load_component(AutoencoderKL, "the VAE", family, base, components, subfolder="vae")
     check_whole("the VAE", vae, base or family.base)
+    made = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if made != (family.latent[0], FACTOR):
+        latents = f"latents of {made[0]} channels, {made[1]} times smaller than pictures"
+        raise UserError(f"the VAE of {base or family.base} makes {latents}: choose a base whose VAE is that of {family.name}")
     return vae.float().eval().requires_grad_(False)
 
 
@@ -246,18 +290,45 @@ def weightless(net: nn.Module) -> nn.Module:
     return twin
 
 
-def read_lora(net: nn.Module, file: str | dict, **options) -> tuple[dict, dict]:
-    """(state, the arguments of diffusers' loaders that go with it) of a LoRA for the pipeline of the denoiser `net`."""
-    options |= {"use_safetensors": True, "return_alphas": True, "return_lora_metadata": True, "unet_config": net.config}
+@contextlib.contextmanager
+def lora_errors(lora: str, onto: str):
+    """Errors of diffusers, PEFT and the hub for a LoRA -> UserError."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except SafetensorError as error:
+        raise UserError(f"{lora} is truncated or damaged ({error}): copy it again") from None
+    except (OSError, hub.HFValidationError) as error:
+        if Path(lora).exists():
+            raise UserError(f"{lora} cannot be read ({error}): change its permissions, or copy it again") from None
+        if isinstance(error, hub.GatedRepoError) or isinstance(error.__context__, hub.GatedRepoError):
+            raise UserError(f"{lora} is gated: accept its terms on https://huggingface.co and run `hf auth login`") from None
+        fetch = f"`hf download {lora.replace('/', ' ', 2).replace(' ', '/', 1)}`"  # OWNER/NAME FILE
+        raise UserError(f"{lora} is neither here nor to be had from the hub: check the name, or run {fetch}") from None
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        why = textwrap.shorten(str(error), 200, placeholder=" ..")
+        raise UserError(f"{lora} does not fit {onto} ({why}): choose a LoRA that was made for it") from error
+
+
+def read_lora(net: nn.Module, lora: str | dict) -> tuple[dict, dict, set[str]]:
+    """(state, the arguments of diffusers' loaders that go with it, the text encoders that it has parts for) of a LoRA for the
+    pipeline of the denoiser `net`. UserError if it is more than B A: diffusers leaves out some of what it does not know."""
+    options = {"use_safetensors": True, "return_alphas": True, "return_lora_metadata": True, "unet_config": net.config}
+    file = lora if isinstance(lora, dict) else headers.find_lora(lora)
+    keys = list(lora if isinstance(lora, dict) else headers.read_headers(file))
+    headers.check_plain_lora(keys, "the LoRA" if isinstance(lora, dict) else lora)
     state, alphas, metadata = family_of_network(net).pipeline().lora_state_dict(file, **options)
-    return state, {"network_alphas": alphas, "metadata": metadata}
+    return state, {"network_alphas": alphas, "metadata": metadata}, headers.text_encoders_of(keys)
 
 
 def lora_factors(net: nn.Module, state: dict, about: dict, file: str) -> dict[str, tuple[nn.Module, torch.Tensor, float]]:
     """Layer of the denoiser `net` -> (PEFT's layer A with the geometry of that layer, weight of B, scale), from read_lora's answer.
-    diffusers and PEFT find names, ranks and scales on a twin. UserError if `file` is more than B A (DoRA, biases), or less."""
-    twin, factors = weightless(net), {}
-    twin.load_lora_adapter(state, family_of_network(net).part, adapter_name="lora", low_cpu_mem_usage=True, **about)
+    diffusers and PEFT find names, ranks and scales on a twin. Prints how many of its layers `net` does not have. UserError if
+    `file` is more than B A (DoRA, biases), or less."""
+    twin, factors, part = weightless(net), {}, family_of_network(net).part
+    asked = sum(key.startswith(f"{part}.") and key.endswith("weight") for key in state) // 2
+    twin.load_lora_adapter(state, part, adapter_name="lora", low_cpu_mem_usage=True, **about)
     for name, layer in twin.named_modules():
         if "lora" in getattr(layer, "lora_A", {}):
             if not is_plain_lora(layer, "lora"):
@@ -266,21 +337,22 @@ def lora_factors(net: nn.Module, state: dict, about: dict, file: str) -> dict[st
             if A.weight.is_meta or B.is_meta:
                 raise UserError(f"{file} lacks A or B of {name}: copy it again, or choose another LoRA")
             factors[name] = A, B, layer.scaling["lora"]
+    if 0 < len(factors) < asked:
+        print(f"{file}: {asked - len(factors)} of its {asked} layers are not in this {part}, and are left out")
     return factors
 
 
 def add_cm(denoiser: Denoiser, cm: str, strength: float = 1.0) -> None:
     """Wraps the layers that the LoRA file, folder or hub id `cm` has factors for (`strength`, scale and alpha inside B). UserError
     as above, if none of its layers is in the network, or if it is more than B A."""
-    net, part, where, options = denoiser.net, denoiser.family.part, cm, {}
-    if not Path(cm).exists() and cm.count("/") > 1 and not cm.startswith(("/", ".")):  # a file of a hub id
-        owner, repository, options["weight_name"] = cm.split("/", 2)
-        where = f"{owner}/{repository}"
-    with loading_errors("the consistency LoRA", where):
-        state, about = read_lora(net, where, **options)
+    net, part = denoiser.net, denoiser.family.part
+    with lora_errors(cm, denoiser.base or denoiser.family.name):
+        state, about, texts = read_lora(net, cm)
         if not any(k.startswith(part) for k in state):
             raise UserError(f"{cm} has no LoRA for a {part}: choose another --cm")
         factors = lora_factors(net, state, about, cm)
+    if texts:
+        print(f"{cm}: its parts for text encoders ({', '.join(sorted(texts))}) are left out, the {part}'s alone are read")
     if not factors:
         raise UserError(f"{cm} fits no layer of {denoiser.base or denoiser.family.name}: choose another --cm or --teacher")
     for name, (A, B, scale) in factors.items():

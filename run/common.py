@@ -30,6 +30,14 @@ def run_script(name: str, main) -> None:
         sys.exit(2)
 
 
+def check_device(device) -> None:
+    """UserError for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"torch finds no device {device}: give device cpu, or the name of one that is here") from None
+
+
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     """All randomness of a training step: a CPU generator that depends on (seed, step, stream) alone.
     Streams: 0 updates, 1 calibration, 2 splits of layers, 3 trajectories, 4 drawn latents of a cache, 5 the closing report."""

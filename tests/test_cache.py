@@ -211,7 +211,11 @@ def test_unreadable_pictures_are_named_in_the_manifest_and_left_out(tmp_path, ca
     (folder / "01.png").write_bytes(b"no picture")
     (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:300])
     made = build(tmp_path / "c", sources.captioned(str(folder)))
-    assert [line[:6] for line in made.skipped] == ["01.png", "03.png"] and "01.png" in capsys.readouterr().out
+    assert [line[:6] for line in made.skipped] == ["01.png", "03.png"]
+    printed = capsys.readouterr().out
+    assert (
+        "skipped 01.png" in printed and f"{folder}: 5 pictures or captions found, 3 used, 2 skipped: cannot be read (2)" in printed
+    )
     cond = made.conditions(60, step_generator(0, 0))
     expected = encode_captions(["picture 0", "picture 2", "picture 4"])["tokens"].bfloat16()
     assert torch.equal(cond["tokens"].unique(dim=0), expected.unique(dim=0))
@@ -233,9 +237,7 @@ def test_a_caption_that_no_tokenizer_takes_and_exif_that_is_none_end_no_build(tm
 
     rows = [("a", "a cat \ud83d", whole), ("caf\udce9", "a dog", broken), ("c", "a tree", whole)]
     made = build(tmp_path / "c", sources.Source("x", "y", lambda: iter(rows)), encode_captions=strict)
-    assert [line.split(":")[0] for line in made.skipped] == [
-        "caf\udce9"
-    ] and "skipped unreadable picture caf?" in capsys.readouterr().out
+    assert [line.split(":")[0] for line in made.skipped] == ["caf\udce9"] and "skipped caf?" in capsys.readouterr().out
     expected = encode_captions(["a cat ?", "a tree"])["tokens"].bfloat16()
     assert torch.equal(made.conditions(40, step_generator(0, 0))["tokens"].unique(dim=0), expected.unique(dim=0))
 
@@ -444,6 +446,17 @@ def refused_nothing(source, folder):
     build(folder, sources.Source("x", "y", lambda: iter([("a", "b", sources._unreadable("no"))])))
 
 
+def refused_most(source, folder):
+    whole = lambda: Image.new("RGB", (128, 128))  # noqa: E731
+    reasons = (sources.NO_CAPTION, "broken", sources.NO_CAPTION)
+    lost = [(key, "", sources._unreadable(why)) for key, why in zip("abc", reasons, strict=True)]
+    made = sources.Source("x", "y", lambda: iter([*lost, ("d", "a cat", whole), ("e", "a dog", whole)]))
+    for _ in range(2):  # a second command does not let it pass
+        with pytest.raises(UserError, match="only 2 of 5"):
+            build(folder, made)
+    build(folder, made)
+
+
 def refused_no_cache(source, folder):
     Cache(folder)
 
@@ -468,7 +481,11 @@ def refused_file(source, folder):
         (refused_resolution, "multiple of 64"),
         (refused_foreign, "not empty and no cache"),
         (refused_overflow, "not finite"),
-        (refused_nothing, r"could be read \(1 tried\)"),
+        (
+            refused_nothing,
+            r"only 0 of 1 pictures and captions of --data could be used \(cannot be read \(1\)\), such as a: no: mend",
+        ),
+        (refused_most, r"only 2 of 5 .* \(no caption \(2\), cannot be read \(1\)\)"),
         (refused_no_cache, "no finished cache"),
         (refused_full, "free some space"),
         (refused_file, "cannot make the cache folder"),

@@ -127,7 +127,7 @@ def test_unreadable_pictures_are_named_counted_and_skipped(tmp_path, capsys):
     """Catches a crash, an endless retry, and silence."""
     folder = sources.Folder(str(write_folder(tmp_path / "a", broken=7)))
     printed = capsys.readouterr().out
-    assert len(folder.texts) == 3 and "broken0.png" in printed and "skipped 7 unreadable pictures" in printed
+    assert len(folder.texts) == 3 and "broken0.png" in printed and "3 used, 7 skipped: cannot be read (7)" in printed
     pictures, captions = folder.batch(50, step_generator(0, 0))
     assert len(pictures) == 50 and "broken" not in captions
 
@@ -141,8 +141,9 @@ def test_captions_are_what_editors_mean_by_them(tmp_path):
     beside = write_folder(tmp_path / "b", captions=False)
     (beside / "0.txt").write_text("a cat\r\n", encoding="utf-8-sig")
     assert sources.Folder(str(beside)).texts == ["a cat"]
-    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8-sig")
-    assert sources.read_prompts(tmp_path / "prompts.txt") == ["a cat"]
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "prompts.txt").write_text("a cat\u2028on a mat\r\na dog\x0cby\x85a river\n", encoding=encoding)
+        assert sources.read_prompts(tmp_path / "prompts.txt") == ["a cat\u2028on a mat", "a dog\x0cby\x85a river"]
 
 
 def test_a_small_folder_stands_upright_too_and_16_bit_pictures_are_named(tmp_path, capsys):
@@ -269,6 +270,120 @@ def test_tars_are_found_by_folder_by_glob_and_by_name(tmp_path):
     )
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252", "cp932", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("layout", ["txt", "jsonl", "tar", "json in a tar"])
+def test_captions_of_another_encoding_are_named_and_never_bent(tmp_path, capsys, layout, encoding):
+    """Catches replacement characters, byte order marks and null characters that are trained on, wherever a caption stands."""
+    text, folder = "\u732b" if encoding == "cp932" else "caf\xe9", tmp_path / "a"
+    line = json.dumps({"file_name": "0.png", "text": text}, ensure_ascii=False)
+    caption = ("0.json", line.encode(encoding)) if "json" in layout else ("0.txt", text.encode(encoding))
+    members = [("0.png", png(0)), caption, ("1.png", png(1)), ("1.txt", b"plain")]
+    folder.mkdir()
+    if "tar" in layout:
+        write_tar(folder / "a.tar", members)
+    else:
+        for name, content in members:
+            (folder / name.replace("0.json", "metadata.jsonl")).write_bytes(content)
+    if layout == "jsonl" and encoding in ("utf-16-le", "utf-32"):  # no line can be told from another
+        with pytest.raises(UserError, match="line 1: every line must be"):
+            sources.captioned(str(folder))
+        return
+    found, printed = {caption for _, caption, _ in sources.captioned(str(folder))}, capsys.readouterr().out
+    assert "plain" in found <= {"plain", text}
+    assert (text in found) != bool(re.search(r"skipped (a\.tar/0|0\.png): its caption is not UTF-8\n", printed))
+    assert text in found or encoding not in ("utf-8-sig", "utf-16")
+
+
+def test_keys_of_a_tar_end_at_the_last_dot_and_hidden_members_are_none(tmp_path, capsys):
+    """Catches stems with dots that are one sample, a Mac's copies that part samples, and two samples of one key."""
+    mac = [(f"./{mark}{i}.{kind}", content) for i in (0, 1) for kind, content in (("png", png(i)), ("txt", b"picture %d" % i))
+           for mark in ("._", "")]  # fmt: skip
+    stale = [(f"{folder}/2.{kind}", b"stale") for folder in ("__MACOSX", ".cache", "x/@eaDir") for kind in ("png", "txt")]
+    dots = [(f"v1.{i}.0.{kind}", content) for i in (2, 3) for kind, content in (("png", png(i)), ("txt", b"picture %d" % i))]
+    twice = [("a.txt", b"picture 4"), ("a.png", png(4)), ("a.txt", b"picture 5"), ("a.png", png(5)), ("a.cls", b"7")]
+    source = sources.captioned(str(write_tar(tmp_path / "a.tar", [*mac, *stale, *dots, *twice])))
+    assert rows(source) == [(f"picture {i}", i) for i in range(6)]
+    assert "a.tar: 6 pictures or captions found, 6 used, 0 skipped\n" in capsys.readouterr().out
+
+
+def test_parts_that_are_not_adjacent_are_said_to_be(tmp_path, capsys):
+    """Catches "no caption" for a half and "no picture" for the other; a picture that has none is still said to have none."""
+    names = ["0.png", "1.png", "2.png", "0.txt", "1.json", "3.txt", "4.png", "4.txt"]
+    content = {".png": png(0), ".txt": b"a cat", ".json": b'{"caption": "a dog"}'}
+    source = sources.captioned(str(write_tar(tmp_path / "a.tar", [(name, content[name[1:]]) for name in names])))
+    assert [key for key, *_ in source] == ["a.tar/4"]
+    printed = capsys.readouterr().out
+    for key, why in zip("0123", (sources.NOT_ADJACENT, sources.NOT_ADJACENT, sources.NO_CAPTION, sources.NO_PICTURE), strict=True):
+        assert f"skipped a.tar/{key}: {why}\n" in printed
+    assert "pack the shard with --sort=name (2), no caption (1), no picture (1)" in printed
+
+
+def test_a_folder_is_read_without_hidden_parts_and_links_are_followed_once(tmp_path):
+    """Catches stale copies of editors and file servers, a dataset made of links that is empty, and a link to a folder above."""
+    folder, elsewhere = write_sub_folders(tmp_path / "a"), tmp_path / "elsewhere"
+    for name in (".ipynb_checkpoints", "@eaDir", "x/__MACOSX", "x/.git/y"):
+        write_sub_folders(folder / name)
+        (folder / name / "metadata.jsonl").write_text('{"file_name": "../0.png", "text": "stale"}')
+    (folder / "._0.png").write_bytes(png(0))
+    elsewhere.mkdir()
+    for name, content in (("5.png", png(5)), ("5.txt", b"picture 5")):
+        (elsewhere / name).write_bytes(content)
+    for link, target in (("l", elsewhere), ("m", elsewhere), ("x/up", folder)):
+        (folder / link).symlink_to(target)
+    source = sources.captioned(str(folder))
+    assert sorted(rows(source)) == [(f"picture {i}", i) for i in (0, 1, 2, 3, 5)]
+    assert source.fingerprint == sources.captioned(str(folder)).fingerprint
+    assert {file.name for file in scores.pictures_of(str(folder))} == {f"{i}.png" for i in (0, 1, 2, 3, 5)}
+
+
+def test_everything_in_a_folder_is_read_or_accounted_for(tmp_path, capsys):
+    """Catches pictures of Pillow's other formats, empty captions and halves of pairs that are left out without a word."""
+    kinds = {"bmp": "BMP", "gif": "GIF", "tif": "TIFF", "TIFF": "TIFF", "avif": "AVIF", "jfif": "JPEG", "webp": "WEBP"}
+    for kind, name in kinds.items():
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{kind}.{kind}", name)
+        (tmp_path / f"{kind}.TXT").write_text(kind)
+    (tmp_path / "x").mkdir()
+    table = [{"file_name": "0.png", "text": None}, {"file_name": "1.png", "text": " "}, {"file_name": "gone.png", "text": "a cat"}]
+    (tmp_path / "x" / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
+    lost = ("x/0.png", "x/1.png", "2.png", "3.heic")
+    for name in lost:
+        (tmp_path / name).write_bytes(png(0) if "png" in name else b"no plugin")
+    for name in ("3", "4"):
+        (tmp_path / f"{name}.txt").write_text("a dog")
+    assert {caption for _, caption, _ in sources.captioned(str(tmp_path))} == kinds.keys()
+    assert "13 pictures or captions found, 7 used, 6 skipped: no caption (3), cannot be read (2), no picture (1)" in (
+        capsys.readouterr().out
+    )
+    for kind in kinds:
+        (tmp_path / f"{kind}.TXT").unlink()
+    for name in ("3", "4"):
+        (tmp_path / f"{name}.txt").write_text("")
+    (tmp_path / "x" / "metadata.jsonl").write_text(json.dumps(table[0]))
+    with pytest.raises(UserError, match=r"has no captions that can be used \(no caption \(11\), no picture \(1\)\): give"):
+        sources.captioned(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (("a.tar", "0.png"), r"holds both a\.tar and 0\.png"),
+        (("x/0.gif", "t.parquet"), r"holds both t\.parquet and x/0\.gif"),
+        (("x/t.parquet", "a.tar"), r"holds both a\.tar and x/t\.parquet"),
+        (("0.png", "a.zip"), r"a\.zip is not read: unpack it"),
+        (("a.7z",), r"a\.7z is not read: unpack it"),
+    ],
+)
+def test_two_kinds_of_data_in_a_folder_are_refused_by_name(tmp_path, names, says):
+    """Catches pictures beside a shard, or shards beside a table, that are left out, for either reader of folders."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "0.txt").write_text("a caption")
+    for read in (sources.captioned, sources.Folder):
+        with pytest.raises(UserError, match=says):
+            read(str(tmp_path))
+
+
 def test_a_tar_is_read_as_a_stream(tmp_path, monkeypatch):
     """Catches a reader that keeps a shard's members, or decodes pictures of rows that nobody asked to see."""
     many = [member for i in range(300) for member in ((f"{i}.png", png(i % 3)), (f"{i}.txt", b"a caption"))]
@@ -294,7 +409,8 @@ def test_what_cannot_be_read_in_a_tar_is_named_and_the_rest_is_used(tmp_path, ca
     assert rows(sources.captioned(str(folder))) == [("picture 3", 3), ("picture 2", 2)]
     printed = capsys.readouterr().out
     for name in ("0.tar/0: cannot identify", "0.tar/1: no caption", "0.tar/2: no picture"):
-        assert f"skipped unreadable picture {name}" in printed
+        assert f"skipped {name}" in printed
+    assert "5 pictures or captions found, 2 used, 3 skipped" in printed
 
 
 @pytest.mark.parametrize("end", [0, 300, 700, 1024, 1300, 2048, 2300, 2700, 3072, 3584, 4096])
@@ -304,11 +420,11 @@ def test_a_truncated_tar_is_named_and_what_stands_before_is_used(tmp_path, capsy
     folder.mkdir()
     cut = write_tar(folder / "0.tar", [("0.txt", b"picture 0"), ("0.png", png(0)), ("1.txt", b"picture 1"), ("1.png", png(1))])
     assert cut.stat().st_size > 4096 and rows(sources.captioned(str(cut))) == [("picture 0", 0), ("picture 1", 1)]
-    assert "skipped" not in capsys.readouterr().out
+    assert "2 used, 0 skipped\n" in capsys.readouterr().out
     cut.write_bytes(cut.read_bytes()[:end])
     write_tar(folder / "1.tar", [("2.png", png(2)), ("2.txt", b"picture 2")])
     assert rows(sources.captioned(str(folder))) == [("picture 0", 0)] * (end >= 2560) + [("picture 2", 2)]
-    assert "skipped unreadable picture 0.tar: the rest of the shard is damaged" in capsys.readouterr().out
+    assert "skipped 0.tar: the rest of the shard is damaged" in capsys.readouterr().out
 
 
 def test_pictures_stand_upright_and_are_rgb(tmp_path):
@@ -363,6 +479,8 @@ class FakeDatasets:
             for values in self.values:
                 if values is None:
                     raise ConnectionError("connection reset")
+                if isinstance(values, Exception):
+                    raise values
                 yield values
 
     def __init__(self, columns, values):
@@ -404,6 +522,40 @@ def test_a_hub_dataset_without_pictures_is_prompts_alone(hub):
     assert list(sources.captioned("someone/prompts")) == [("0", "a cat", None), ("1", "a dog", None)]
 
 
+class OfBytes:
+    """A column's kind as the library describes one of bytes."""
+
+    dtype = "binary"
+
+
+class ListOf:
+    def __init__(self, feature):
+        self.feature = feature
+
+
+@pytest.mark.parametrize(
+    "kind, wrapped",
+    [
+        ({"bytes": OfBytes(), "path": str}, lambda content: {"bytes": content, "path": None}),
+        (OfBytes(), lambda content: content),
+        (ListOf(OfBytes()), lambda content: [content, b"other"]),
+        (ListOf({"bytes": OfBytes()}), lambda content: [{"bytes": content}]),
+    ],
+    ids=["struct", "binary", "list of binary", "list of structs"],
+)
+def test_pictures_in_a_column_of_bytes_are_read(hub, capsys, kind, wrapped):
+    """Catches captions alone where pandas or another library wrote the pictures, and bytes of another thing taken for pictures."""
+    columns = {"embedding": OfBytes(), "picture": kind, "text": str}
+    values = [{"embedding": b"1234", "picture": wrapped(png(i)), "text": f"picture {i}"} for i in range(3)]
+    values += [{"embedding": b"1234", "picture": None, "text": "none"}]
+    hub(columns, values)
+    assert rows(sources.captioned("someone/pictures")) == [(f"picture {i}", i) for i in range(3)]
+    assert "3 used, 1 skipped: no picture (1)" in capsys.readouterr().out
+    hub({k: v for k, v in columns.items() if k != "picture"}, values)
+    assert rows(sources.captioned("someone/pictures")) == [(row["text"], None) for row in values]
+    assert "has no column of pictures but embedding, text: its captions alone are used" in capsys.readouterr().out
+
+
 def test_folders_that_the_datasets_library_knows_are_read_by_it(tmp_path):
     """Catches a change of the library: imagefolder and parquet, with its own decoding (skipped where it is not installed)."""
     pytest.importorskip("datasets")
@@ -425,6 +577,21 @@ def test_folders_that_the_datasets_library_knows_are_read_by_it(tmp_path):
 def hub_lost(hub, path):
     hub({"text": str}, [{"text": "a cat"}, None])
     list(sources.captioned("someone/pictures"))
+
+
+def hub_encoded(hub, path):
+    hub({"text": str}, [{"text": "a cat"}, UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "unexpected end of data")])
+    list(sources.captioned("someone/pictures"))
+
+
+def unread_table(hub, path):
+    (path / "t.parquet").write_bytes(b"no parquet")
+
+    def load(*args, **options):
+        raise ValueError("Parquet magic bytes not found")
+
+    hub({}, []).load_dataset = load
+    sources.captioned(f"{path}/t.parquet")
 
 
 def hub_columns(hub, path):
@@ -479,6 +646,8 @@ def bad_line(hub, path):
     ("case", "says"),
     [
         (hub_lost, "run the same command again"),
+        (hub_encoded, "has a table that is not UTF-8 .*: save it as UTF-8"),
+        (unread_table, r"t.parquet cannot be read by the library datasets \(Parquet magic bytes not found\): check its files"),
         (hub_columns, "no column text, caption or prompt but image, label"),
         (hub_unknown, "check the name and the network"),
         (hub_no_library, "pip install datasets"),

@@ -489,13 +489,19 @@ print((resident(sys.argv[2]) - before) / (O * K))
     assert float(done.stdout) <= copies
 
 
-def test_without_a_cpp_compiler_native_is_eager_after_one_warning(monkeypatch, tmp_path):
+@pytest.mark.parametrize("lacks", ["compiler", "source", "setuptools", "quotation mark"])
+def test_without_a_cpp_compiler_native_is_eager_after_one_warning(monkeypatch, tmp_path, lacks):
     """Catches a crash on machines without a compiler, an unwritable cache, a warning for every layer."""
     on("native")
     cpu.is_available.cache_clear()
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        patch.setenv("CXX", "no-such-compiler")
+        patch.setenv("CXX", {"compiler": "no-such-compiler", "quotation mark": "'c++"}.get(lacks, "c++"))
+        if lacks == "source":
+            patch.setattr(cpu, "SOURCE", tmp_path / "cpu.cpp")
+        elif lacks == "setuptools":  # which torch's module for extensions imports
+            patch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+            patch.delattr(torch.utils, "cpp_extension", raising=False)
         pw, x = kernels.pack(grid_weight(64, 64)), torch.randn(20, 64)
         with pytest.warns(UserWarning, match="eager kernels run") as seen:
             for _ in range(2):
