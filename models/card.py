@@ -61,11 +61,21 @@ def of_pipeline(folder: Path) -> tuple:
     return sorted(config.parent.glob("*.safetensors")), family_of(about), about["_class_name"], packed, use
 
 
-def write_card(folder: str | Path) -> Path:
-    """README.md of a run folder or of a pipeline folder of save_pretrained. UserError if it holds no packed network."""
+def public_name(base: str) -> str:
+    """A hub id as it is; of a folder or file of this machine the name alone."""
+    return base if is_hub_id(base) else Path(base).name
+
+
+def is_hub_id(base: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+
+
+def write_card(folder: str | Path, base_model: str = "") -> Path:
+    """README.md of a run folder or of a pipeline folder of save_pretrained. base_model: hub id of the base, where that was a copy.
+    UserError if the folder holds no packed network."""
     folder = Path(folder)
     weights, family, network, packed, use = (of_pipeline if (folder / "model_index.json").is_file() else of_run)(folder)
-    base, layers, report = packed["base"], packed["layers"], folder / "report.json"
+    base, layers, report = base_model or public_name(packed["base"]), packed["layers"], folder / "report.json"
     number_format = quant.number_format(row["group_x"] for row in layers.values() if row["kind"] == "w4a4")
     front, licence = _front(base, [number_format.lower().replace("/", "-"), "quantized"])
     size, twin = _sizes(weights, layers)
@@ -112,8 +122,7 @@ def _front(base: str, tags: list[str]) -> tuple[str, str]:
     """(front matter, the licence of the base in words)."""
     known = (entry for each in FAMILIES.values() for entry in each.licences.items())
     licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-    origin = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
+    origin = {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
     tags = ["cmquant", "consistency-model", *tags]
     return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin).to_yaml(), in_words
 

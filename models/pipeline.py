@@ -27,6 +27,8 @@ Left out on purpose: device_map and offloading of single layers, pipelines for i
 
 import argparse
 import contextlib
+import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -38,7 +40,7 @@ import quant
 from data import sources
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
 from models import checkpoint, headers, pretrained
-from models.card import read_run, write_16bit_card, write_card
+from models.card import public_name, read_run, write_16bit_card, write_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from models.quantizer import CMQuantConfig, CMQuantQuantizer, fit_in, quantization_config, register
@@ -257,25 +259,31 @@ def add_style_lora(pipe, lora: str | Path | dict, name: str = "style") -> None:
         print(f"{shown}: of its parts for text encoders ({', '.join(sorted(given))}) {len(given) - read} are left out")
 
 
-def save_pipeline(pipe, out: str | Path) -> None:
-    """save_pretrained and the card. UserError while adapters are on, which save_pretrained would take for the network's own."""
-    net = denoiser_of(pipe)
+def save_pipeline(pipe, out: str | Path, base_model: str = "", report: Path | None = None) -> None:
+    """save_pretrained, what loads the folder without this repository, and a card. base_model: hub id of the base, where that was a
+    copy; report: report.json of the run, for the card. UserError while adapters are on, which save_pretrained would take for the
+    network's own."""
+    out, net = Path(out), denoiser_of(pipe)
     if getattr(net, "peft_config", None):
         raise UserError("adapters are not saved with a pipeline: call its unload_lora_weights(), then save")
-    if quantization_config(net).steps is None:
+    config = quantization_config(net)
+    if config.steps is None:
         raise UserError("the network was packed as it was loaded, not trained for few steps: save it with its own save_pretrained")
     with writing(out):
         pipe.save_pretrained(out)
-        write_code(Path(out), family_of_network(net), quantization_config(net).guidance)
+        forget_paths(out, {config.base: base_model or public_name(config.base)})
+        write_code(out, family_of_network(net), config.guidance)
+        if report and report.is_file():
+            shutil.copy(report, out / "report.json")
         write_card(out)
 
 
-def export_16bit(pipe, out: str | Path) -> float:
+def export_16bit(pipe, out: str | Path, base_model: str = "") -> float:
     """save_pretrained of a packed pipeline whose network is dequantized here, and a card. Returns the PSNR in dB of its pictures to
     those of the packed one, which draws them first."""
-    net, prompts = denoiser_of(pipe), sources.SAMPLE_PROMPTS[:2]
+    out, net, prompts = Path(out), denoiser_of(pipe), sources.SAMPLE_PROMPTS[:2]
     config, family = quantization_config(net), family_of_network(net)
-    guidance = family.few_step_guidance(config.guidance)
+    guidance, base = family.few_step_guidance(config.guidance), base_model or public_name(config.base)
     before = draw_with_pipeline(pipe, prompts, config.steps)
     net.dequantize()
     error = (draw_with_pipeline(pipe, prompts, config.steps, guidance=guidance) - before).square().flatten(1).mean(1)
@@ -284,8 +292,20 @@ def export_16bit(pipe, out: str | Path) -> float:
     call = f", num_inference_steps={config.steps}, guidance_scale={guidance}, height={height}, width={width}"
     with writing(out):
         pipe.save_pretrained(out)
-        write_16bit_card(Path(out), type(net).__name__, config.base, call, distance, len(prompts))
+        forget_paths(out, {config.base: base})
+        write_16bit_card(out, type(net).__name__, base, call, distance, len(prompts))
     return distance
+
+
+def forget_paths(folder: Path, names: dict[str, str]) -> None:
+    """Names in place of this machine's paths in the configurations of a pipeline folder: `names`, and no `_name_or_path`."""
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        about = json.loads(file.read_text())
+        about.pop("_name_or_path", None)
+        if "quantization_config" in about:
+            about["quantization_config"]["base"] = names[about["quantization_config"]["base"]]
+        with files.atomic(file) as new:
+            new.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
@@ -305,20 +325,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--export", required=True, choices=("diffusers", "16bit", "lora", "update", "card"))
     parser.add_argument("--out", help="folder (diffusers, 16bit) or .safetensors file (lora, update)")
     parser.add_argument("--base", default="", help="another copy of the base pipeline: folder, hub id or single file")
+    parser.add_argument("--base-model", default="", metavar="ID", help="hub id of the base for the card, where that was a copy")
     args = parser.parse_args(argv)
     if args.export != "card" and not args.out:
         raise UserError(f"--export {args.export} writes what --out names: add it")
     if args.export in ("lora", "update"):
         print(f"{export_lora(args.checkpoint, args.out, args.export == 'update')} layers: {args.out}")
     elif args.export == "diffusers":
-        save_pipeline(load_pipeline(args.checkpoint, dtype=torch.bfloat16, base=args.base), args.out)
+        pipe = load_pipeline(args.checkpoint, dtype=torch.bfloat16, base=args.base)
+        save_pipeline(pipe, args.out, args.base_model, Path(args.checkpoint, "report.json"))
         print(f"pipeline: {args.out}")
     elif args.export == "16bit":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        distance = export_16bit(load_pipeline(args.checkpoint, device, dtype=torch.bfloat16, base=args.base), args.out)
+        pipe = load_pipeline(args.checkpoint, device, dtype=torch.bfloat16, base=args.base)
+        distance = export_16bit(pipe, args.out, args.base_model)
         print(f"pipeline: {args.out}, its pictures {distance:.1f} dB from those of the packed one")
     else:
-        print(f"model card: {write_card(args.checkpoint)}")
+        print(f"model card: {write_card(args.checkpoint, args.base_model)}")
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("a weight of the smoothed input", "layers.py", "w_OK * self.inv_smooth.float().repeat(self.taps)", "w_OK", "pipeline"),
     ("the mean input twice in a bias", "layers.py", "twice = 0 if self.shift is None", "twice = 0 if True", "pipeline"),
     ("fifty steps of a bare call", "assets/pipeline.py.template", "**defaults | ", "**{} | ", "pipeline"),
+    ("paths of this machine in an export", "models/pipeline.py", 'about.pop("_name_or_path", None)', "None", "pipeline"),
     ("LoRA fused into 16-bit layers", "models/pipeline.py", "refuse_change, False", "net.fuse_lora, False", "pipeline"),
     ("one noise for all shards", "data/cache.py", "step_generator(0, k, stream=4)", "torch.Generator()", "cache"),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -705,15 +706,22 @@ def test_sample_draws_picture_i_from_the_noise_of_seed_plus_i(runs, tmp_path, na
     assert sample.Image.open(tmp_path / "grid.png").size == (96 + 68, 2 * 68)
 
 
-def test_commands_export_lora_pipeline_and_card(runs, tmp_path):
-    """Catches an option that is not wired to its function."""
+def test_commands_export_lora_pipeline_and_card(runs, bases, tmp_path):
+    """Catches an option that is not wired to its function, scores that an export loses, and paths of this machine in it."""
     run = str(runs["sdxl"])
     pipeline.main(["--checkpoint", run, "--export", "lora", "--out", str(tmp_path / "lora.safetensors")])
-    pipeline.main(["--checkpoint", run, "--export", "diffusers", "--out", str(tmp_path / "saved")])
+    run = shutil.copytree(run, tmp_path / "run")
+    (run / "report.json").write_text(json.dumps({"steps": 4, "n": 256, "snr": 24.5}))
+    command = ["--checkpoint", str(run), "--export", "diffusers", "--out", str(tmp_path / "saved"), "--base-model", "someone/base"]
+    pipeline.main(command)
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "base_model: someone/base\n" in card and "- snr: 24.500\n" in card
+    texts = [path.read_text() for path in (tmp_path / "saved").rglob("*") if path.suffix in (".json", ".md", ".py")]
+    assert not any(str(path) in text for text in texts for path in (bases["sdxl"], tmp_path))
     assert all(k.startswith("unet.") for k in load_file(tmp_path / "lora.safetensors"))
     assert (tmp_path / "saved" / "README.md").is_file() and (tmp_path / "saved" / "model_index.json").is_file()
     with pytest.raises(UserError, match="--out names: add it"):
-        pipeline.main(["--checkpoint", run, "--export", "lora"])
+        pipeline.main(["--checkpoint", str(run), "--export", "lora"])
 
 
 def test_the_16_bit_export_is_stock_diffusers_and_says_how_far_it_is(runs, tmp_path, capsys, monkeypatch):
