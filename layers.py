@@ -33,7 +33,8 @@ layers, 8 bits cost 4 dB without mixing and 2 dB with it; on Gaussian layers of 
 A layer of rank 0 has no branch: lora_A and lora_B are None, and nothing in it is trained.
 
 To other libraries a packed layer is the nn.Linear or nn.Conv2d that it replaces, with a `weight` that is dequantized when it is
-read (W^ + B A for x itself) and that cannot be changed. So PEFT puts its adapters around packed layers as around float ones.
+read (W^ + B A for x itself) and that cannot be changed. So PEFT puts its adapters around packed layers as around float ones. The
+`bias` is the kernel's: in a centred layer it does not belong to that weight.
 Dimension key: quant.py (O, I, K, r, T, N H W C); P packed bytes of a row. A is (r, K), B is (O, r).
 Left out on purpose: training of grid, bias or scales, higher derivatives.
 """

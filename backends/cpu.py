@@ -35,7 +35,7 @@ def is_available() -> bool:
     except (OSError, ImportError, ValueError, subprocess.CalledProcessError) as error:
         lines = getattr(error, "stderr", "").splitlines()
         why = next((line for line in lines if "error" in line), error)
-        warnings.warn(f"backends/cpu.cpp was not built, the slower eager kernels run ({why})", stacklevel=2)
+        warnings.warn(f"the C++ kernels were not built, the slower eager kernels run ({why})", stacklevel=2)
         return False
     torch.library.register_fake("cmquant::w4a4", _empty)
     return True

@@ -52,6 +52,8 @@ def of_pipeline(folder: Path) -> tuple:
         )
     about = json.loads(config.read_text())
     packed = about["quantization_config"]
+    if packed.get("steps", 4) is None:
+        raise UserError(f"{folder} was packed as it was loaded, not trained for few steps: it gets no card")
     use = {
         "how": "With diffusers alone; `trust_remote_code` lets it run the Python files of this folder, which are CMQuant's:",
         "imports": "import torch\nfrom diffusers import DiffusionPipeline",
@@ -77,7 +79,7 @@ def write_card(folder: str | Path, base_model: str = "") -> Path:
     weights, family, network, packed, use = (of_pipeline if (folder / "model_index.json").is_file() else of_run)(folder)
     base, layers, report = base_model or public_name(packed["base"]), packed["layers"], folder / "report.json"
     number_format = quant.number_format(row["group_x"] for row in layers.values() if row["kind"] == "w4a4")
-    front, licence = _front(base, [number_format.lower().replace("/", "-"), "quantized"])
+    front, licence = _front(base, [number_format.lower().replace("/", "-"), "quantized"], "quantized")
     size, twin = _sizes(weights, layers)
     groups = sorted({(row["group_w"], row["group_x"]) for row in layers.values() if row["kind"] == "w4a4"})
     kinds = Counter(_kind(row) for row in layers.values())
@@ -107,7 +109,7 @@ def write_card(folder: str | Path, base_model: str = "") -> Path:
 def write_16bit_card(folder: Path, network: str, base: str, call: str, psnr: float, n: int) -> Path:
     """README.md of a folder whose network was dequantized. psnr: of n of its pictures to those of the packed network, dB; call: the
     arguments of a few-step call."""
-    front, licence = _front(base, ["16-bit"])
+    front, licence = _front(base, ["16-bit"], "finetune")
     known = {
         "front": front,
         "licence": licence,
@@ -118,11 +120,11 @@ def write_16bit_card(folder: Path, network: str, base: str, call: str, psnr: flo
     return _write(folder, text.format(**known, network=network, base=base, call=call, psnr=psnr, n=n))
 
 
-def _front(base: str, tags: list[str]) -> tuple[str, str]:
-    """(front matter, the licence of the base in words)."""
+def _front(base: str, tags: list[str], relation: str) -> tuple[str, str]:
+    """(front matter, the licence of the base in words). relation: to the base, in the words of the hub."""
     known = (entry for each in FAMILIES.values() for entry in each.licences.items())
     licence, in_words = next((licence for name, licence in known if name in base), ({"license": "other"}, f"see {base}"))
-    origin = {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
+    origin = {"base_model": base, "base_model_relation": relation} if is_hub_id(base) else {}
     tags = ["cmquant", "consistency-model", *tags]
     return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **licence, **origin).to_yaml(), in_words
 

@@ -43,7 +43,7 @@ from models import checkpoint, headers, pretrained
 from models.card import public_name, read_run, write_16bit_card, write_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
-from models.quantizer import CMQuantConfig, CMQuantQuantizer, fit_in, quantization_config, register
+from models.quantizer import CMQuantConfig, CMQuantQuantizer, as_packed, quantization_config, register
 from models.standalone import without_code, write_code
 from run import files
 from run.common import UserError, check_device, run_script
@@ -64,9 +64,17 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
     net = denoiser.net  # did not come by from_pretrained, and becomes one that save_pretrained can write
     net.hf_quantizer, net.quantization_method = CMQuantQuantizer(config), config.quant_method
-    fit_in(net)
+    as_packed(net)
     net.register_to_config(quantization_config=config)
     return denoiser
+
+
+def few_step_config(net: nn.Module) -> CMQuantConfig:
+    """The quantization_config of a network that train.py made. UserError for another."""
+    config = quantization_config(net) if getattr(net, "hf_quantizer", None) else None
+    if getattr(config, "steps", None) is None:
+        raise UserError("the network was not trained for few steps, or is no longer packed: use diffusers' own methods for it")
+    return config
 
 
 def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False, dtype: torch.dtype | None = None, base: str = ""):
@@ -92,7 +100,7 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
         denoiser = load_denoiser(folder, dtype)
         net = denoiser.net
         pipe = _few_step_pipeline(denoiser, base or denoiser.base, components_of(folder), dtype)
-    config = quantization_config(net)
+    config = few_step_config(net)
     pipe.default_sample_size = max(config.latent[1:])  # where a call names no size
     if "sample_size" in net.config:  # StableDiffusionPipeline reads it there, and of what kind it is when it is made
         net.register_to_config(sample_size=pipe.default_sample_size)
@@ -266,13 +274,11 @@ def save_pipeline(pipe, out: str | Path, base_model: str = "", report: Path | No
     out, net = Path(out), denoiser_of(pipe)
     if getattr(net, "peft_config", None):
         raise UserError("adapters are not saved with a pipeline: call its unload_lora_weights(), then save")
-    config = quantization_config(net)
-    if config.steps is None:
-        raise UserError("the network was packed as it was loaded, not trained for few steps: save it with its own save_pretrained")
+    config = few_step_config(net)
     with writing(out):
         pipe.save_pretrained(out)
         forget_paths(out, {config.base: base_model or public_name(config.base)})
-        write_code(out, family_of_network(net), config.guidance)
+        write_code(out, family_of_network(net), config.steps, config.guidance, config.latent[1:])
         if report and report.is_file():
             shutil.copy(report, out / "report.json")
         write_card(out)
@@ -282,7 +288,7 @@ def export_16bit(pipe, out: str | Path, base_model: str = "") -> float:
     """save_pretrained of a packed pipeline whose network is dequantized here, and a card. Returns the PSNR in dB of its pictures to
     those of the packed one, which draws them first."""
     out, net, prompts = Path(out), denoiser_of(pipe), sources.SAMPLE_PROMPTS[:2]
-    config, family = quantization_config(net), family_of_network(net)
+    config, family = few_step_config(net), family_of_network(net)
     guidance, base = family.few_step_guidance(config.guidance), base_model or public_name(config.base)
     before = draw_with_pipeline(pipe, prompts, config.steps)
     net.dequantize()
@@ -302,7 +308,7 @@ def forget_paths(folder: Path, names: dict[str, str]) -> None:
     for file in (folder / "model_index.json", *folder.glob("*/config.json")):
         about = json.loads(file.read_text())
         about.pop("_name_or_path", None)
-        if "quantization_config" in about:
+        if about.get("quantization_config", {}).get("quant_method") == "cmquant":
             about["quantization_config"]["base"] = names[about["quantization_config"]["base"]]
         with files.atomic(file) as new:
             new.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")

@@ -3,8 +3,8 @@
     config = CMQuantConfig()  # or CMQuantConfig(bits_x=8)
     unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", quantization_config=config)
 
-That rounds weights to nearest as it loads them: no statistics, no branches, no distillation. It is the quick way to try the format
-and its kernels; what train.py makes is better.
+That rounds weights to nearest after they are loaded, so the 16-bit network has to fit: no statistics, no branches, no distillation.
+It is the quick way to try the format and its kernels; what train.py makes is better.
 
 Importing this file adds it to the two mappings of diffusers.quantizers.auto. From then on `save_pretrained` of a packed network and
 `from_pretrained` of network or pipeline are diffusers' own; without the import from_pretrained says "Unknown quantization type, got
@@ -15,7 +15,9 @@ Stored:
     everything else    as it is.  torch_dtype casts the 16-bit layers alone; a round trip is equal bit for bit.
 """
 
+import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from enum import Enum
 
 import torch
@@ -55,7 +57,9 @@ class CMQuantConfig(QuantizationConfigMixin):
         if bits_x not in (4, 8):
             raise ValueError(f"activations have 4 or 8 bits, not {bits_x}")
         self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers or {}, base, backend
-        self.latent, self.guidance, self.steps, self.bits_x = list(latent), guidance, steps, bits_x
+        self.latent, self.guidance, self.steps = list(latent), guidance, steps
+        if not layers:
+            self.bits_x = bits_x
 
     to_diff_dict = QuantizationConfigMixin.to_dict  # what repr prints
 
@@ -68,6 +72,11 @@ class CMQuantQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized and self.quantization_config.layers:
             raise ValueError("a table of layers belongs to a checkpoint: give a network in 16 bits CMQuantConfig() without one")
+        if not self.pre_quantized:
+            try:
+                import models.family  # noqa: F401  (which a pipeline folder's own code lacks)
+            except ImportError:
+                raise ValueError("a network is packed only where CMQuant's repository is on the Python path") from None
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         place_packed(model, self.quantization_config.layers)
@@ -95,7 +104,7 @@ class CMQuantQuantizer(DiffusersQuantizer):
             self.quantization_config.layers = pack_nearest(model, self.quantization_config.bits_x)
             self.quantization_config.steps = None
         set_backend(model, self.quantization_config.backend)
-        fit_in(model)
+        as_packed(model)
 
     def _dequantize(self, model):
         """Q + B A in plain layers, with which any tool works; activations are not rounded there."""
@@ -107,7 +116,8 @@ class CMQuantQuantizer(DiffusersQuantizer):
             layer.dequantize(plain)
             replace_layer(model, name, plain)
         model._internal_dict = FrozenDict(config)
-        del model.num_parameters, model.state_dict, model.fuse_lora
+        for method in METHODS:
+            delattr(model, method.__name__)
         return model
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
@@ -162,22 +172,72 @@ class WithWeights(OrderedDict):
         return layer.weight
 
 
-def fit_in(net: nn.Module) -> None:
-    """What diffusers asks of a network it then gets of a packed one: num_parameters counts packed layers, .to(dtype) casts what is
-    not packed (diffusers refuses it for all), the state_dict knows weights, and
-    fuse_lora stops before it has fused 16-bit layers."""
+def num_parameters(net: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Packed layers count as the float layers that they replace, beside their branches."""
+    tensors = (tensor for _, layer in packed_layers(net) for tensor in (layer.weight, layer.bias) if tensor is not None)
+    packed = 0 if only_trainable else sum(tensor.numel() for tensor in tensors)
+    return type(net).num_parameters(net, only_trainable, exclude_embeddings) + packed
 
-    def num_parameters(only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        tensors = (tensor for _, layer in packed_layers(net) for tensor in (layer.weight, layer.bias) if tensor is not None)
-        packed = 0 if only_trainable else sum(tensor.numel() for tensor in tensors)
-        return type(net).num_parameters(net, only_trainable, exclude_embeddings) + packed
 
-    def state_dict(*args, **kwargs) -> WithWeights:
-        found = WithWeights(type(net).state_dict(net, *args, **kwargs))
-        found.net = net
-        return found
+def state_dict(net: nn.Module, *args, **kwargs) -> WithWeights:
+    found = WithWeights(type(net).state_dict(net, *args, **kwargs))
+    found.net = net
+    return found
 
-    net.num_parameters, net.state_dict, net.fuse_lora, net.is_quantized = num_parameters, state_dict, refuse_change, False
+
+def fuse_lora(net: nn.Module, *args, **kwargs) -> None:
+    """RuntimeError, before 16-bit layers are fused."""
+    refuse_change()
+
+
+def fuse_qkv_projections(net: nn.Module) -> None:
+    """RuntimeError: the fused layers would be float ones, and the bias of a centred layer is not that of its weight."""
+    refuse_change()
+
+
+def add_adapter(net: nn.Module, *args, **kwargs) -> None:
+    type(net).add_adapter(net, *args, **kwargs)
+    refuse_dora(net)
+
+
+def load_lora_adapter(net: nn.Module, *args, **kwargs) -> None:
+    type(net).load_lora_adapter(net, *args, **kwargs)
+    refuse_dora(net)
+
+
+def refuse_dora(net: nn.Module) -> None:
+    """RuntimeError for an adapter with magnitudes on a centred layer: PEFT takes the layer's bias from its output for them."""
+    for name, layer in net.named_modules():
+        if any(getattr(layer, "use_dora", {}).values()) and getattr(layer.base_layer, "shift", None) is not None:
+            net.unload_lora()
+            raise RuntimeError(f"{name} is centred, which DoRA does not know: give a plain LoRA, or dequantize() the network")
+
+
+METHODS = (num_parameters, state_dict, fuse_lora, fuse_qkv_projections, add_adapter, load_lora_adapter)
+
+
+class Bound:
+    """A method of one network, that does not keep it alive, and that is its copy's where the network is copied."""
+
+    def __init__(self, function: Callable, net: nn.Module):
+        self.function, self.net = function, weakref.ref(net)
+
+    def __call__(self, *args, **kwargs):
+        return self.function(self.net(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> "Bound":
+        return Bound(self.function, memo[id(self.net())])
+
+    def __reduce__(self):
+        return Bound, (self.function, self.net())
+
+
+def as_packed(net: nn.Module) -> None:
+    """Puts METHODS, what diffusers asks of a network, before those of its class, which from_pipe wants as it is. Its .to(dtype)
+    casts what is not packed, where diffusers refuses to cast a quantized network."""
+    for method in METHODS:
+        setattr(net, method.__name__, Bound(method, net))
+    net.is_quantized = False
 
 
 def quantization_config(net: nn.Module) -> CMQuantConfig:

@@ -16,6 +16,7 @@ import diffusers
 
 from models.family import Family
 from run import files
+from run.common import UserError
 
 ROOT = files.ASSETS.parent
 PARTS = ("backends/gptq_gpu.py", "backends/cpu.py", "backends/gpu.py", "quant.py", "kernels.py", "layers.py", "models/quantizer.py")
@@ -44,14 +45,17 @@ def standalone_files() -> dict[str, str]:
     return {f"{prefix}{name}": text for name, text in code.items()}
 
 
-def write_code(folder: Path, family: Family, guidance: float | None) -> None:
-    """pipeline.py and what it imports, into a folder of save_pretrained. guidance: what the network was given in training."""
+def write_code(folder: Path, family: Family, steps: int, guidance: float | None, size: tuple[int, int]) -> None:
+    """pipeline.py and what it imports, into a folder of save_pretrained, whose pictures take `steps` and have latents of `size`.
+    guidance: what the network was given in training."""
     index, code = json.loads((folder / "model_index.json").read_text()), standalone_files()
     text = (files.ASSETS / "pipeline.py.template").read_text()
     for word, meaning in {
         "CLASS": index["_class_name"],
-        "PART": family.part,
+        "STEPS": str(steps),
+        "SIZE": ", ".join(map(str, size)),
         "GUIDANCE": str(family.few_step_guidance(guidance)),
+        "PREFIX": next(iter(code)).removesuffix("gptq_gpu"),
         "QUANTIZER": next(module for module in code if module.endswith("_quantizer")),
         "IMPORTS": "\n".join(f"from .{module} import __doc__ as _  # noqa: F401" for module in code),
     }.items():
@@ -68,7 +72,8 @@ def without_code(folder: Path) -> type[diffusers.DiffusionPipeline]:
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     if isinstance(name, str):
         return diffusers.DiffusionPipeline
-    parent = getattr(diffusers, name[1])
+    if (parent := getattr(diffusers, name[1], None)) is None:
+        raise UserError(f"{folder} has a pipeline class of its own, {name[1]}, which is not run here: load it with diffusers")
 
     def load_config(cls, *args, **kwargs):
         found = parent.load_config(*args, **kwargs)

@@ -166,7 +166,8 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("the mean input twice in a bias", "layers.py", "twice = 0 if self.shift is None", "twice = 0 if True", "pipeline"),
     ("fifty steps of a bare call", "assets/pipeline.py.template", "**defaults | ", "**{} | ", "pipeline"),
     ("paths of this machine in an export", "models/pipeline.py", 'about.pop("_name_or_path", None)', "None", "pipeline"),
-    ("LoRA fused into 16-bit layers", "models/pipeline.py", "refuse_change, False", "net.fuse_lora, False", "pipeline"),
+    ("LoRA fused into 16-bit layers", "models/quantizer.py", "state_dict, fuse_lora, fuse", "state_dict, fuse", "pipeline"),
+    ("a copy that is the first network", "models/quantizer.py", "memo[id(self.net())]", "self.net()", "pipeline"),
     ("one noise for all shards", "data/cache.py", "step_generator(0, k, stream=4)", "torch.Generator()", "cache"),
 ]  # fmt: skip
 

@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import diffusers
@@ -342,6 +344,11 @@ def test_a_network_in_16_bits_is_packed_as_it_is_loaded(bases, tmp_path, name, b
     assert latents(pipe, 1).isfinite().all()
     with pytest.raises(UserError, match="not trained for few steps"):
         pipeline.save_pipeline(pipe, tmp_path / "export")
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(UserError, match="not trained for few steps"):
+        pipeline.load_pipeline(tmp_path / "pipe")
+    with pytest.raises(UserError, match="it gets no card"):
+        pipeline.write_card(tmp_path / "pipe")
     net.save_pretrained(tmp_path / "saved")
     assert same_tensors(cls.from_pretrained(tmp_path / "saved"), net)
     with pytest.raises(ValueError, match=r"CMQuantConfig\(\) without one"):
@@ -548,8 +555,6 @@ AROUND = {  # what people do with a pipeline, each on one that may be packed
     "inpainting": lambda pipe: diffusers.AutoPipelineForInpainting.from_pipe(pipe),
     "ControlNet": lambda pipe: controlled(pipe),
     "VAE slices": lambda pipe: pipe.vae.enable_slicing(),
-    "copy": lambda pipe: copy.deepcopy(denoiser_of(pipe)),
-    "checkpointing": lambda pipe: denoiser_of(pipe).enable_gradient_checkpointing(),
     "textual inversion": embedding,  # not of FLUX
 }
 
@@ -577,6 +582,37 @@ def test_what_works_around_a_16_bit_pipeline_works_around_a_packed_one(runs, bas
         assert all(torch.equal(layer.state_dict()[k], v) and layer.state_dict()[k].dtype == v.dtype for k, v in layers[key].items())
     if made is pipe:
         assert latents(pipe, 1).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_copy_is_a_network_of_its_own(runs):
+    """Catches a state_dict that is the first one's, what cannot be pickled, and networks that are not freed."""
+    net = load(runs["flux"]).transformer
+    twin = copy.deepcopy(net)
+    assert same_tensors(twin, net) and type(twin) is diffusers.FluxTransformer2DModel
+    next(layer for _, layer in packed_layers(twin)).codes_OP.zero_()
+    assert not same_tensors(twin, net) and same_tensors(pickle.loads(pickle.dumps(twin)), twin)
+    known = weakref.ref(twin)
+    del twin
+    assert known() is None
+
+
+def test_what_would_be_silently_wrong_on_packed_layers_is_refused(runs):
+    """Catches fused projections whose bias is that of centred inputs, and DoRA, which takes it for the plain layer's."""
+    net = load(runs["flux"]).transformer
+    with pytest.raises(RuntimeError, match="packed weights cannot be changed"):
+        net.fuse_qkv_projections()
+    centred = next(key for key, layer in packed_layers(net) if layer.shift is not None)
+    other = next(key for key, layer in packed_layers(net) if layer.shift is None and not isinstance(layer, W4A16Linear))
+    with pytest.raises(RuntimeError, match=f"{re.escape(centred)} is centred, which DoRA does not know"):
+        net.add_adapter(LoraConfig(r=2, target_modules=[centred], use_dora=True), "wrong")
+    assert centred in dict(packed_layers(net))
+    net.add_adapter(LoraConfig(r=2, target_modules=[other], use_dora=True, init_lora_weights=False), "right")
+    layer, x = net.get_submodule(other), torch.randn(5, net.get_submodule(other).in_features)
+    A, B = (getattr(layer, f"lora_{ab}")["right"].weight for ab in "AB")
+    layer.lora_magnitude_vector["right"].weight.data.mul_(2)
+    expected = 2 * x @ (layer.base_layer.float_weight() + layer.scaling["right"] * B @ A).mT + layer.base_layer.bias
+    assert (layer(x) - expected).norm() < 0.1 * expected.norm()  # activations are rounded
 
 
 @pytest.mark.parametrize("name", (SDXL, "flux"))
@@ -643,6 +679,11 @@ noise = torch.load("noise.pt", weights_only=True)
 asked = dict(num_inference_steps={steps}, guidance_scale={guidance}, height=64, width=64)
 draw = lambda **more: pipe({PROMPT!r}, latents=noise, output_type="latent", **more).images
 torch.save([draw(), draw(**asked), draw(num_inference_steps=2)], "drawn.pt")
+pipe.save_pretrained("again")
+again = DiffusionPipeline.from_pretrained("again", torch_dtype=torch.bfloat16, trust_remote_code=True)
+assert type(again).__module__ == type(pipe).__module__
+again.{FAMILIES[name].part}.dequantize()
+assert again({PROMPT!r}).images[0].size == (64, 64)
 ours = [name for name in ("quant", "kernels", "layers", "models", "run", "hessian") if name in sys.modules]
 assert not ours, ours
 """
