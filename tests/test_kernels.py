@@ -498,7 +498,7 @@ def test_without_a_cpp_compiler_native_is_eager_after_one_warning(monkeypatch, t
         patch.setenv("XDG_CACHE_HOME", str(tmp_path))
         patch.setenv("CXX", {"compiler": "no-such-compiler", "quotation mark": "'c++"}.get(lacks, "c++"))
         if lacks == "source":
-            patch.setattr(cpu, "SOURCE", tmp_path / "cpu.cpp")
+            patch.setattr(cpu, "source", (tmp_path / "cpu.cpp").read_text)
         elif lacks == "setuptools":  # which torch's module for extensions imports
             patch.setitem(sys.modules, "torch.utils.cpp_extension", None)
             patch.delattr(torch.utils, "cpp_extension", raising=False)
