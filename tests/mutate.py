@@ -72,7 +72,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("16 bits beside 4", "qra.py", "16 * O * K - (4 + 4 / group) * O * K", "12 * O * K - (4 + 4 / group) * O * K", "qra"),
     ("16 bits weighed without gradients", "student.py", "weighed(layer, cfg), dtype", "weighed(layer, cfg)[:2], dtype", "student"),
     ("factors of 8 bits priced as 16", "student.py", "lora_bits=cfg.lora_bits, group", "group", "student"),
-    ("16-bit layers are placed as packed", "models/checkpoint.py", 'if row["kind"] == "16bit":', "if False:", "student"),
+    ("16-bit layers are placed as packed", "layers.py", 'if row["kind"] == "16bit":', "if False:", "student"),
     ("W4A16 counted as W4A4", "models/checkpoint.py", '"w4a16" if isinstance(layer, W4A16Linear) else', "", "student"),
     ("branches do no work", "models/checkpoint.py", "rows[name] * r * (O + K)", "0", "student"),
     ("layers that are not let go of", "student.py", "layer.let_go()", "pass", "student"),
