@@ -124,13 +124,13 @@ def real_pictures(classifier: SceneClassifier, n: int = 4096, side: int = scenes
 
 class Judge:
     """n prompts and noises (function of seed), the classifier, features of rendered scenes of `side` pixels: the same questions for
-    any model."""
+    any model. real: these features, where they were made before."""
 
-    def __init__(self, n: int, seed: int, reference: int = 4096, side: int = scenes.SIDE):
+    def __init__(self, n: int, seed: int, reference: int = 4096, side: int = scenes.SIDE, real: torch.Tensor | None = None):
         self.classifier, self.seed, self.side = load_classifier(), seed, side
         self.scene = scenes.random_scenes(n, step_generator(seed, 0))
         self.captions = [scenes.caption_of(self.scene, i) for i in range(n)]
-        _, self.real = real_pictures(self.classifier, reference, side)
+        self.real = real_pictures(self.classifier, reference, side)[1] if real is None else real
 
     def rendered(self) -> dict[str, float]:
         """Scores of the renderer itself on the same prompts: the row "real"."""

@@ -200,10 +200,13 @@ class PackedLayer(nn.Module):
         """What the float layer calls so: (O, I), or (O, I, kh, kw) of a convolution, in `dtype`."""
         return DequantizedWeight(self)
 
-    def float_weight(self) -> Tensor:
-        """W^ + B A (O, K) for x itself, without its change by smoothing, float32."""
-        w_OK = self.merged_weight(*self.factors())
+    def for_input(self, w_OK: Tensor) -> Tensor:
+        """What reads the smoothed x' as rows that read x itself, float32: W^ + B A, or A alone."""
         return w_OK if self.inv_smooth is None else w_OK * self.inv_smooth.float().repeat(self.taps)
+
+    def float_weight(self) -> Tensor:
+        """W^ + B A (O, K) for x itself, float32."""
+        return self.for_input(self.merged_weight(*self.factors()))
 
     def dequantize(self, plain: nn.Module) -> None:
         """`plain`, a float layer of this geometry, gets weight and bias in `dtype`. Its outputs are then this layer's but for the
@@ -307,7 +310,7 @@ class DequantizedWeight(Tensor):
         return function(*args, **kwargs)
 
 
-def refuse_change(*args, **kwargs) -> None:
+def refuse_change() -> None:
     raise RuntimeError("packed weights cannot be changed: keep the LoRA as an adapter, or call dequantize() of the network first")
 
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from data import sources
+from data.sources import psnr, psnr_B  # noqa: F401  (of pictures that were drawn; exports are measured by it too)
 from models import pretrained
 from run import files
 from run.common import UserError
@@ -64,17 +65,6 @@ def frechet(a_ND: Tensor, b_MD: Tensor) -> float:
     (mean_a, R_a), (mean_b, R_b) = _moments(a_ND), _moments(b_MD)
     traces = R_a.square().sum() + R_b.square().sum()
     return ((mean_a - mean_b).square().sum() + traces - 2 * torch.linalg.svdvals(R_a @ R_b.T).sum()).item()
-
-
-def psnr_B(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) PSNR in dB of pictures in [-1, 1]; identical pictures count 100 dB."""
-    mse = (a - b).square().flatten(1).mean(1).clamp_min(4e-10)
-    return 10 * torch.log10(4 / mse)
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """The mean of psnr_B."""
-    return psnr_B(a, b).mean().item()
 
 
 def interval(statistic: Callable[..., float], sizes: tuple[int, ...], resamples: int, seed: int) -> list[float]:

@@ -185,8 +185,8 @@ VARIANTS = variants.VARIANTS | {"@from-teacher": from_teacher}  # this one chang
 def questions(denoiser: Denoiser, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """(noises, cond, edges) of n pictures, those that a Judge of this seed asks for."""
     scene = scenes.random_scenes(n, step_generator(seed, 0))
-    x_T = [start_noise(min(64, n - i), denoiser.latent, 1_000_000 * seed + i) for i in range(0, n, 64)]
-    return torch.cat(x_T), denoiser.encode([scenes.caption_of(scene, i) for i in range(n)]), denoiser.path.grid(STEPS)
+    captions = [scenes.caption_of(scene, i) for i in range(n)]
+    return start_noise(n, denoiser.latent, 1_000_000 * seed), denoiser.encode(captions), denoiser.path.grid(STEPS)
 
 
 def draw_states(model, path, x_T: Tensor, cond: dict[str, Tensor], edges: Tensor) -> Tensor:
@@ -214,8 +214,7 @@ def score(folder: Path, n: int, names: list[str]) -> None:
     phases."""
     fp, about_fp = files.read_tensors(folder.parent / f"fp-{n}.safetensors", "delete the folder")
     packed, about = checkpoint.load_checkpoint(folder)
-    judge, drawing = evaluate.Judge(n, SEED, reference=1, side=packed.family.side), packed
-    judge.real = fp["real"]
+    judge, drawing = evaluate.Judge(n, SEED, side=packed.family.side, real=fp["real"]), packed
     if variants.OF_SAMPLER & {*names}:
         _, cond, edges = questions(packed, fp["to fit"].shape[1], SEED + 1)
         drawing = variants.fitted(packed, packed.path, fp["to fit"], cond, edges)

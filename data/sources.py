@@ -81,6 +81,17 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
     return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def psnr_B(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) PSNR in dB of pictures in [-1, 1]; identical pictures count 100 dB."""
+    mse = (a - b).square().flatten(1).mean(1).clamp_min(4e-10)
+    return 10 * torch.log10(4 / mse)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """The mean of psnr_B."""
+    return psnr_B(a, b).mean().item()
+
+
 def reasons(skipped: list[str]) -> str:
     """How many rows were skipped for each reason, the most frequent first."""
     known = (NO_CAPTION, NO_PICTURE, NOT_UTF8, NOT_ADJACENT)
@@ -165,10 +176,10 @@ def _rows_of_table(table: Path) -> Iterator[tuple[Path, str, str]]:
         yield (picture, caption, why) if text.encode() == line else (picture, "", NOT_UTF8)
 
 
-def _rows_of_folder(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """(picture, or the caption's file where there is none; caption; why it is skipped) for all pictures and captions of a folder:
+def _rows_of_folder(found: list[Path]) -> Iterator[tuple[Path, str, str]]:
+    """(picture, or the caption's file where there is none; caption; why it is skipped) for all pictures and captions among files:
     those of every metadata.jsonl, then the other pictures, each with what the NAME.txt beside it says."""
-    found, named = files_below(folder), set()
+    named = set()
     for table in (file for file in found if file.name == "metadata.jsonl"):
         for row in _rows_of_table(table):
             named.add(os.path.normpath(row[0]))
@@ -289,20 +300,21 @@ def captioned(spec: str = "") -> Source:
     if (path.suffix == ".tar" or glob.has_magic(spec)) and not path.is_dir():
         return _tars(spec, [path] if path.is_file() else sorted(map(Path, glob.glob(spec, recursive=True))))
     if path.is_dir():
-        if tars := _of_one_kind(path).get("tar"):
+        found = files_below(path)
+        if tars := _of_one_kind(path, found).get("tar"):
             return _tars(spec, tars)
         marks = (mark.relative_to(path) for name in OF_DATASETS for mark in path.glob(name))
-        return _hub(spec) if not all(map(is_hidden, marks)) else _folder(spec)
+        return _hub(spec) if not all(map(is_hidden, marks)) else _folder(spec, found)
     if (path.suffix == ".parquet" and path.is_file()) or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", spec):
         return _hub(spec)
     kinds = "folder, .tar shards, .txt file of prompts or Hugging Face dataset OWNER/NAME"
     raise UserError(f"{spec} is no {kinds}: check the path")
 
 
-def _of_one_kind(folder: Path) -> dict[str, list[Path]]:
-    """Kind -> files below a folder, of shards, tables and pictures. UserError for two kinds, of which one would be left out, and
-    for an archive, which would be."""
-    found, kinds = files_below(folder), {}
+def _of_one_kind(folder: Path, found: list[Path]) -> dict[str, list[Path]]:
+    """Kind -> files, of `found` below a folder: shards, tables and pictures. UserError for two kinds, of which one would be left
+    out, and for an archive, which would be."""
+    kinds = {}
     if packed := next((file for file in found if file.suffix.lower() in ARCHIVES), None):
         raise UserError(f"{packed} is not read: unpack it, or move it out of {folder}")
     for kind, suffixes in {"tar": (".tar",), "parquet": (".parquet",), "picture": PICTURES}.items():
@@ -361,11 +373,11 @@ def _prompts(spec: str, path: Path) -> Source:
     return Source(spec, files.digest_of(lines), lambda: ((str(i), line, None) for i, line in enumerate(lines)))
 
 
-def _folder(spec: str) -> Source:
-    """The pictures and captions of a folder and its sub-folders. UserError for a line that is no pair, or if there are no
-    captions."""
+def _folder(spec: str, below: list[Path]) -> Source:
+    """The pictures and captions of a folder and its sub-folders, whose files are `below`. UserError for a line that is no pair, or
+    if there are no captions."""
     folder = Path(spec)
-    found = list(_rows_of_folder(folder))
+    found = list(_rows_of_folder(below))
     if not any(caption for _, caption, _ in found):
         why = f" that can be used ({reasons([why for *_, why in found])})" if found else ""
         raise UserError(

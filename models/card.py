@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
 import quant
-from models.family import FAMILIES, family_of
+from models.family import FACTOR, FAMILIES, family_of
 from run import files
 from run.common import UserError
 
@@ -98,8 +98,8 @@ def write_card(folder: str | Path, base_model: str = "") -> Path:
         ratio=size / twin,
         steps=packed.get("steps", 4),
         guidance=family.few_step_guidance(packed.get("guidance")),
-        height=8 * packed["latent"][1],
-        width=8 * packed["latent"][2],
+        height=FACTOR * packed["latent"][1],
+        width=FACTOR * packed["latent"][2],
         metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",
         **use,
     )

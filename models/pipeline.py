@@ -203,9 +203,7 @@ def as_lora(layer: PackedLayer, A_rK: torch.Tensor, B_Or: torch.Tensor) -> tuple
     """Factors of `layer` as a LoRA of the float layer's geometry, float32: (r, I), (O, r) or (r, I, kh, kw), (O, r, 1, 1).
 
     Ours read x' = x * inv_smooth; this A reads x."""
-    A_rK, B_Or = A_rK.detach().float(), B_Or.detach().float()
-    if layer.inv_smooth is not None:
-        A_rK = A_rK * layer.inv_smooth.repeat(layer.taps)
+    A_rK, B_Or = layer.for_input(A_rK.detach().float()), B_Or.detach().float()
     if not isinstance(layer, W4A4Conv2d):
         return A_rK, B_Or
     return quant.unflatten_conv(A_rK, layer.kernel_size), B_Or[:, :, None, None]
@@ -277,7 +275,7 @@ def save_pipeline(pipe, out: str | Path, base_model: str = "", report: Path | No
     config = few_step_config(net)
     with writing(out):
         pipe.save_pretrained(out)
-        forget_paths(out, {config.base: base_model or public_name(config.base)})
+        forget_paths(out, base_model or public_name(config.base))
         write_code(out, family_of_network(net), config.steps, config.guidance, config.latent[1:])
         if report and report.is_file():
             shutil.copy(report, out / "report.json")
@@ -292,24 +290,23 @@ def export_16bit(pipe, out: str | Path, base_model: str = "") -> float:
     guidance, base = family.few_step_guidance(config.guidance), base_model or public_name(config.base)
     before = draw_with_pipeline(pipe, prompts, config.steps)
     net.dequantize()
-    error = (draw_with_pipeline(pipe, prompts, config.steps, guidance=guidance) - before).square().flatten(1).mean(1)
-    distance = 10 * torch.log10(4 / error.clamp_min(4e-10)).mean().item()  # of pictures in [-1, 1]
+    distance = sources.psnr(draw_with_pipeline(pipe, prompts, config.steps, guidance=guidance), before)
     height, width = (pipe.vae_scale_factor * side for side in config.latent[1:])
     call = f", num_inference_steps={config.steps}, guidance_scale={guidance}, height={height}, width={width}"
     with writing(out):
         pipe.save_pretrained(out)
-        forget_paths(out, {config.base: base})
+        forget_paths(out, base)
         write_16bit_card(out, type(net).__name__, base, call, distance, len(prompts))
     return distance
 
 
-def forget_paths(folder: Path, names: dict[str, str]) -> None:
-    """Names in place of this machine's paths in the configurations of a pipeline folder: `names`, and no `_name_or_path`."""
+def forget_paths(folder: Path, base: str) -> None:
+    """No paths of this machine in the configurations of a pipeline folder: `base` for that of the base, and no `_name_or_path`."""
     for file in (folder / "model_index.json", *folder.glob("*/config.json")):
         about = json.loads(file.read_text())
         about.pop("_name_or_path", None)
         if about.get("quantization_config", {}).get("quant_method") == "cmquant":
-            about["quantization_config"]["base"] = names[about["quantization_config"]["base"]]
+            about["quantization_config"]["base"] = base
         with files.atomic(file) as new:
             new.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 

@@ -153,7 +153,8 @@ def load_folder(family: Family, base: str, weights: str, dtype: torch.dtype) -> 
             net = family.network.from_config(config).to(dtype)
         else:
             net = from_pretrained(family.network, base, subfolder=family.part, torch_dtype=dtype)
-        headers.check_folder_unquantized(base, f"{family.part}/config.json", family.part)  # the hub's files came only now
+        if not Path(base).is_dir():  # the hub's files came only now
+            headers.check_folder_unquantized(base, f"{family.part}/config.json", family.part)
     check_whole("the denoiser", net, base)
     return net, load_scheduler(base)
 

@@ -165,7 +165,10 @@ class WithWeights(OrderedDict):
 
     def __missing__(self, key: str) -> torch.Tensor:
         module, _, name = key.rpartition(".")
-        layer = dict(self.net.named_modules()).get(module)
+        try:
+            layer = self.net.get_submodule(module)
+        except AttributeError:
+            raise KeyError(key) from None
         layer = getattr(layer, "base_layer", layer)  # inside of PEFT's
         if name != "weight" or not isinstance(layer, PackedLayer):
             raise KeyError(key)
