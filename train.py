@@ -182,8 +182,6 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
     ({"model": PUBLIC, "stage": {"student"}, "bits": {16}}, {"lr": 1e-4, "steps": 1000}),  # LCM-LoRA's figures
     *(({"model": {name}, "stage": {"student"}}, family.preset) for name, family in FAMILIES.items()),
     *(({"model": {name}, "stage": {"student"}, "bits": {4}}, family.student) for name, family in FAMILIES.items()),
-    *(({"model": {name}, "stage": {"student"}, "bits": {4}, "bits_x": {8}}, family.student_w4a8)
-      for name, family in FAMILIES.items()),
     ({"recipe": {"cmquant"}}, {}),  # the defaults; a recipe needs a row to be known
     ({"recipe": {"paper"}}, {"rollout": 0.0}),
 )  # fmt: skip

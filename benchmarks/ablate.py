@@ -122,7 +122,7 @@ GROUPS = {
         "straight from the teacher": FROM_TEACHER,  # its pictures become the teacher's: the distance says more of it than the PSNR
         "straight from the teacher, rate 1e-3": f"{FROM_TEACHER} --lr 1e-3",
     }),
-    "formats": Group({  # on tiny --bits-x 8 has a smaller learning rate (2e-5, not 1e-4)
+    "formats": Group({
         "W4A4 (default)": "",
         "W4A4, activations in groups of 16": "--group-x 16",
         "W4A8": "--bits-x 8",
@@ -134,11 +134,11 @@ GROUPS = {
         "modulations W8A16": "@modulations-w8a16",
         "modulations in 16 bits": "@modulations-16bit",
     }, updates=(0, 40), testbeds=("",), seeds=1),
-    "rates": Group({  # defaults: 1e-4 on tiny, 3e-4 on tiny-flux
+    "rates": Group({  # defaults: 2e-5 on tiny, 3e-4 on tiny-flux
         "default": "",
-        **{f"rate {lr}": f"--lr {lr}" for lr in ("2e-5", "6e-5")},
+        **{f"rate {lr}": f"--lr {lr}" for lr in ("6e-5", "1e-4")},
         "0.7 ranks": "--rank 0.7",
-        **{f"0.7 ranks, rate {lr}": f"--rank 0.7 --lr {lr}" for lr in ("2e-5", "6e-5")},
+        **{f"0.7 ranks, rate {lr}": f"--rank 0.7 --lr {lr}" for lr in ("6e-5", "1e-4")},
     }, testbeds=("",)),
     "schedule": Group({
         "T' = 0.5 (paper's targets)": PAPER,

@@ -1,11 +1,12 @@
 """Quality at SDXL's share of parameters in branches, 1, 2 and 4 steps, the embedded models, several training seeds.
 
     python -m benchmarks.quality [--models tiny tiny-flux] [--seeds 3] [--n 2048] [--jobs 2] [--only LABEL ..] [--teacher]
-    python -m benchmarks.quality --models small --table quality-small         once its weights are made
+    python -m benchmarks.quality --models small         once its weights are made
 
-Finished parts are not run again. The table, docs/tables/quality.md (mean +- sd over training seeds), is written anew after every
-part, so it is worth reading before the end. "x fp" is the Frechet distance as a multiple of the 16-bit consistency model's at as
-many steps. Seeds after the first are scored at 4 steps only. --teacher adds the guided teacher's rows, which take the longest.
+Finished parts are not run again. Each model's table, docs/tables/quality-MODEL.md (mean +- sd over training seeds), is written
+anew after every part, so it is worth reading before the end. "x fp" is the Frechet distance as a multiple of the 16-bit consistency
+model's at as many steps. Seeds after the first are scored at 4 steps only. --teacher adds the guided teacher's rows, which take
+the longest.
 """
 
 import json
@@ -40,7 +41,7 @@ ROWS = {  # label: flags of train.py, whose default is 2 ranks on average, the s
     "uniform ranks, no updates": f"--ranks uniform {START}",
     "ranks by the spectrum alone, no updates": f"--ranks spectrum {START}",
     "`--recipe paper`": "--recipe paper",
-    "`--lr 1e-4`": "--lr 1e-4",  # what tiny has
+    "`--lr 1e-4`": "--lr 1e-4",
 }
 STEPS, SEED = (4, 2, 1), 1234  # SEED: of the evaluation
 
@@ -86,23 +87,23 @@ def score_run(folder: Path, model: str, n: int, out: Path) -> None:
     write(folder / f"scores-{n}.json", rows)
 
 
-def table(models: list[str], n: int, seeds: int, out: Path) -> list[str]:
+def table(model: str, n: int, seeds: int, out: Path) -> list[str]:
     """Markdown of all that is scored."""
-    lines = []
-    for model in models:
-        reference = scores_of(out / model / "teacher.json") | scores_of(out / model / "fp.json")
-        found = [(label, steps, [row]) for label, by_steps in reference.items() for steps, row in by_steps.items()]
-        for label, flags in ROWS.items():
-            scored = [scores_of(out / model / f"{name_of(flags)}-{seed}" / f"scores-{n}.json") for seed in range(seeds)]
-            found += [(label, steps, [row[steps] for row in scored if steps in row]) for steps in map(str, STEPS)]
-        for label, steps, rows in found:
-            if rows:
-                ratios = [row["frechet"] / reference["fp CM"][steps]["frechet"] for row in rows if steps in reference["fp CM"]]
-                psnr = [row["psnr_to_fp"] for row in rows if "psnr_to_fp" in row]
-                frechet, right = ([row[key] for row in rows] for key in ("frechet", "prompt_accuracy"))
-                shown = spread(frechet, 1), spread(ratios, 3), spread(right, 3), spread(psnr, 2)
-                lines.append([model, label, steps, *shown, len(rows)])
-    return markdown(["model", "", "steps", "Frechet", "x fp", "prompt accuracy", "PSNR to fp, dB", "seeds"], *lines)
+    lines, reference = [], scores_of(out / model / "teacher.json") | scores_of(out / model / "fp.json")
+    found = [(label, steps, [row]) for label, by_steps in reference.items() for steps, row in by_steps.items()]
+    for label, flags in ROWS.items():
+        scored = [scores_of(out / model / f"{name_of(flags)}-{seed}" / f"scores-{n}.json") for seed in range(seeds)]
+        found += [(label, steps, [row[steps] for row in scored if steps in row]) for steps in map(str, STEPS)]
+    for label, steps, rows in found:
+        if rows:
+            ratios = [row["frechet"] / reference["fp CM"][steps]["frechet"] for row in rows if steps in reference["fp CM"]]
+            psnr = [row["psnr_to_fp"] for row in rows if "psnr_to_fp" in row]
+            frechet, right = ([row[key] for row in rows] for key in ("frechet", "prompt_accuracy"))
+            shown = spread(frechet, 1), spread(ratios, 3), spread(right, 3), spread(psnr, 2)
+            lines.append([model, label, steps, *shown, len(rows)])
+    note = f"{model}: {n} pictures, evaluation seed {SEED}; networks in {str(FAST).removeprefix('torch.')}; {MACHINE}"
+    head = ["model", "", "steps", "Frechet", "x fp", "prompt accuracy", "PSNR to fp, dB", "seeds"]
+    return [*markdown(head, *lines), "", note]
 
 
 def main(argv: list[str]) -> None:
@@ -110,7 +111,6 @@ def main(argv: list[str]) -> None:
     cli.add_argument("--models", nargs="+", default=["tiny", "tiny-flux"])
     cli.add_argument("--seeds", type=int, default=3)
     cli.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS), help="rows")
-    cli.add_argument("--table", default="quality", help="name of the table in docs/tables")
     cli.add_argument("--teacher", action="store_true", help="rows of the guided teacher too")
     cli.add_argument("--score", nargs=2, metavar=("WHAT", "MODEL"), help="score fp, teacher or a run's folder, and stop")
     args = cli.parse_args(argv)
@@ -143,8 +143,7 @@ def main(argv: list[str]) -> None:
     runs = [(model, label, seed) for seed in range(args.seeds) for label in args.only for model in args.models]
     for run in each(work, runs, args.jobs):
         print(*run, flush=True)
-        note = f"\n{args.n} pictures, evaluation seed {SEED}; networks in {str(FAST).removeprefix('torch.')}; {MACHINE}"
-        write_table(args.table, [*table(args.models, args.n, args.seeds, args.out), note], show=False)  # too much of a screen
+        write_table(f"quality-{run[0]}", table(run[0], args.n, args.seeds, args.out), show=False)  # too much of a screen
 
 
 if __name__ == "__main__":

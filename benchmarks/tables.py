@@ -2,6 +2,7 @@
 
     <!-- table NAME -->             the whole table
     <!-- table NAME: PATTERN -->    its head, the rows in which the regular expression is found, and the note below the table
+    <!-- table NAME NAME .. -->     several tables with one head, as one
     ...
     <!-- end -->
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / "docs" / "tables"
-MARKED = re.compile(r"(<!-- table ([\w-]+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table ([\w -]+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def markdown(*rows: list) -> list[str]:
@@ -40,8 +41,11 @@ def include(page: str) -> str:
     """The text of a page with what the files in docs/tables hold between its markers. FileNotFoundError for an unknown table."""
 
     def filled(found: re.Match) -> str:
-        begin, name, pattern, end = found.groups()
-        lines = (TABLES / f"{name}.md").read_text().strip().splitlines()
+        begin, names, pattern, end = found.groups()
+        texts = [(TABLES / f"{name}.md").read_text().strip().splitlines() for name in names.split()]
+        rows = [line for text in texts for line in text[2:] if line.startswith("|")]
+        notes = [line for text in texts for line in text if line and not line.startswith("|")]
+        lines = [*texts[0][:2], *rows, *([""] if notes else []), *"\n\n".join(notes).splitlines()]
         if pattern:
             lines = [line for k, line in enumerate(lines) if k < 2 or not line.startswith("|") or re.search(pattern, line)]
         return "\n".join([begin, *lines, "", end])

@@ -60,7 +60,6 @@ class Family:
     most_grid_points: float = 1000  # of a solver grid on the path
     preset: dict = field(default_factory=dict)  # defaults of train.Config for this family
     student: dict = field(default_factory=dict)  # and for its 4-bit students
-    student_w4a8: dict = field(default_factory=dict)  # and for those with --bits-x 8
     # families that are trained here
     embedded: bool = False  # weights in assets/, scenes as data, whose closing report is judged by the classifier of scenes
     text: Callable[[], nn.Module] | None = None  # the text encoder inside of the denoiser
@@ -374,8 +373,7 @@ TINY = Family(  # 6.9 M parameters
     name="tiny",
     latent=tiny.LATENT,
     is_one=lambda config: config.get("in_channels") == tiny.LATENT[0],
-    student={"rank": 2, "lr": 1e-4},  # 2 ranks are the share of parameters that 16 are of SDXL
-    student_w4a8={"lr": 2e-5},  # what is to be mended is a quarter as large: steps of 1e-4 may do more harm
+    student={"rank": 2},  # the share of parameters that 16 ranks are of SDXL
     **EMBEDDED_UNET,
 )
 SMALL = Family(  # 26.8 M parameters: tiny at twice the width, on pictures of twice the size
@@ -383,7 +381,7 @@ SMALL = Family(  # 26.8 M parameters: tiny at twice the width, on pictures of tw
     latent=tiny.SMALL_LATENT,
     is_one=lambda config: config.get("in_channels") == tiny.SMALL_LATENT[0],
     preset={"teacher": "runs/small-teacher/small.safetensors"},  # what the stages before it leave: weights do not ship
-    student={"rank": 4, "lr": 2e-5, "cm": "runs/small-cm/small-cm.safetensors"},  # with 1e-4 training did harm
+    student={"rank": 4, "cm": "runs/small-cm/small-cm.safetensors"},
     **EMBEDDED_UNET,
 )
 TINY_FLUX = Family(  # 5.2 M parameters

@@ -227,13 +227,6 @@ def test_muon_takes_the_matrices_inside_blocks_and_leaves_the_rest_to_adamw(mode
     assert isinstance(optimizers[1], torch.optim.Muon) and len(matrices) > 30 and all(p.dim() == 2 for p in matrices)
 
 
-def test_8_bit_activations_have_a_learning_rate_of_their_own():
-    """Catches a preset of W4A8 students that teachers and W4A4 students get, and one that wins over the command line."""
-    assert train.parse(["--bits-x", "8"]).lr == 2e-5 < train.parse([]).lr
-    assert train.parse(["--bits-x", "8", "--stage", "teacher"]).lr == train.parse(["--stage", "teacher"]).lr
-    assert train.parse(["--bits-x", "8", "--lr", "1e-3"]).lr == 1e-3
-
-
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     """Catches a first update at rate zero, a cosine over the rest of the updates alone, and a warm-up of nothing that divides by
     zero. The values are LambdaLR's, but for the order of the products."""
