@@ -43,12 +43,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import scores
-import tdpt
 from data import scenes, sources
 from layers import PackedLayer, number_format, packed_layers
 from models import checkpoint, pipeline, pretrained
 from models.card import read_run
-from models.denoiser import FAST, Denoiser, as_cm, draw, float_layers, guided_teacher
+from models.denoiser import FAST, Denoiser, as_cm, draw, draw_latents, float_layers, guided_teacher
 from models.family import FAMILIES
 from run import files, report
 from run.common import UserError, run_script, step_generator
@@ -272,8 +271,7 @@ def latent_report(out: Path, network: Denoiser, config: dict, examples, leader: 
 
     def draw(model, denoiser, first: int = n) -> torch.Tensor:
         some = x_T[:first], {k: v[:first] for k, v in cond.items()}
-        parts = sources.in_parts(*some, config["micro"], config["device"])
-        return torch.cat([tdpt.sample(model, denoiser.path, *part, steps).float().cpu() for part in parts])
+        return draw_latents(model, denoiser, *some, steps, config["micro"], config["device"])
 
     fp = draw(as_cm(network), network)
     if not leader:

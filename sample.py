@@ -5,6 +5,8 @@
     python sample.py --checkpoint runs/sdxl --prompt "a house by a river" --seed 3          models with public weights
     python sample.py --checkpoint runs/sdxl --compare          rows: the 16-bit base (25 steps) where it fits into memory, 4 bit
 
+Of a run that goes on, or was stopped, the student of the update that was saved last draws; RUN/unfinished then has its checkpoint.
+
 Picture i of a call starts from the noise of seed + i, whatever the number of prompts, so a picture can be drawn again alone.
 """
 
@@ -16,13 +18,11 @@ from PIL import Image, ImageDraw
 
 from data import sources
 from layers import number_format, packed_layers
-from models import checkpoint, pipeline, pretrained
-from models.denoiser import FAST, Denoiser, as_cm, draw, guided_teacher
+from models import checkpoint, encoders, pipeline, pretrained
+from models.denoiser import FAST, Denoiser, as_cm, draw, draw_latents, guided_teacher, start_noise
 from models.family import family_of_network
 from run import files
-from run.common import UserError, free_memory, run_script
-
-PIPELINE_PROMPTS = sources.read_prompts(files.ASSETS / "sample-pictures.txt")  # of pictures as public models know them
+from run.common import UserError, free_memory, process_index, run_script
 
 
 def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
@@ -49,9 +49,39 @@ def compare(student: Denoiser, network: Denoiser, prompts: list[str], steps: int
     return grid(rows)
 
 
+class Validation:
+    """Pictures of a training, from the same noises and prompts (encoders.prompts_of): a row by a reference, one by what is trained.
+
+    reference: a function (x, t, s, cond) on the path of `network`, called `name`, which draws in `steps` steps, once. What is
+    trained draws in the most of --sampling-steps. cfg: train.Config."""
+
+    def __init__(self, cfg, out: Path, network: Denoiser, name: str, reference, steps: int):
+        self.cfg, self.out, self.network, self.steps = cfg, out, network, files.most_steps(vars(cfg))
+        self.cond = encoders.conditions_of_prompts(cfg, out, network)
+        self.name, self.reference = f"{name}\n{steps} steps", lambda: self.latents(reference, steps)
+        self.wanted = None  # what the reference drew
+
+    def latents(self, model, steps: int) -> torch.Tensor:
+        x_T = start_noise(len(self.cond["tokens"]), self.network.latent, self.cfg.seed)
+        return draw_latents(model, self.network, x_T, self.cond, steps, self.cfg.micro, self.cfg.device)
+
+    def __call__(self, name: str, model, file: str) -> Image.Image | None:
+        """Writes OUT/samples/FILE. Every process of a torchrun calls it, since they may share the reference; the first one draws
+        with `model`, and gets the sheet."""
+        self.wanted = self.reference() if self.wanted is None else self.wanted
+        if process_index():
+            return None
+        drawn = torch.cat([self.wanted, self.latents(model, self.steps)])
+        above, below = encoders.decode(self.cfg, self.network, drawn).chunk(2)
+        sheet = grid({self.name: above, f"{name}\n{self.steps} steps": below}, scale=4 if self.cfg.embedded else 1)
+        with files.atomic(self.out / "samples" / file) as path:
+            sheet.save(path, "PNG")
+        return sheet
+
+
 def closing_pictures(out: Path, network: Denoiser, config: dict) -> None:
     """What train.py leaves in OUT/samples: pictures of the checkpoint on disk, alone and beside those of the 16-bit `network`."""
-    (student, _), prompts = checkpoint.load_checkpoint(out), sources.sample_prompts(config)
+    (student, _), prompts = checkpoint.load_checkpoint(out), encoders.prompts_of(config)
     drawn = {
         "4-steps.png": grid({"": draw(student, student, prompts, 4, config["seed"])}),
         "compare.png": compare(student, network, prompts, 4, config["seed"], config["guidance"]),
@@ -109,6 +139,19 @@ def main_embedded(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     return compare(student, network, prompts, args.steps, args.seed, config["guidance"])
 
 
+def unfinished(folder: Path) -> Path:
+    """The folder itself, or of a student's run that has not ended the checkpoint of what it saved last."""
+    if (
+        (folder / "model_index.json").is_file()
+        or not (folder / "start.safetensors").is_file()
+        or "layers" in files.read_config(folder)
+    ):
+        return folder
+    packed, updates = checkpoint.pack_unfinished(folder)
+    print(f"{folder} has not ended: this is its student after {updates} updates, packed into {packed}")
+    return packed
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/tiny", help="folder that train.py or save_pretrained wrote")
@@ -121,9 +164,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if Path(args.out).suffix.lower() not in Image.registered_extensions() or not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"cannot write {args.out}: give --out a .png name in a folder that exists")  # before anything is drawn
-    folder = Path(args.checkpoint)
+    folder = unfinished(Path(args.checkpoint))
+    args.checkpoint = str(folder)
     real = (folder / "model_index.json").is_file() or isinstance(files.read_config(folder).get("network"), dict)
-    prompts = args.prompt or (PIPELINE_PROMPTS if real else sources.sample_prompts(files.read_config(folder)["config"]))
+    prompts = args.prompt or (sources.PIPELINE_PROMPTS if real else sources.sample_prompts(files.read_config(folder)["config"]))
     image = (main_pipeline if real else main_embedded)(args, prompts)
     try:
         image.save(args.out)

@@ -18,6 +18,7 @@ run/files.py lists what a run folder holds; model.safetensors is the deployed ch
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import os
 import sys
@@ -26,8 +27,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,11 +44,11 @@ import student
 import tdpt
 from data import sources
 from data.cache import Cache, Trajectories
-from layers import as_anchor, packed_layers, set_backend
+from layers import as_anchor, number_format, packed_layers, set_backend
 from models import checkpoint, encoders, pipeline, plan, pretrained, teacher
 from models.denoiser import FAST, Denoiser, as_cm, as_teacher, fuse, random_denoiser
 from models.family import FAMILIES
-from run import common, files
+from run import common, files, report
 from run.common import UserError, average_over_processes, local_rows, process_count, process_index, run_script, step_generator
 from run.state import MicroBatches, TrainingState, stop, stoppable
 
@@ -146,6 +149,11 @@ class Config:
     eval_n: int = option(256, "pictures of the closing quality line", least=1, may_change=True)
     save_every: int = option(20, "updates between two resumable states", least=1, may_change=True)
     backend: str = option("native", "native: backends/, or eager; compile: torch.compile; eager", kernels.BACKENDS)
+    validation_prompts: str = option(
+        "", "file of prompts, a line each, of a run's pictures; default eight of our own", may_change=True
+    )
+    validate_every: int = option(0, "updates between two sheets of pictures, 16-bit and trained; 0: none", least=0, may_change=True)
+    report_to: str = option("", "tensorboard: losses and pictures go to OUT/tensorboard too", ("", "tensorboard"), may_change=True)
     export: str = option("", "lora: also write the LoRA alone, in diffusers' format", ("", "lora"), may_change=True)
     dry_run: bool = option(False, "print the configuration (public models: and table of layers, memory) and stop")
 
@@ -249,6 +257,7 @@ def validate(cfg: Config) -> None:
     require(cfg.calibration >= n, f"--calibration {cfg.calibration} leaves some of {n} processes without a caption: give more")
     require(cfg.bits == 4 or (cfg.rank == int(cfg.rank) >= 1), f"--bits 16 trains a LoRA of --rank 1, 2, .., not of {cfg.rank}")
     validate_objective(cfg)
+    validate_pictures(cfg)
     gpus = f"--device {cfg.device} is neither cpu nor cuda: CUDA_VISIBLE_DEVICES chooses the GPU"
     require(cfg.device in ("cpu", "cuda"), gpus)
     require(cfg.device == "cpu" or cfg.dry_run or torch.cuda.is_available(), "torch finds no CUDA device: give --device cpu")
@@ -268,6 +277,18 @@ def validate(cfg: Config) -> None:
         require(cfg.trajectory == "fp", offload)
         torchrun = "--shard-teacher shares the teacher among processes: start them with `torchrun --nproc-per-node 8 train.py ..`"
         require(cfg.dry_run or dist.is_initialized() or "RANK" in os.environ, torchrun)
+
+
+def validate_pictures(cfg: Config) -> None:
+    asked = bool(cfg.validate_every or cfg.validation_prompts)
+    students = "--validate-every and --validation-prompts are not for --stage teacher: leave them out"
+    require(not asked or cfg.stage == "student", students)
+    nothing = "--weights random without --teacher has no VAE: leave out --validate-every and --validation-prompts"
+    require(not asked or encoders.draws_pictures(cfg), nothing)
+    if cfg.validation_prompts:
+        sources.read_prompts(Path(cfg.validation_prompts))
+    missing = "--report-to tensorboard needs a package more: pip install tensorboard"
+    require(not cfg.report_to or importlib.util.find_spec("tensorboard") is not None, missing)
 
 
 def validate_objective(cfg: Config) -> None:
@@ -312,26 +333,46 @@ def learning_rate(peak: float, step: int, warmup: int, steps: int) -> float:
     return peak * min(1.0, (step + 1) / max(1, warmup)) * (0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def fit(cfg: Config, out: Path, params: dict[str, Tensor], objective: Callable, averages: dict[str, Tensor] | None = None) -> None:
+def fit(
+    cfg: Config,
+    out: Path,
+    params: dict[str, Tensor],
+    objective: Callable,
+    averages: dict[str, Tensor] | None = None,
+    draw: Callable[[int], Image.Image | None] | None = None,
+) -> None:
     """--steps updates of the parameters theta, in place; a run that was killed or stopped goes on from its last saved state.
 
     objective(gen, micro_batches) -> generator of losses, which add up to the mean of the loss L over this process' rows of the
     batch; gen is the update's generator, the same in all processes, micro_batches iterates over those rows, a few at a time.
     The generator's name, OBJECTIVE_losses, is in the line of metrics.
     averages: exponential averages of some of the parameters, by their names, to be kept up in place.
+    draw: draw(update) is called before the first update, after every --validate-every and after the last one.
     UserError for a loss or gradient that is no number; the state that was saved last stays."""
     optimizers = optimizers_of(cfg, params)
     state = TrainingState(out, params, optimizers, averages or {}, cfg.steps)
     begin = state.load()
+    board = report.open_board(out / "tensorboard", begin) if cfg.report_to and process_index() == 0 else None
+
+    def look(step: int) -> None:
+        asked = draw and cfg.validate_every and (step % cfg.validate_every == 0 or step == cfg.steps)
+        sheet = draw(step) if asked else None
+        if board and sheet:
+            board.add_image("pictures", np.asarray(sheet), step, dataformats="HWC")
+
     parts = torch.arange(cfg.batch // process_count()).split(cfg.micro or cfg.batch)
     bar = tqdm(range(begin, cfg.steps), cfg.stage, initial=begin, total=cfg.steps, disable=process_index() > 0)
     for step in bar:
+        look(step)
+        began = time.perf_counter()
+
         # 1. g = grad L(theta), a micro-batch at a time; a signal ends this early
-        loss, micro_batches = 0.0, MicroBatches(parts, finish=cfg.shard_teacher)
+        loss, calls, micro_batches = 0.0, 0, MicroBatches(parts, finish=cfg.shard_teacher)
         losses = objective(step_generator(cfg.seed, step), micro_batches)
         for loss_part in losses:
             loss_part.backward()
             loss += loss_part.item()
+            calls += 1
 
         # 2. the mean of g over the processes; whether one of them was stopped travels along, so that all stop at the same update
         for p in params.values():
@@ -363,9 +404,18 @@ def fit(cfg: Config, out: Path, params: dict[str, Tensor], objective: Callable, 
         bar.set_postfix_str(f"loss {loss:.4f}")
         if process_index() == 0:
             row = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg.lr, step, cfg.warmup, cfg.steps)}
-            state.log(row | {"objective": losses.__name__.removesuffix("_losses")})
+            row |= {"objective": losses.__name__.removesuffix("_losses"), "jumps": calls // len(parts)}
+            seconds, peak = time.perf_counter() - began, common.peak_memory(cfg.device) / 1e9
+            row |= {"seconds": seconds, "pictures_per_second": cfg.batch / seconds, "peak_memory_gb": peak}
+            state.log(row)
+            if board:
+                report.add_to_board(board, row)
         if stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             state.save(step + 1, bool(stopping))
+            if process_index() == 0:
+                with files.atomic(out / "losses.png") as file:
+                    report.draw_curves(state.rows, file, format="png", dpi=150)
+    look(cfg.steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +433,7 @@ class Roles:
     examples: sources.LiveExamples | Cache  # captions, and latents of pictures
     trajectories: Trajectories | None = None  # of the guided teacher, if rollouts follow them
     averages: dict[str, Tensor] = field(default_factory=dict)  # exponential averages of params, which a target may start
+    validation: sample.Validation | None = None  # draws pictures of the reference beside those of the student
 
 
 TARGETS = {  # names that --targets may give to a stage, and the network that each stands for. Change this to try yours.
@@ -436,9 +487,9 @@ def to(cond: dict[str, Tensor], device: str, rows=slice(None)) -> dict[str, Tens
     return {k: v[rows].to(device) for k, v in cond.items()}
 
 
-def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> sources.LiveExamples | Cache:
+def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> Roles:
     """4. TDPT mixed with on-policy rollouts, on A and B of the learner: a packed student, or `network` itself as the consistency
-    model. Returns the examples that it learned from."""
+    model. Returns who took part."""
     examples = encoders.examples_of(cfg, out, network)
     pretrained.place(network, cfg.device, cfg.offload, cfg.shard_teacher)
     params = {k: p.requires_grad_() for k, p in learner.named_parameters() if "lora_" in k}
@@ -448,6 +499,9 @@ def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> sour
     null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
     guided = tdpt.guided(as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
     roles = Roles(as_cm(network) if learner is network else learner, params, network, guided, examples)
+    if encoders.draws_pictures(cfg):
+        reference = ("teacher", guided, 25) if learner is network else ("16-bit CM", as_cm(network), files.most_steps(vars(cfg)))
+        roles.validation = sample.Validation(cfg, out, network, *reference)
     if cfg.rollout and cfg.trajectory == "teacher":
         times, folder = network.path.grid(cfg.grid // 2), out / "trajectories"
         roles.trajectories = Trajectories(folder, guided, network, examples, cfg.cached, times, cfg.seed, cfg.micro, cfg.device)
@@ -461,8 +515,12 @@ def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> sour
             return rollout_losses(cfg, roles, gen, micro_batches)
         return tdpt_losses(cfg, networks, schedule, examples, gen, micro_batches)
 
-    fit(cfg, out, params, objective, roles.averages)
-    return examples
+    def draw(step: int) -> Image.Image | None:
+        name = "16-bit CM" if learner is network else number_format(learner)
+        return roles.validation(f"{name}\nupdate {step}", roles.student, f"update-{step:05}.png")
+
+    fit(cfg, out, params, objective, roles.averages, draw)
+    return roles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,6 +542,16 @@ def initialise_student(cfg: Config, out: Path) -> None:
         checkpoint.save_start(out, packed, table)
 
 
+def closing_sheet(cfg: Config, out: Path, validation: sample.Validation) -> None:
+    """OUT/samples/compare.png of a model with public weights: the checkpoint on disk beside the 16-bit consistency model. What it
+    lacks is said, and ends no run that is trained."""
+    try:
+        student = checkpoint.load_checkpoint(out)[0].to(cfg.device) if process_index() == 0 else None
+        validation(number_format(student) if student else "", student, "compare.png")
+    except UserError as error:
+        print(f"no pictures: {error}")
+
+
 def train_student(cfg: Config, out: Path) -> None:
     """The W4A4 student of a consistency model."""
     if not checkpoint.has_start(out):
@@ -499,14 +567,16 @@ def train_student(cfg: Config, out: Path) -> None:
 
     # 4. distillation
     network = pretrained.open_cm(cfg, cfg.torch_dtype).to(cfg.torch_dtype)  # its LoRA too
-    examples = distil(cfg, out, packed, network)
+    roles = distil(cfg, out, packed, network)
 
     # 5. pack, reload, draw, measure
     leader, config = process_index() == 0, dataclasses.asdict(cfg)
     if leader:
         checkpoint.save_checkpoint(out, packed, table, cfg.deploy == "merged", cfg.lora_bits)
     if not cfg.embedded:
-        evaluate.latent_report(out, network, config, examples, leader)
+        evaluate.latent_report(out, network, config, roles.examples, leader)
+        if roles.validation:
+            closing_sheet(cfg, out, roles.validation)
     elif leader:
         sample.closing_pictures(out, network.to("cpu", FAST), config)
         evaluate.closing_report(out, network, config)

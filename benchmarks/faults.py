@@ -51,6 +51,7 @@ from models import checkpoint, tiny
 from models.denoiser import add_lora, random_denoiser
 from run import files
 from run.common import run_script
+from run.state import MEASURED, read_rows
 
 QUICK = (
     "--model tiny --steps 6 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4 --warmup 1"
@@ -109,6 +110,8 @@ def contents(out: Path) -> dict[str, object]:
     with contextlib.suppress(KeyError, ValueError):
         about = json.loads(held["config.json"])  # may be written by another commit of the code
         held["config.json"] = {k: v for k, v in about.items() if k not in ("sha256", "commit")}
+    rows = read_rows(out / "metrics.jsonl").values()
+    held["metrics.jsonl"] = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
     return held
 
 
@@ -201,7 +204,7 @@ def nan(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: flo
 def damage(rng: random.Random, argv: list[str], out: Path, good: Path, seconds: float, cut: bool):
     finished = rng.random() < 0.5
     shutil.copytree(good if finished else good.with_name(f"{good.name}-killed"), out)
-    unread = ("state-previous.safetensors", "report.json", "seconds.json", "4-steps.png", "compare.png")
+    unread = ("state-previous.safetensors", "report.json", "seconds.json", "4-steps.png", "compare.png", "losses.png")
     file = rng.choice(sorted(file for file in out.rglob("*") if file.is_file() and file.name not in unread))
     data = bytearray(file.read_bytes())
     if cut:

@@ -357,6 +357,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 SAMPLE_PROMPTS = read_prompts(files.ASSETS / "sample-scenes.txt")
+PIPELINE_PROMPTS = read_prompts(files.ASSETS / "sample-pictures.txt")  # of pictures as public models know them
 
 
 def sample_prompts(config: dict) -> list[str]:

@@ -27,6 +27,7 @@ from layers import (
 from models.denoiser import FAST, Denoiser, blueprint, float_layers, from_blueprint, random_denoiser
 from run import files
 from run.common import UserError
+from run.state import newest, parameters_of
 
 
 def _packed_model(name: str | dict, table: dict[str, dict], tensors: dict[str, torch.Tensor], where: Path) -> Denoiser:
@@ -94,6 +95,19 @@ def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lor
     tensors = {k: stored(k, v) for k, v in student.state_dict().items()}
     files.write_tensors(out / "model.safetensors", tensors, {"format": files.FORMAT}, files.run_digest(out))
     files.write_json(out / "config.json", files.read_config(out) | {"layers": table, "network": network_of(student)})
+
+
+def pack_unfinished(run: Path) -> tuple[Path, int]:
+    """RUN/unfinished, a run folder with the checkpoint that a student's run would leave if the update that it saved last were its
+    last one, and the number of updates. UserError for a run without a start, or with damaged files."""
+    packed, table = load_start(run)
+    tensors, info, _ = newest(run)
+    params, about, folder = dict(packed.named_parameters()), files.read_config(run), run / "unfinished"
+    for name, trained in parameters_of(tensors).items():
+        params[name].data.copy_(trained)
+    files.write_json(folder / "config.json", about)
+    save_checkpoint(folder, packed, table, about["config"]["deploy"] == "merged", about["config"]["lora_bits"])
+    return folder, info["step"]
 
 
 def load_checkpoint(folder: str | Path) -> tuple[Denoiser, dict]:

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import tdpt
-from data import scenes
+from data import scenes, sources
 from kernels import CPU
 from models import tiny
 from models.family import FAMILIES, Family
@@ -192,6 +192,13 @@ def transformer_blocks(net: nn.Module) -> list[nn.Module]:
 def start_noise(n: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """(n, *shape) ~ N(0, 1); row i depends on seed + i alone."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)])
+
+
+@torch.no_grad()
+def draw_latents(model, denoiser: Denoiser, x_T: torch.Tensor, cond: dict[str, torch.Tensor], steps: int, micro=0, device="cpu"):
+    """Latents (n, C, H, W) float32 on the CPU, by `steps` jumps of `model` from noise x_T, `micro` pictures at a time (0: all)."""
+    parts = sources.in_parts(x_T, cond, micro, device)
+    return torch.cat([tdpt.sample(model, denoiser.path, *part, steps).float().cpu() for part in parts])
 
 
 @torch.no_grad()

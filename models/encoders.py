@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-import tdpt
 from data import sources
 from data.cache import Cache, CacheBuilder
-from models.denoiser import Denoiser, as_cm
+from models import tiny
+from models.denoiser import Denoiser, as_cm, draw_latents
 from models.family import FACTOR, FAMILIES, Family
 from models.pretrained import load_text_pipeline, load_vae
 from run import files
-from run.common import UserError, check_device
+from run.common import UserError, check_device, process_index, wait_for_all
 
 
 def square(side: int, n: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Text:
 
 class VAE:
     """encode: pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), the posterior's mean, scaled as the denoiser expects
-    them. One picture at a time: at 1024 pixels its first layers hold 2.7 GB for each."""
+    them; decode: latents -> pictures. One picture at a time: at 1024 pixels its first layers hold 2.7 GB for each."""
 
     def __init__(self, name: str, base: str, components: str = "", device="cpu"):
         check_device(device)
@@ -58,6 +58,13 @@ class VAE:
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         z = self.vae.encode(pictures.to(self.device)).latent_dist.mode()
         return self.family.scale_latents(self.vae.config, z).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        zero = torch.zeros(1, latents.shape[1], 1, 1)
+        shift, whole = (self.family.scale_latents(self.vae.config, zero + k) for k in (0, 1))  # scaled = shift + (whole - shift) z
+        z = (latents.float().cpu() - shift) / (whole - shift)
+        return self.vae.decode(z.to(self.device)).sample.clamp(-1, 1).cpu()
 
 
 def random_text(denoiser: Denoiser, resolution: int, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -101,10 +108,9 @@ class Encoders:
     def draw(self, cond: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
         """Latents (B, C, h, w) in the most of --sampling-steps, a micro-batch at a time. Only now the network, which is given
         on the CPU, goes to the device."""
-        network, steps = self.network.to(self.cfg.device), files.most_steps(vars(self.cfg))
+        cfg, network = self.cfg, self.network.to(self.cfg.device)
         x_T = torch.randn(len(cond["tokens"]), *network.latent, generator=gen)
-        parts = sources.in_parts(x_T, cond, self.cfg.micro, self.cfg.device)
-        return torch.cat([tdpt.sample(as_cm(network), network.path, *part, steps) for part in parts])
+        return draw_latents(as_cm(network), network, x_T, cond, files.most_steps(vars(cfg)), cfg.micro, cfg.device)
 
 
 def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cache:
@@ -118,7 +124,50 @@ def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cac
         raise UserError(f"--data {cfg.data} has no captions: look at what it names")
     draws = first[2] is None and cfg.rollout < 1
     key, draw = cache_key(cfg, draws), encoders.draw if draws else None
-    return CacheBuilder(folder, source, encoders.pictures, encoders.text, key, encoders.resolution, draw).open_or_make()
+    cache = CacheBuilder(folder, source, encoders.pictures, encoders.text, key, encoders.resolution, draw).open_or_make()
+    if process_index() == 0 and draws_pictures(cfg):
+        path = file_of_prompts(cfg, out)
+        if not files.is_good(path, "", "it is made again"):
+            files.write_tensors(path, encoders.text(prompts_of(vars(cfg))), {})
+    wait_for_all()
+    return cache
+
+
+def draws_pictures(cfg) -> bool:
+    """Whether a training can draw pictures. Random weights alone have no VAE."""
+    return cfg.weights != "random" or bool(cfg.teacher)
+
+
+def prompts_of(config: dict) -> list[str]:
+    """What a training draws: --validation-prompts, or else eight of our own, or of an embedded model's --data. UserError for a
+    file without prompts."""
+    if config["validation_prompts"]:
+        return sources.read_prompts(Path(config["validation_prompts"]))
+    return sources.sample_prompts(config) if FAMILIES[config["model"]].embedded else sources.PIPELINE_PROMPTS
+
+
+def file_of_prompts(cfg, out: Path) -> Path:
+    """In the cache: cond of prompts_of, so that text encoders need not come back for the pictures of a run."""
+    digest = files.digest_of([cache_key(cfg, draws=False), prompts_of(vars(cfg))])
+    return Path(cfg.cache or out / "cache") / f"prompts-{digest}.safetensors"
+
+
+def conditions_of_prompts(cfg, out: Path, network: Denoiser) -> dict[str, torch.Tensor]:
+    """cond of prompts_of, which examples_of has kept for public models."""
+    if network.family.embedded:
+        return network.encode(prompts_of(vars(cfg)))
+    return files.read_verified(file_of_prompts(cfg, out), "run the same command again, it will be made again", "")[0]
+
+
+def decode(cfg, network: Denoiser, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures (n, 3, H, W) in [-1, 1] on the CPU. A public model's VAE is loaded, on the CPU where the GPU has no room, and leaves
+    memory again."""
+    if network.family.embedded:
+        return tiny.to_pictures(latents)
+    try:
+        return VAE(cfg.model, cfg.teacher, cfg.components, cfg.device).decode(latents)
+    except torch.OutOfMemoryError:
+        return VAE(cfg.model, cfg.teacher, cfg.components, "cpu").decode(latents)
 
 
 def cache_key(cfg, draws: bool) -> dict:

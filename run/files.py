@@ -6,7 +6,10 @@
     state.safetensors    what resuming needs (run/state.py); state-previous.safetensors is the one before
     metrics.jsonl        a line per update
     model.safetensors    the deployed checkpoint (models/checkpoint.py)
-    samples/*.png        pictures; report.json: the closing lines' numbers; seconds.json: what the layers took in drawing them
+    unfinished/          the checkpoint of what was saved last, where sample.py was asked for pictures of an unfinished run
+    samples/*.png        pictures
+    losses.png           the curves of metrics.jsonl
+    report.json          the closing lines' numbers; seconds.json: what the layers took in drawing their pictures
     evaluation*/         scores of evaluate.py, with intervals, and the pictures of models with public weights
     report.html          the page about the run (run/report.py)
 

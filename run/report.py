@@ -1,7 +1,7 @@
 """One page about a run, report.html: pictures, scores with intervals, losses by objective, layers, configuration. It needs no other
 file, shows what the run folder has, and says which command adds what is missing.
 
-    config.json, report.json, seconds.json, metrics.jsonl    from train.py
+    config.json, report.json, seconds.json, metrics.jsonl    from train.py, which also draws its losses, in losses.png
     evaluation*/scores*.json    from evaluate.py; for models with public weights also its numbered pictures
 
 The text of the page is the template assets/report.html.
@@ -109,26 +109,29 @@ def of_closing_lines(closing: dict) -> dict:
     return about | {"reference": "fp", "to_reference": [], "scores": rows, "versus": {}}
 
 
+def objective_of(row: dict) -> str:
+    """What the loss of an update is of: "tdpt", "rollout, 4 jumps", whose loss is another than that of one jump."""
+    return row.get("objective", "loss") + (f", {row['jumps']} jumps" if row.get("jumps", 1) > 1 else "")
+
+
 def curves_by_objective(metrics: list[dict]) -> dict[str, tuple[list[int], list[float], list[float]]]:
     """{objective: (updates, losses, running means of the losses)}; the mean is over a tenth of the objective's updates."""
     found = {}
-    for objective in dict.fromkeys(row.get("objective", "loss") for row in metrics):
-        rows = [row for row in metrics if row.get("objective", "loss") == objective]
+    for objective in sorted({objective_of(row) for row in metrics}):
+        rows = [row for row in metrics if objective_of(row) == objective]
         losses, width = [row["loss"] for row in rows], max(1, len(rows) // 10)
         means = [sum(losses[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(losses))]
         found[objective] = [row["step"] for row in rows], losses, means
     return found
 
 
-def draw_curves(metrics: list[dict]) -> str:
-    """The losses as an SVG picture, whose text and axes have the colour of the page; "" without updates."""
-    if not metrics:
-        return ""
+def draw_curves(metrics: list[dict], file, **options) -> None:
+    """The losses of some updates as a picture, to a file or path; options: of matplotlib's savefig."""
     from matplotlib import rc_context  # takes half a second
     from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "cmquant"}):
-        figure, file = Figure((9, 3.4), layout="constrained"), io.StringIO()
+        figure = Figure((9, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for k, (objective, (steps, losses, means)) in enumerate(curves_by_objective(metrics).items()):
             axes.plot(steps, losses, "o", color=f"C{k}", alpha=0.4, markersize=2.5)
@@ -137,8 +140,33 @@ def draw_curves(metrics: list[dict]) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(file, **options)
+
+
+def curves_of_page(metrics: list[dict]) -> str:
+    """The losses as an SVG picture, whose text and axes have the colour of the page; "" without updates."""
+    if not metrics:
+        return ""
+    file, unsaid = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    draw_curves(metrics, file, format="svg", transparent=True, metadata=unsaid)
     return file.getvalue()[file.getvalue().index("<svg") :].replace("#000000", "currentColor")
+
+
+def open_board(folder: Path, step: int):
+    """TensorBoard's SummaryWriter, which goes on at update `step`: it hides what an earlier process wrote of later ones. UserError
+    without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--report-to tensorboard needs a package more: pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=step)
+
+
+def add_to_board(board, row: dict) -> None:
+    """A line of metrics.jsonl as scalars, the loss by its objective."""
+    numbers = {name: value for name, value in row.items() if name not in ("step", "objective", "jumps", "loss")}
+    for name, value in ({f"loss/{objective_of(row)}": row["loss"]} | numbers).items():
+        board.add_scalar(name, value, row["step"])
 
 
 def layer_rows(layers: dict[str, dict], seconds: dict[str, float]) -> list[list[str]]:
@@ -181,7 +209,7 @@ def page(run: Path, scores: list[dict], sheets: list[Sheet], notes: list[str]) -
         pixelated=largest <= 96,
         scores=tables,
         evaluate="" if scores else f"python evaluate.py --checkpoint {run}",
-        curves=draw_curves(metrics),
+        curves=curves_of_page(metrics),
         columns=[(name, name not in WORDS) for name in COLUMNS],
         layers=layer_rows(about["layers"], seconds),
         timed=bool(seconds),

@@ -2,7 +2,8 @@
 
 State. state.safetensors has the trained parameters, the optimizers' moments after some step, averages of the parameters where a
 training keeps any, and the lines of metrics.jsonl up to there: all that resuming needs, since everything random is a function of
-(seed, step). metrics.jsonl is written anew from it when a run goes on, so no line is lost, halved or twice.
+(seed, step). metrics.jsonl is written anew from it when a run goes on, so no line is lost, halved or twice. What an update took
+(MEASURED) differs between two equal runs, so it stands in metrics.jsonl alone, and equal runs leave equal states.
 
 Signals. SIGTERM or Ctrl-C during training: the current micro-batch ends, on all processes. If it was the last of its update, the
 update is made, else it is given up (with --shard-teacher it is always finished). Then the state is saved and the process ends
@@ -28,6 +29,7 @@ from run import files
 from run.common import UserError, process_index
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+MEASURED = ("seconds", "pictures_per_second", "peak_memory_gb")  # of a line of metrics.jsonl
 stop = SimpleNamespace(asked=0, wait=False, saved="")  # signal that came, whether an update is to be finished, what was saved
 
 
@@ -85,6 +87,47 @@ class MicroBatches:
             yield part
 
 
+def read_rows(metrics: Path) -> dict[int, dict]:
+    """The lines of a metrics.jsonl by their step, without those that cannot be read."""
+    rows = []
+    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return {row["step"]: row for row in rows if isinstance(row, dict) and "step" in row}
+
+
+def lines_of(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def newest(out: Path) -> tuple[dict[str, Tensor], dict, str]:
+    """Tensors, info and file name of the newest good state of a run; ({}, {"step": 0}, "") where there is none at all. A damaged
+    one is named. UserError if none is good."""
+    run, damage = files.run_digest(out), []
+    found = [path for path in (out / "state.safetensors", out / "state-previous.safetensors") if path.exists()]
+    for path in found:
+        try:
+            tensors, info = files.read_verified(path, "", run)
+        except UserError as error:
+            damage.append(str(error).removesuffix(": "))
+        else:
+            if info.get("start", "") != files.recorded_checksum(out / "start.safetensors"):
+                advice = "restore it, or delete the folder to begin again"
+                raise UserError(f"{out / 'start.safetensors'} is not what the state was trained from: {advice}")
+            if damage and process_index() == 0:
+                print(f"{damage[0]}: going on from {path.name}, {info['step']} updates")
+            return tensors, info, path.name
+    if damage:
+        names = " and ".join(path.name for path in found)
+        raise UserError(f"{damage[0]}, and no other state is good: delete {names} to begin again from the start")
+    return {}, {"step": 0}, ""
+
+
+def parameters_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trained parameters among the tensors of a state, by their names."""
+    return {k.removeprefix("p."): tensor for k, tensor in tensors.items() if k.startswith("p.")}
+
+
 class TrainingState:
     """What a training of `steps` updates resumes from: params, the moments that `optimizers` keep of them, averages of some of
     them (both dictionaries of tensors by name), and the lines of metrics.jsonl."""
@@ -92,18 +135,18 @@ class TrainingState:
     MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
     def __init__(self, out: Path, params: dict[str, Tensor], optimizers: list, averages: dict[str, Tensor], steps: int):
-        self.path, self.previous = out / "state.safetensors", out / "state-previous.safetensors"
+        self.out, self.path, self.previous = out, out / "state.safetensors", out / "state-previous.safetensors"
         self.start, self.metrics, self.run = out / "start.safetensors", out / "metrics.jsonl", files.run_digest(out)
         self.params, self.averages, self.steps = params, averages, steps
         owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         self.optimizer_of = {k: owner[id(p)] for k, p in params.items()}
-        self.lines = ""  # of metrics.jsonl
+        self.rows: list[dict] = []  # of metrics.jsonl
         self.good = False  # whether the newest state is
 
     def log(self, row: dict) -> None:
         """Add a line to metrics.jsonl. UserError if the disk is full."""
         line = json.dumps(row) + "\n"
-        self.lines += line
+        self.rows.append(row)
         try:
             with open(self.metrics, "a") as file:
                 if os.write(file.fileno(), line.encode()) < len(line):  # no buffer that is written again when the file is closed
@@ -125,7 +168,8 @@ class TrainingState:
             }
             tensors = {f"p.{k}": p for k, p in self.params.items()} | moments
             tensors |= {f"ema.{k}": average for k, average in self.averages.items()}
-            tensors["metrics.jsonl"] = torch.tensor(list(self.lines.encode()), dtype=torch.uint8)
+            rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in self.rows]
+            tensors["metrics.jsonl"] = torch.tensor(list(lines_of(rows).encode()), dtype=torch.uint8)
             if self.good:
                 with files.atomic(self.previous) as file:  # a link, so that the first name stays until the new state takes it
                     try:
@@ -143,39 +187,23 @@ class TrainingState:
         """Fill parameters, moments and averages from the newest good state -> updates done; 0 where there is no state.
 
         From here to the last save, a signal waits for the end of a micro-batch or update. UserError if no state is good."""
-        tensors, info = self._newest()
+        tensors, info, name = newest(self.out)
         if tensors:
-            if info.get("start", "") != files.recorded_checksum(self.start):
-                advice = "restore it, or delete the folder to begin again"
-                raise UserError(f"{self.start} is not what the state was trained from: {advice}")
+            self.good, trained = name == self.path.name, parameters_of(tensors)
             for k, p in self.params.items():
-                p.data.copy_(tensors[f"p.{k}"])
+                p.data.copy_(trained[k])
                 moments = {key: tensors[f"{key}.{k}"].to(p.device, copy=True) for key in self.MOMENTS if f"{key}.{k}" in tensors}
                 if moments:  # none if the first update was given up
                     self.optimizer_of[k].state[p] = {"step": torch.tensor(float(info["step"])), **moments}
             for k, average in self.averages.items():
                 average.copy_(tensors[f"ema.{k}"])
-            self.lines = bytes(tensors["metrics.jsonl"].tolist()).decode()
+            there = read_rows(self.metrics)
+            for line in bytes(tensors["metrics.jsonl"].tolist()).decode().splitlines():
+                row = json.loads(line)
+                measured = there.get(row["step"], {})
+                self.rows.append(measured if measured.items() >= row.items() else row)
         if process_index() == 0:
             with files.atomic(self.metrics) as file:
-                file.write_text(self.lines)
+                file.write_text(lines_of(self.rows))
         stop.wait = info["step"] < self.steps
         return info["step"]
-
-    def _newest(self) -> tuple[dict[str, Tensor], dict]:
-        """Tensors and info of the newest good state; ({}, {"step": 0}) where there is none at all."""
-        found, damage = [path for path in (self.path, self.previous) if path.exists()], []
-        for path in found:
-            try:
-                tensors, info = files.read_verified(path, "", self.run)
-            except UserError as error:
-                damage.append(str(error).removesuffix(": "))
-            else:
-                self.good = path == self.path
-                if damage and process_index() == 0:
-                    print(f"{damage[0]}: going on from {path.name}, {info['step']} updates")
-                return tensors, info
-        if damage:
-            names = " and ".join(path.name for path in found)
-            raise UserError(f"{damage[0]}, and no other state is good: delete {names} to begin again from the start")
-        return {}, {"step": 0}

@@ -28,7 +28,7 @@ from models import checkpoint, teacher
 from models.denoiser import random_denoiser
 from run import files
 from run.common import UserError
-from run.state import EXIT_CODES, TrainingState
+from run.state import EXIT_CODES, MEASURED, TrainingState
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "--stage teacher --steps 6 --batch 2 --lr 1e-3 --warmup 1 --save-every 2"
@@ -105,10 +105,16 @@ def undisturbed(tmp_path_factory) -> Path:
     return out
 
 
+def reproducible(metrics: str) -> list[dict]:
+    """The lines of a metrics.jsonl without what updates took."""
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in metrics.splitlines()]
+
+
 def same(a: Path, b: Path) -> None:
-    """Every file, byte for byte."""
-    left, right = ({f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()} for d in (a, b))
+    """Every file, byte for byte, but for what updates took."""
+    left, right = ({str(f.relative_to(d)): f.read_bytes() for f in d.rglob("*") if f.is_file()} for d in (a, b))
     assert left.keys() == right.keys()
+    assert reproducible(left.pop("metrics.jsonl", b"").decode()) == reproducible(right.pop("metrics.jsonl", b"").decode())
     assert [k for k in left if left[k] != right[k]] == []
 
 
@@ -283,7 +289,24 @@ def test_a_damaged_newest_state_is_named_and_the_previous_one_goes_on(tmp_path, 
     go(out, cfg, 4)
     files.verify(previous, "", state.run)
     assert equal(go(out, cfg), expected)
-    assert (out / "metrics.jsonl").read_text() == (end / "metrics.jsonl").read_text()
+    here, there = (reproducible((folder / "metrics.jsonl").read_text()) for folder in (out, end))
+    assert here == there and len(here) == 6
+
+
+def test_an_update_counts_its_jumps_and_not_its_micro_batches(tmp_path):
+    """Catches a count of backward passes, and one that goes on from update to update."""
+    cfg = opened(tmp_path, f"{TEACHER} --micro 1")
+    assert cfg.batch > 1
+    params = theta()
+
+    def rollout_losses(gen, micro_batches):
+        for _ in micro_batches:
+            for _ in range(3):
+                yield sum(p.square().mean() for p in params.values())
+
+    train.fit(cfg, tmp_path, params, rollout_losses)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {(row["objective"], row["jumps"]) for row in rows} == {("rollout", 3)} and len(rows) == cfg.steps
 
 
 def test_two_damaged_states_are_a_refusal_that_says_what_to_delete(tmp_path):
@@ -298,14 +321,17 @@ def test_two_damaged_states_are_a_refusal_that_says_what_to_delete(tmp_path):
 
 @pytest.mark.parametrize("left", ["", '{"step": 0, "lo', '{"step": 9}\n' * 12, "\x00" * 50])
 def test_metrics_have_each_update_once_whatever_a_kill_left(tmp_path, left):
-    """Catches half lines, lines of updates that are made again, and a log that was damaged or lost."""
+    """Catches half lines, lines of updates that are made again, a log that was damaged or lost, and seconds that are lost although
+    their line is whole."""
     cfg = opened(tmp_path)
     go(tmp_path, cfg, 4)
     good = (tmp_path / "metrics.jsonl").read_text()
     with open(tmp_path / "metrics.jsonl", "w") as log:
         log.write(good[: len(good) // 3] + left)
     assert small_state(tmp_path, cfg).load() == 4
-    assert (tmp_path / "metrics.jsonl").read_text() == good
+    found = (tmp_path / "metrics.jsonl").read_text()
+    assert reproducible(found) == reproducible(good)
+    assert found.splitlines()[0] == good.splitlines()[0] and found.splitlines()[3] != good.splitlines()[3]
     go(tmp_path, cfg)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(6))
 
@@ -655,7 +681,7 @@ def closing_report(out: Path, patch) -> None:
     patch.setattr(checkpoint, "packed_size", lambda *args: dict.fromkeys(("bits_per_weight", "mb", "mb_bf16", "mb_lora"), 1.0))
     shares = ("w4a4_parameters", "w4a4_products", "branch_parameters", "layers_without_branch")
     patch.setattr(checkpoint, "composition", lambda *args: dict.fromkeys(shares, 1.0))
-    config = {"seed": 0, "guidance": 1.0, "eval_n": 4, "data": ""}
+    config = {"seed": 0, "guidance": 1.0, "eval_n": 4, "data": "", "model": "tiny", "validation_prompts": ""}
     sample.closing_pictures(out, random_denoiser("tiny"), config)
     evaluate.closing_report(out, random_denoiser("tiny"), config)
 

@@ -742,7 +742,7 @@ def test_sample_draws_picture_i_from_the_noise_of_seed_plus_i(runs, tmp_path, na
     assert not any(packed_layers(denoiser_of(twin))) and twin.vae is pipe.vae
     assert twin.scheduler.config.get("use_dynamic_shifting", False) == (name == "flux")
     assert type(twin.scheduler).__name__ == ("EulerDiscreteScheduler" if name == "sdxl" else "FlowMatchEulerDiscreteScheduler")
-    monkeypatch.setattr(sample, "PIPELINE_PROMPTS", (PROMPT,))
+    monkeypatch.setattr(sources, "PIPELINE_PROMPTS", [PROMPT])
     sample.main(["--checkpoint", str(runs[name]), "--steps", "1", "--compare", "--out", str(tmp_path / "grid.png")])
     assert sample.Image.open(tmp_path / "grid.png").size == (96 + 68, 2 * 68)
 

@@ -11,18 +11,22 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import miniature
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import kill_at, losses, refuse, same_files, same_losses
 
 import sample
 import tdpt
 import train
+from data import sources
 from models import checkpoint, encoders, pipeline, plan, pretrained
-from models.denoiser import lora_layers
+from models.denoiser import lora_layers, start_noise
 from models.family import FAMILIES
 from run import files
 from run.common import UserError
@@ -132,6 +136,94 @@ def test_the_finished_run_is_a_pipeline_that_draws_what_was_trained(finished, ba
         apart.append(((ours - theirs).abs().max() / ours.std()).item())
     # one may be far away: where a number lies between two codes, a millionth of it moves the picture by a third
     assert sorted(apart)[1] < 1e-4
+
+
+def tiles(sheet: Path) -> list[torch.Tensor]:
+    """The rows (n, 64, 64, 3) in 0 .. 255 of a sheet whose rows have names."""
+    pixels, side = torch.from_numpy(np.array(Image.open(sheet))).float(), miniature.PIXELS
+    rows = [pixels[top : top + side, 96:] for top in range(0, len(pixels), side + 4)]
+    return [torch.stack([row[:, left : left + side] for left in range(0, row.shape[1], side + 4)]) for row in rows]
+
+
+@pytest.mark.parametrize("base", EACH_BASE)
+def test_a_finished_run_leaves_its_pictures_beside_those_of_the_16_bit_model(finished, base):
+    """Catches latents that are decoded with another scale than the pipeline's, and rows of other noises, prompts or models."""
+    above, below = tiles(finished[base] / "samples" / "compare.png")
+    assert len(above) == len(below) == len(sources.PIPELINE_PROMPTS)
+    family, more = FAMILIES[base.split("-")[0]], {"max_sequence_length": 32} if base == "flux" else {}
+    for pictures, pipe in (
+        (above, pipeline.load_16bit(finished[base], cm=True)),
+        (below, pipeline.load_pipeline(finished[base], dtype=torch.float32)),
+    ):
+        pipe.to(torch.float32).set_progress_bar_config(disable=True)
+        guidance = family.few_step_guidance(checkpoint.load_checkpoint(finished[base])[1]["network"]["guidance"])
+        size, apart = dict(height=64, width=64, num_inference_steps=2, guidance_scale=guidance), []
+        for i, prompt in enumerate(sources.PIPELINE_PROMPTS[:4]):
+            noise = family.pack(pipe, start_noise(1, (family.latent[0], 8, 8), i))
+            picture = np.array(pipe(prompt, **size, **more, latents=noise).images[0])
+            apart.append((torch.from_numpy(picture).float() - pictures[i]).abs().mean().item())
+        assert sorted(apart)[1] < 1, apart  # of 255; a code that flips moves a picture of 4 bits
+
+
+def test_pictures_during_a_training_change_no_number(real, finished, tmp_path, capsys):
+    """Catches text encoders or a VAE that stay, randomness that pictures use up, and prompts that are not the file's."""
+    (tmp_path / "prompts.txt").write_text("a red cat\na green river\n")
+    run(real, "flux", tmp_path / "r", f"--validation-prompts {tmp_path}/prompts.txt --validate-every 2")
+    same_files(finished["flux"], tmp_path / "r", "start.safetensors", "state.safetensors", "model.safetensors")
+    found = {path.stem: tiles(path) for path in (tmp_path / "r" / "samples").glob("*.png")}
+    assert sorted(found) == ["compare", "update-00000", "update-00002", "update-00003"]
+    assert all(len(row) == 2 for rows in found.values() for row in rows)
+    assert all(torch.equal(rows[0], found["compare"][0]) for rows in found.values())
+    assert not torch.equal(found["update-00000"][1], found["update-00003"][1])
+    # what was trained in memory is what the checkpoint holds, but for LoRA in 8 bits
+    assert (found["update-00003"][1] - found["compare"][1]).abs().mean() < 0.5 * (
+        found["compare"][0] - found["compare"][1]
+    ).abs().mean()
+
+
+def test_pictures_that_cannot_be_drawn_end_no_run_that_is_trained(real, finished, tmp_path, monkeypatch, capsys):
+    """Catches a base without VAE that is found out after hours, and costs the closing lines."""
+
+    def none(*args):
+        raise UserError("the VAE is not there")
+
+    monkeypatch.setattr(encoders, "decode", none)
+    run(real, "flux", tmp_path / "r", f"--cache {finished['flux']}/cache")
+    assert re.search(r"no pictures: the VAE is not there\n.* seconds, peak memory", capsys.readouterr().out)
+    same_files(finished["flux"], tmp_path / "r", "model.safetensors")
+
+
+def test_a_gpu_without_room_for_the_vae_leaves_it_to_the_cpu(monkeypatch):
+    """Catches a training that pictures end."""
+    asked = []
+
+    class OnGPU:
+        def __init__(self, model, base, components, device):
+            asked.append(device)
+
+        def decode(self, latents):
+            if asked[-1] == "cuda":
+                raise torch.OutOfMemoryError
+            return latents + 1
+
+    monkeypatch.setattr(encoders, "VAE", OnGPU)
+    cfg, network = train.parse(["--model", "sdxl", "--device", "cuda"]), SimpleNamespace(family=FAMILIES["sdxl"])
+    assert encoders.decode(cfg, network, torch.ones(2)).tolist() == [2, 2] and asked == ["cuda", "cpu"]
+
+
+@pytest.mark.parametrize("name, config", [
+    ("sdxl", dict(scaling_factor=0.13, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0])),
+    ("sdxl", dict(scaling_factor=0.13, latents_mean=None, latents_std=None)),
+    ("flux", dict(scaling_factor=0.36, shift_factor=0.12)),
+    ("sd15", dict(scaling_factor=0.18)),
+])  # fmt: skip
+def test_decoding_takes_back_what_encoding_scaled(name, config):
+    """Catches a shift or a standard deviation that is left out."""
+    vae, family = object.__new__(encoders.VAE), FAMILIES[name]
+    vae.family, vae.device = family, "cpu"
+    vae.vae = SimpleNamespace(config=SimpleNamespace(**config), decode=lambda z: SimpleNamespace(sample=z))
+    z = torch.rand(2, family.latent[0], 3, 5) * 1.8 - 0.9
+    torch.testing.assert_close(vae.decode(family.scale_latents(vae.vae.config, z)), z)
 
 
 @pytest.mark.slow

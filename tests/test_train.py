@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -37,9 +38,9 @@ from data import scenes, sources
 from evaluate import real_pictures
 from layers import packed_layers
 from models import checkpoint
-from models.denoiser import add_lora, draw, fuse, lora_layers, random_denoiser, start_noise
+from models.denoiser import add_lora, as_cm, draw, fuse, lora_layers, random_denoiser, start_noise
 from models.pretrained import load_embedded_cm
-from run import files
+from run import files, report
 from run.common import UserError, step_generator
 from student import build
 
@@ -214,6 +215,106 @@ def test_a_signal_between_micro_batches_gives_the_update_up(
     run(weights, tmp_path / "r", flags)
     same_files(undisturbed[objective], tmp_path / "r", "state.safetensors", "model.safetensors")
     assert losses(tmp_path / "r") == losses(undisturbed[objective])
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def watched(weights, short_reports, one_initialisation, tmp_path_factory) -> Path:
+    """The run `finished` with pictures every 3 updates, which died before update 3, as `killed` beside it has it, and went on."""
+    out, prompts = tmp_path_factory.mktemp("runs") / "watched", tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("\n".join(PAIR))
+    flags = f"--validation-prompts {prompts} --validate-every 3"
+    flags += " --report-to tensorboard" if importlib.util.find_spec("tensorboard") else ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "closing_report", lambda *args: None)
+        with patch.context() as killed, pytest.raises(KeyboardInterrupt):
+            kill_at(3, killed)
+            run(weights, out, flags)
+        shutil.copytree(out, out.with_name("killed"))
+        run(weights, out, flags)
+    return out
+
+
+def test_pictures_of_a_training_change_no_number_and_are_those_of_both_models(finished, watched):
+    """Catches pictures that use up randomness or leave a switch of the network behind, rows of other noises, prompts or models,
+    and an update whose pictures are left out: the first, each --validate-every, the last."""
+    same_files(finished, watched, "start.safetensors", "state.safetensors", "model.safetensors")
+    sheets = {path.stem: np.asarray(Image.open(path)).astype(int) for path in (watched / "samples").glob("update-*.png")}
+    assert sorted(sheets) == ["update-00000", "update-00003", "update-00004"]
+    config = files.read_config(watched)["config"]
+    network = load_embedded_cm(config["model"], config["teacher"], config["cm"]).to(evaluate.FAST)
+    start = checkpoint.load_start(watched)[0].to(evaluate.FAST)
+    fp, first = (draw(model, network, PAIR, 4, config["seed"]) for model in (as_cm(network), start))
+    expected = np.asarray(sample.grid({"a": fp, "b": first})).astype(int)
+    left = 96  # of the pictures; the rows' names differ
+    assert expected.shape == sheets["update-00000"].shape
+    apart = {name: np.abs(sheet - expected)[:, left:].mean(1) for name, sheet in sheets.items()}
+    half = len(expected) // 2
+    assert apart["update-00000"].max() == 0
+    for name in ("update-00003", "update-00004"):
+        assert apart[name][:half].max() == 0 < apart[name][half:].max(), name
+
+
+def test_a_line_of_metrics_says_what_its_loss_is_of_and_what_the_update_took(finished, watched):
+    """Catches jumps that are micro-batches, seconds of an earlier process that are lost when a run goes on, and a picture of the
+    losses that was not drawn."""
+    rows = rows_of(watched)
+    assert {row["objective"]: row["jumps"] for row in rows}.items() <= {("tdpt", 1), *(("rollout", K) for K in (1, 2, 4))}
+    assert all(row["pictures_per_second"] == pytest.approx(4 / row["seconds"]) and row["peak_memory_gb"] > 0.1 for row in rows)
+    first = rows_of(watched.with_name("killed"))
+    assert len(first) == 3 and rows[:3] == first
+    assert Image.open(watched / "losses.png").width > 1000
+
+
+def test_an_unfinished_run_can_be_looked_at(finished, watched, tmp_path, capsys):
+    """Catches pictures of the start, or of another update than the one that was saved last; of a finished run's last state, the
+    checkpoint is the finished one."""
+    whole = shutil.copytree(finished, tmp_path / "whole")
+    packed, updates = checkpoint.pack_unfinished(whole)
+    assert updates == 4
+    same_files(finished, packed, "model.safetensors")
+    shutil.copytree(watched.with_name("killed"), tmp_path / "r")
+    sample.main(["--checkpoint", f"{tmp_path}/r", "--out", f"{tmp_path}/grid.png", "--prompt", PAIR[0]])
+    assert f"{tmp_path}/r has not ended: this is its student after 3 updates" in capsys.readouterr().out
+    ours, theirs = (files.read_tensors(folder / "model.safetensors", "")[0] for folder in (tmp_path / "r" / "unfinished", finished))
+    state = files.read_tensors(tmp_path / "r" / "state.safetensors", "")[0]
+    lora = [k for k in ours if k.endswith("lora_B")]
+    assert all(torch.equal(ours[k], state[f"p.{k}"].bfloat16()) for k in lora)
+    assert not all(torch.equal(ours[k], theirs[k]) for k in lora)
+    student, _ = checkpoint.load_checkpoint(tmp_path / "r" / "unfinished")
+    expected = sample.grid({"": draw(student, student, PAIR[:1], 4, 0)})
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(expected))
+
+
+def test_tensorboard_has_each_update_once(watched):
+    """Catches updates of a killed process that are shown twice, a loss without its objective, and pictures that are left out."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board, rows = EventAccumulator(str(watched / "tensorboard")), rows_of(watched)
+    board.Reload()
+    assert [event.step for event in board.Scalars("norm")] == [0, 1, 2, 3]
+    assert [event.value for event in board.Scalars("norm")] == pytest.approx([row["norm"] for row in rows])
+    shown = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"] if tag.startswith("loss/")}
+    assert {event.step: tag for tag, events in shown.items() for event in events} == {
+        row["step"]: f"loss/{report.objective_of(row)}" for row in rows
+    }
+    assert [event.step for event in board.Images("pictures")] == [0, 3, 4]
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--report-to tensorboard", "needs a package more: pip install tensorboard"),
+    ("--validation-prompts nowhere.txt", "nowhere.txt cannot be read as text"),
+    ("--stage teacher --validate-every 2", "not for --stage teacher"),
+    ("--model sdxl --weights random --cm self --validate-every 2", "no VAE: leave out --validate-every"),
+])  # fmt: skip
+def test_pictures_and_reports_that_cannot_be_are_refused_first(capsys, monkeypatch, flags, says):
+    """Catches an hour of statistics before a missing file or package."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refuse(flags.split(), capsys, says)
 
 
 @pytest.mark.parametrize("model", miniature.EMBEDDED)
