@@ -189,7 +189,8 @@ class TrainingState:
         From here to the last save, a signal waits for the end of a micro-batch or update. UserError if no state is good."""
         tensors, info, name = newest(self.out)
         if tensors:
-            self.good, trained = name == self.path.name, parameters_of(tensors)
+            self.good = name == self.path.name
+            trained = parameters_of(tensors)
             for k, p in self.params.items():
                 p.data.copy_(trained[k])
                 moments = {key: tensors[f"{key}.{k}"].to(p.device, copy=True) for key in self.MOMENTS if f"{key}.{k}" in tensors}
