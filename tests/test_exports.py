@@ -244,7 +244,7 @@ def write_run(folder: Path, name: str, base: Path, **options) -> Path:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    return {name: miniature.save(name, root / name) for name in ("sd15", "flux")}
+    return {name: miniature.save(name, root / name) for name in ("sd15", "sdxl", "flux")}
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def check_card(folder: Path, capsys, *words: str) -> None:
     assert all(word in card for word in words) and "{" not in card.partition("## Use")[0].partition("---\n\n")[2]
 
 
-@pytest.mark.parametrize("name", ("sd15", "flux"))
+@pytest.mark.parametrize("name", ("sd15", pytest.param("sdxl", marks=pytest.mark.slow), "flux"))
 def test_sdnq_loads_the_folder_and_dequantizes_to_our_weights(runs, tmp_path, monkeypatch, capsys, name):
     """Catches names, shapes and settings of a layer that are not SDNQ's, a 16-bit layer that it takes for one of its own, weights
     that differ by a bit, other biases, and a picture that its layers do not draw. Without the package: a tensor that is missing."""
@@ -282,7 +282,7 @@ def test_sdnq_loads_the_folder_and_dequantizes_to_our_weights(runs, tmp_path, mo
     stored = load_file(folder / part / "diffusion_pytorch_model.safetensors")
     assert {key.removesuffix(".scale") for key in stored if key.endswith(".scale")} == packed.keys()
     assert {key.removesuffix(".svd_up") for key in stored if key.endswith(".svd_up")} == {k for k, v in packed.items() if v.rank}
-    assert any(isinstance(layer, W4A4Conv2d) for layer in packed.values()) == (name == "sd15")
+    assert any(isinstance(layer, W4A4Conv2d) for layer in packed.values()) == (name != "flux")
     assert not {f"{key}.weight" for key in packed} & {*config["modules_to_not_convert"]}
 
     monkeypatch.setenv("SDNQ_USE_TORCH_COMPILE", "0")  # read when it is imported: compiling takes minutes
