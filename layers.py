@@ -208,13 +208,20 @@ class PackedLayer(nn.Module):
         """W^ + B A (O, K) for x itself, float32."""
         return self.for_input(self.merged_weight(*self.factors()))
 
+    def float_bias(self) -> Tensor | None:
+        """What is added to float_weight() x, in `dtype`; None without a bias. A plain layer computes Q x of x itself, so that c
+        must not be there twice."""
+        if self.bias is None:
+            return None
+        twice = 0 if self.shift is None else self.merged_weight(None, None) @ self.shift.float()
+        return (self.bias.float() - twice).to(self.dtype)
+
     def dequantize(self, plain: nn.Module) -> None:
         """`plain`, a float layer of this geometry, gets weight and bias in `dtype`. Its outputs are then this layer's but for the
         rounding of activations, and but for (W - Q - B A) c where this layer is centred and `plain` has no bias."""
         tensors = {"weight": self.weight.values()}
-        if plain.bias is not None:  # a plain layer computes Q x of x itself, so that c must not be there twice
-            twice = 0 if self.shift is None else self.merged_weight(None, None) @ self.shift.float()
-            tensors["bias"] = (self.bias.float() - twice).to(self.dtype)
+        if plain.bias is not None:
+            tensors["bias"] = self.float_bias()
         plain.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()}, assign=True)
 
     @property

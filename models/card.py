@@ -106,18 +106,14 @@ def write_card(folder: str | Path, base_model: str = "") -> Path:
     return _write(folder, text)
 
 
-def write_16bit_card(folder: Path, network: str, base: str, call: str, psnr: float, n: int) -> Path:
-    """README.md of a folder whose network was dequantized. psnr: of n of its pictures to those of the packed network, dB; call: the
-    arguments of a few-step call."""
-    front, licence = _front(base, ["16-bit"], "finetune")
-    known = {
-        "front": front,
-        "licence": licence,
-        "title": f"{Path(base).name}, in few steps",
-        "load": f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16)',
-    }
-    text = (files.ASSETS / "card-16bit.md").read_text()
-    return _write(folder, text.format(**known, network=network, base=base, call=call, psnr=psnr, n=n))
+def write_export_card(folder: Path, kind: str, network: str, base: str, call: str, psnr: float, n: int, **about: str) -> Path:
+    """README.md of a folder whose network is in another format, 16bit, sdnq or nunchaku. psnr: of n of its pictures to those of the
+    packed network, dB; call: the arguments of a few-step call; about: what the template of the format names beside these."""
+    tag, relation = ("16-bit", "finetune") if kind == "16bit" else (kind, "quantized")
+    front, licence = _front(base, [tag], relation)
+    known = {"front": front, "licence": licence, "name": Path(base).name, "folder": folder.name, "network": network, "base": base}
+    text = (files.ASSETS / f"card-{kind}.md").read_text()
+    return _write(folder, text.format(**known, call=call, psnr=psnr, n=n, **about))
 
 
 def _front(base: str, tags: list[str], relation: str) -> tuple[str, str]:

@@ -6,6 +6,8 @@
 
     python -m models.pipeline --checkpoint runs/sdxl --export diffusers --out FOLDER     a pipeline folder with a model card
     python -m models.pipeline --checkpoint runs/sdxl --export 16bit --out FOLDER         the same with plain layers, Q + B A
+    python -m models.pipeline --checkpoint runs/sdxl --export sdnq --out FOLDER          the same in SDNQ's int4 with SVD
+    python -m models.pipeline --checkpoint runs/flux --export nunchaku --out FOLDER      the same in diffusers' nunchaku_lite
     python -m models.pipeline --checkpoint runs/sdxl --export lora --out lora.safetensors      the branch A, B for stock diffusers
     python -m models.pipeline --checkpoint runs/sdxl --export update --out lora.safetensors    what training changed (export_lora)
     python -m models.pipeline --checkpoint runs/sdxl --export card                       README.md beside the weights
@@ -39,8 +41,8 @@ from torch import nn
 import quant
 from data import sources
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
-from models import checkpoint, headers, pretrained
-from models.card import public_name, read_run, write_16bit_card, write_card
+from models import checkpoint, exports, headers, pretrained
+from models.card import public_name, read_run, write_card, write_export_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from models.quantizer import CMQuantConfig, CMQuantQuantizer, as_packed, quantization_config, register
@@ -282,21 +284,22 @@ def save_pipeline(pipe, out: str | Path, base_model: str = "", report: Path | No
         write_card(out)
 
 
-def export_16bit(pipe, out: str | Path, base_model: str = "") -> float:
-    """save_pretrained of a packed pipeline whose network is dequantized here, and a card. Returns the PSNR in dB of its pictures to
-    those of the packed one, which draws them first."""
+def export_pipeline(pipe, out: str | Path, kind: str = "16bit", base_model: str = "") -> float:
+    """save_pretrained of a packed pipeline whose network is put into another format here (exports.FORMATS), and a card. Returns the
+    PSNR in dB of its pictures to those of the packed one, which draws them first. UserError for what the format cannot hold."""
     out, net, prompts = Path(out), denoiser_of(pipe), sources.SAMPLE_PROMPTS[:2]
     config, family = few_step_config(net), family_of_network(net)
     guidance, base = family.few_step_guidance(config.guidance), base_model or public_name(config.base)
+    exported = exports.FORMATS[kind](net)
     before = draw_with_pipeline(pipe, prompts, config.steps)
-    net.dequantize()
+    exports.replace(net, exported)
     distance = sources.psnr(draw_with_pipeline(pipe, prompts, config.steps, guidance=guidance), before)
     height, width = (pipe.vae_scale_factor * side for side in config.latent[1:])
     call = f", num_inference_steps={config.steps}, guidance_scale={guidance}, height={height}, width={width}"
     with writing(out):
         pipe.save_pretrained(out)
         forget_paths(out, base)
-        write_16bit_card(out, type(net).__name__, base, call, distance, len(prompts))
+        write_export_card(out, kind, type(net).__name__, base, call, distance, len(prompts), **exported.about)
     return distance
 
 
@@ -325,8 +328,8 @@ def main(argv: list[str]) -> None:
         "python -m models.pipeline", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="folder that train.py wrote")
-    parser.add_argument("--export", required=True, choices=("diffusers", "16bit", "lora", "update", "card"))
-    parser.add_argument("--out", help="folder (diffusers, 16bit) or .safetensors file (lora, update)")
+    parser.add_argument("--export", required=True, choices=("diffusers", *exports.FORMATS, "lora", "update", "card"))
+    parser.add_argument("--out", help=".safetensors file (lora, update) or folder (the others)")
     parser.add_argument("--base", default="", help="another copy of the base pipeline: folder, hub id or single file")
     parser.add_argument("--base-model", default="", metavar="ID", help="hub id of the base for the card, where that was a copy")
     args = parser.parse_args(argv)
@@ -338,10 +341,10 @@ def main(argv: list[str]) -> None:
         pipe = load_pipeline(args.checkpoint, dtype=torch.bfloat16, base=args.base)
         save_pipeline(pipe, args.out, args.base_model, Path(args.checkpoint, "report.json"))
         print(f"pipeline: {args.out}")
-    elif args.export == "16bit":
+    elif args.export in exports.FORMATS:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pipe = load_pipeline(args.checkpoint, device, dtype=torch.bfloat16, base=args.base)
-        distance = export_16bit(pipe, args.out, args.base_model)
+        distance = export_pipeline(pipe, args.out, args.export, args.base_model)
         print(f"pipeline: {args.out}, its pictures {distance:.1f} dB from those of the packed one")
     else:
         print(f"model card: {write_card(args.checkpoint, args.base_model)}")
