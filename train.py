@@ -154,7 +154,12 @@ class Config:
     )
     validate_every: int = option(0, "updates between two sheets of pictures, 16-bit and trained; 0: none", least=0, may_change=True)
     report_to: str = option("", "tensorboard: losses and pictures go to OUT/tensorboard too", ("", "tensorboard"), may_change=True)
-    export: str = option("", "lora: also write the LoRA alone, in diffusers' format", ("", "lora"), may_change=True)
+    export: str = option(
+        "",
+        "also write diffusers: OUT/pipeline, which loads without this code; lora: the LoRA alone",
+        ("", "diffusers", "lora"),
+        may_change=True,
+    )
     dry_run: bool = option(False, "print the configuration (public models: and table of layers, memory) and stop")
 
     @property
@@ -264,10 +269,12 @@ def validate(cfg: Config) -> None:
     require(not cfg.embedded or cfg.eval_n >= 2, "--eval-n must be at least 2: a Frechet distance needs a covariance")
     students = "--outliers is for 4-bit students of the models in assets/: leave it out"
     require(not cfg.outliers or (cfg.embedded and cfg.bits == 4 and cfg.stage == "student"), students)
-    require(not cfg.embedded or not cfg.export, "--export lora needs a model with public weights: leave it out")
+    require(not cfg.embedded or not cfg.export, f"--export {cfg.export} needs a model with public weights: leave it out")
     public = f"--stage teacher trains the models of assets/: {cfg.model} has a public teacher"
     require(cfg.embedded or cfg.stage == "student", public)
-    require(not cfg.export or cfg.deploy == "branch", "--export lora needs --deploy branch")
+    require(cfg.export != "lora" or cfg.deploy == "branch", "--export lora needs --deploy branch")
+    nothing = "--weights random has no text encoders and VAE to export: leave out --export diffusers"
+    require(cfg.export != "diffusers" or encoders.draws_pictures(cfg), nothing)
     own = "--cm self trains for --steps updates too: train it with --bits 16, then give its .safetensors by --cm"
     require(cfg.cm != "self" or cfg.steps > 0, own)
     shared = cfg.shard_teacher or cfg.offload
@@ -584,6 +591,8 @@ def train_student(cfg: Config, out: Path) -> None:
         pipeline.write_card(out)
     if leader and cfg.export == "lora":
         pipeline.export_lora(out, out / "lora.safetensors")
+    if leader and cfg.export == "diffusers":
+        pipeline.export_diffusers(out, out / "pipeline")
 
 
 def train_cm(cfg: Config, out: Path) -> None:

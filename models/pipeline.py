@@ -284,6 +284,12 @@ def save_pipeline(pipe, out: str | Path, base_model: str = "", report: Path | No
         write_card(out)
 
 
+def export_diffusers(folder: str | Path, out: str | Path, base: str = "", base_model: str = "") -> None:
+    """save_pipeline of a run folder, in bfloat16; base: another copy of the base's other parts."""
+    save_pipeline(load_pipeline(folder, dtype=torch.bfloat16, base=base), out, base_model, Path(folder, "report.json"))
+    print(f"pipeline: {out}")
+
+
 def export_pipeline(pipe, out: str | Path, kind: str = "16bit", base_model: str = "") -> float:
     """save_pretrained of a packed pipeline whose network is put into another format here (exports.FORMATS), and a card. Returns the
     PSNR in dB of its pictures to those of the packed one, which draws them first. UserError for what the format cannot hold."""
@@ -338,9 +344,7 @@ def main(argv: list[str]) -> None:
     if args.export in ("lora", "update"):
         print(f"{export_lora(args.checkpoint, args.out, args.export == 'update')} layers: {args.out}")
     elif args.export == "diffusers":
-        pipe = load_pipeline(args.checkpoint, dtype=torch.bfloat16, base=args.base)
-        save_pipeline(pipe, args.out, args.base_model, Path(args.checkpoint, "report.json"))
-        print(f"pipeline: {args.out}")
+        export_diffusers(args.checkpoint, args.out, args.base, args.base_model)
     elif args.export in exports.FORMATS:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pipe = load_pipeline(args.checkpoint, device, dtype=torch.bfloat16, base=args.base)

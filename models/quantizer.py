@@ -226,7 +226,9 @@ class Bound:
         self.function, self.net = function, weakref.ref(net)
 
     def __call__(self, *args, **kwargs):
-        return self.function(self.net(), *args, **kwargs)
+        if (net := self.net()) is None:
+            raise RuntimeError(f"the network of {self.function.__name__} is gone: keep its pipeline in a variable")
+        return self.function(net, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> "Bound":
         return Bound(self.function, memo[id(self.net())])

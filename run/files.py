@@ -6,6 +6,7 @@
     state.safetensors    what resuming needs (run/state.py); state-previous.safetensors is the one before
     metrics.jsonl        a line per update
     model.safetensors    the deployed checkpoint (models/checkpoint.py)
+    pipeline/            the same with all that diffusers needs to draw (--export diffusers)
     unfinished/          the checkpoint of what was saved last, where sample.py was asked for pictures of an unfinished run
     samples/*.png        pictures
     losses.png           the curves of metrics.jsonl

@@ -593,8 +593,11 @@ def test_a_copy_is_a_network_of_its_own(runs):
     next(layer for _, layer in packed_layers(twin)).codes_OP.zero_()
     assert not same_tensors(twin, net) and same_tensors(pickle.loads(pickle.dumps(twin)), twin)
     known = weakref.ref(twin)
+    method = twin.state_dict
     del twin
     assert known() is None
+    with pytest.raises(RuntimeError, match="network of state_dict is gone: keep its pipeline in a variable"):
+        method()
 
 
 def test_what_would_be_silently_wrong_on_packed_layers_is_refused(runs):

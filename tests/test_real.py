@@ -241,6 +241,18 @@ def test_a_pipeline_of_a_single_file_draws_pictures_of_the_runs_size(finished, m
         assert pipe("a cat", num_inference_steps=1, guidance_scale=1.0).images[0].size == (64, 64)
 
 
+def test_a_finished_run_is_exported_when_it_is_asked_to(real, finished, tmp_path):
+    """Catches --export diffusers that trains again, or leaves a folder without what stock diffusers needs."""
+    out = shutil.copytree(finished["flux"], tmp_path / "r")
+    run(real, "flux", out, "--export diffusers")
+    names = {path.name for path in (out / "pipeline").iterdir()}
+    assert {"model_index.json", "pipeline.py", "README.md", "transformer", "vae", "text_encoder_2"} <= names
+    pipes = [pipeline.load_pipeline(folder, dtype=torch.bfloat16) for folder in (out, out / "pipeline")]
+    ours, theirs = (pipe.transformer.state_dict() for pipe in pipes)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    same_files(finished["flux"], out, "state.safetensors", "model.safetensors")
+
+
 @pytest.mark.slow
 def test_sample_export_and_reload(real, finished, tmp_path):
     """Catches an exported LoRA that stock pipelines refuse, and a grid that sample.py does not write."""

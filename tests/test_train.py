@@ -670,6 +670,7 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--stage teacher --model sdxl", "sdxl has a public teacher"),
         ("--export lora", "--export lora needs a model with public weights"),
         ("--model flux --export lora --deploy merged", "--export lora needs --deploy branch"),
+        ("--model flux --export diffusers --weights random --cm self", "no text encoders and VAE to export"),
         ("--bits 16 --offload --targets fp,fp", "leave them out"),
         ("--shard-teacher", "start them with `torchrun"),
         ("--lr -1", "--lr must be at least 0"),
