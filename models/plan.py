@@ -34,6 +34,7 @@ import hgs_lora
 import qra
 from data.cache import buckets
 from models import checkpoint, pretrained
+from models.denoiser import Denoiser
 from models.family import FAMILIES
 from models.memory import Footprint, format_table, layer_table, ratio
 from run.common import UserError, free_memory, process_count, process_index
@@ -145,17 +146,21 @@ def about_inputs(cfg) -> dict[str, bool]:
     return {"smooth": any(cfg.exponents), "centre": cfg.centre}
 
 
-def footprint_of(cfg) -> Footprint:
-    """Of the 4-bit student, or of the consistency model that --bits 16 trains, for pictures of --resolution."""
+def footprint_of(cfg, network: Denoiser | None = None) -> Footprint:
+    """Of the 4-bit student, or of the consistency model that --bits 16 trains, for pictures of --resolution. network: the one that
+    is packed, where it is in memory."""
     if cfg.resolution:
         buckets(cfg.resolution)  # UserError
-    family = FAMILIES[cfg.model]
-    side = pretrained.latent_side(family, skeleton_of(cfg), cfg.resolution)
+    family, build = FAMILIES[cfg.model], partial(pretrained.on_meta, network.net) if network else partial(skeleton_of, cfg)
+    net = build()
+    side = pretrained.latent_side(family, net, cfg.resolution)
     about = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": math.ceil(cfg.rank)}
+    about |= {"cm_rank": 0} if cfg.cm == pretrained.WHOLE else {}
     about |= about_inputs(cfg)
     about["gradients"] = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
     latent = (family.latent[0], side, side)
-    return Footprint(lambda: skeleton_of(cfg), latent, family.tokens, dtype=cfg.torch_dtype, group_w=cfg.group_w, **about)
+    tokens, about_w = family.text_tokens(net.config), {"dtype": cfg.torch_dtype, "group_w": cfg.group_w}
+    return Footprint(build, latent, tokens, **about_w, **about)
 
 
 def teacher_of(cfg) -> str:
@@ -167,9 +172,10 @@ def micro_of(cfg) -> int:
     return cfg.micro or cfg.batch // process_count()
 
 
-def choices(cfg, fp: Footprint, goes_on: bool = False) -> tuple:
+def choices(cfg, fp: Footprint, goes_on: bool = False, in_memory: bool = False) -> tuple:
     """(cfg with micro, checkpointing and offload as --memory-limit asks for, and hessian_mb as there is room, but never less than
-    the widest layer needs; its plan, without the start for a run that `goes_on`). Statistics fill the limit, and only
+    the widest layer needs; its plan, without the start for a run that `goes_on`). in_memory: whether the 16-bit network is on
+    the device already. Statistics fill the limit, and only
     what cannot fit waits in main memory; without a limit they fill 90% of the GPU's free memory, and STATISTICS bytes on a CPU and
     for a dry run. UserError if nothing fits."""
     cfg, given = dataclasses.replace(cfg, micro=micro_of(cfg)), cfg.hessian_mb << 20
@@ -182,7 +188,7 @@ def choices(cfg, fp: Footprint, goes_on: bool = False) -> tuple:
     statistics = 0
     if cfg.bits == 4 and not goes_on:
         if not given:
-            rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values())
+            rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values()) - (fp.network if in_memory else 0)
             given = fp.budget(limit - rest if cfg.memory_limit else room_on_device(cfg, rest))
         statistics = max(given, fp.least)
     cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
@@ -216,6 +222,11 @@ def dry_run(cfg) -> None:
         print_main_memory(cfg, fp, made)
     print(f"  disk, without the cache         {fp.files / 1e9:8.3f} GB\n")
     print(f"memory_ratio: {ratio(merged if cfg.deploy == 'merged' else rows):.3f}")
+
+
+def planned_in_memory(cfg, network: Denoiser):
+    """cfg with the room that statistics have beside a network that is packed where it is."""
+    return choices(cfg, footprint_of(cfg, network), in_memory=True)[0]
 
 
 def planned(cfg):
