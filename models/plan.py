@@ -172,10 +172,9 @@ def micro_of(cfg) -> int:
     return cfg.micro or cfg.batch // process_count()
 
 
-def choices(cfg, fp: Footprint, goes_on: bool = False, in_memory: bool = False) -> tuple:
+def choices(cfg, fp: Footprint, goes_on: bool = False) -> tuple:
     """(cfg with micro, checkpointing and offload as --memory-limit asks for, and hessian_mb as there is room, but never less than
-    the widest layer needs; its plan, without the start for a run that `goes_on`). in_memory: whether the 16-bit network is on
-    the device already. Statistics fill the limit, and only
+    the widest layer needs; its plan, without the start for a run that `goes_on`). Statistics fill the limit, and only
     what cannot fit waits in main memory; without a limit they fill 90% of the GPU's free memory, and STATISTICS bytes on a CPU and
     for a dry run. UserError if nothing fits."""
     cfg, given = dataclasses.replace(cfg, micro=micro_of(cfg)), cfg.hessian_mb << 20
@@ -188,7 +187,7 @@ def choices(cfg, fp: Footprint, goes_on: bool = False, in_memory: bool = False) 
     statistics = 0
     if cfg.bits == 4 and not goes_on:
         if not given:
-            rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values()) - (fp.network if in_memory else 0)
+            rest = sum(start_of(fp, cfg.micro, cfg.checkpointing).values())
             given = fp.budget(limit - rest if cfg.memory_limit else room_on_device(cfg, rest))
         statistics = max(given, fp.least)
     cfg = dataclasses.replace(cfg, hessian_mb=max(statistics >> 20, -(-fp.least >> 20)))
@@ -225,8 +224,11 @@ def dry_run(cfg) -> None:
 
 
 def planned_in_memory(cfg, network: Denoiser):
-    """cfg with the room that statistics have beside a network that is packed where it is."""
-    return choices(cfg, footprint_of(cfg, network), in_memory=True)[0]
+    """cfg with --hessian-mb as there is room beside a network that is on its device, where it is packed."""
+    fp, cfg = footprint_of(cfg, network), dataclasses.replace(cfg, micro=micro_of(cfg))
+    rest = 0 if cfg.device == "cpu" else start_of(fp, cfg.micro, cfg.checkpointing)["activations"]
+    statistics = max(cfg.hessian_mb << 20 or fp.budget(room_on_device(cfg, rest)), fp.least)
+    return dataclasses.replace(cfg, hessian_mb=-(-statistics >> 20))
 
 
 def planned(cfg):
