@@ -86,6 +86,8 @@ def to_be_packed(pipe, resolution: int = 0) -> Denoiser:
         raise UserError("the pipeline is packed already: give the one in 16 bits that it was made from")
     if getattr(net, "peft_config", None):
         raise UserError("adapters cannot be packed: call the pipeline's fuse_lora() and unload_lora_weights(), then quantize")
+    if getattr(net, "encoder_hid_proj", None) is not None:
+        raise UserError("an IP-Adapter cannot be packed: call the pipeline's unload_ip_adapter(), quantize, and load it again")
     if hasattr(net, "_hf_hook"):
         raise UserError("the pipeline is offloaded: call its remove_all_hooks(), and to(device) of one that has room for it")
     if net.dtype not in (torch.bfloat16, torch.float32):
@@ -306,11 +308,13 @@ def add_style_lora(pipe, lora: str | Path | dict, name: str = "style") -> None:
 
 def save_pipeline(pipe, out: str | Path, base_model: str = "", report: Path | None = None) -> None:
     """save_pretrained, what loads the folder without this repository, and a card. base_model: hub id of the base, where that was a
-    copy; report: report.json of the run, for the card. UserError while adapters are on, which save_pretrained would take for the
-    network's own."""
+    copy; report: report.json of the run, for the card. UserError while adapters or an IP-Adapter are on, which save_pretrained
+    would take for the network's own."""
     out, net = Path(out), denoiser_of(pipe)
     if getattr(net, "peft_config", None):
         raise UserError("adapters are not saved with a pipeline: call its unload_lora_weights(), then save")
+    if getattr(net, "encoder_hid_proj", None) is not None:
+        raise UserError("an IP-Adapter is not saved with a pipeline: call its unload_ip_adapter(), then save")
     config = few_step_config(net)
     with writing(out):
         pipe.save_pretrained(out)
