@@ -129,7 +129,7 @@ def test_it_is_sampled_compared_exported_and_read_again(bases, finished, tmp_pat
     compare = ["--prompt", prompt, "--steps", "2", "--compare", "--out", str(out)]
     sample.main(["--checkpoint", str(folder), *compare])
     (twin, _, steps, *_), (pipe, *_) = drawn
-    assert steps == 2 and type(twin.scheduler) is type(pipe.scheduler) and not any(packed_layers(pipeline.denoiser_of(twin)))
+    assert steps == 2 and twin.scheduler is pipe.scheduler and not any(packed_layers(pipeline.denoiser_of(twin)))
     pipeline.main(["--checkpoint", str(folder), "--export", "diffusers", "--out", str(tmp_path / "saved")])
     sample.main(["--checkpoint", str(tmp_path / "saved"), *compare, "--base", str(bases[name])])
     assert drawn[2][2] == 2 and pipeline.quantization_config(pipeline.denoiser_of(drawn[3][0])).whole
