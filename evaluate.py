@@ -16,7 +16,7 @@ Differences to the fp CM have paired 95% intervals (scores.py). Scores are kept 
 Models with public weights draw numbered pictures of one list of prompts, picture i of every model from the noise of seed + i:
 
     base       the 16-bit base by 25 steps of its own scheduler, guided
-    cm         the 16-bit consistency model, by --steps
+    cm         the 16-bit consistency model, by --steps; of a run with --cm none that is the base, and there is no other row of it
     ours       the run, by --steps
 
 A picture that is there is not drawn again. Folders of pictures by other tools are further rows (--pictures). The metrics are those
@@ -341,7 +341,10 @@ def chosen_models(args: argparse.Namespace, config: dict) -> list[str]:
     if not args.models and config["weights"] == "random":
         print("the run was made from random weights: rows base and cm are left out")
         return ["ours"]
-    return [name for name in MODELS if name in (args.models or ",".join(MODELS)).split(",")]
+    known = [name for name in MODELS if name != "base" or config["cm"] != pretrained.WHOLE]
+    if "base" in args.models.split(",") and "base" not in known:
+        raise UserError("the run's base draws in few steps itself (--cm none) and is the row cm: give --models cm,ours")
+    return [name for name in known if name in (args.models or ",".join(known)).split(",")]
 
 
 def was_trained_on(config: dict, source: sources.Source) -> bool:

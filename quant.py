@@ -62,6 +62,7 @@ TINY = 1e-30  # the smallest scale
 SCALE_MIN, SCALE_MAX = 2.0**-26, 1.875 * 2.0**5  # of a weight's row
 SCALE_SHIFT = 20  # low bits of a float32 that are zero in such a scale: 3 of its 23 bits of mantissa are left
 GROUPS = (8, 16, 32, 64, 128)  # group sizes
+GROUP_W, GROUP_X = 64, 8  # what a network is packed with by default: of weights, and of activations in 4 bits
 MULTIPLIER = torch.uint8  # dtype that holds a weight's multiplier
 TURN = 16  # channels that `rotate` mixes, a power of four
 EIGHT_BITS = 0  # in place of a group size of activations: codes of 8 bits without multipliers

@@ -3,7 +3,8 @@
     python sample.py --checkpoint runs/tiny --prompt "a large red ring on the left, gray background" --steps 4 --out grid.png
     python sample.py --checkpoint runs/tiny --compare          rows: guided teacher (25 steps), fp consistency model, 4 bit
     python sample.py --checkpoint runs/sdxl --prompt "a house by a river" --seed 3          models with public weights
-    python sample.py --checkpoint runs/sdxl --compare          rows: the 16-bit base (25 steps) where it fits into memory, 4 bit
+    python sample.py --checkpoint runs/sdxl --compare          rows: the 16-bit base where it fits into memory, in 25 steps (of a
+                                                               run with --cm none in as many as the checkpoint), 4 bit
 
 Of a run that goes on, or was stopped, the student of the update that was saved last draws; RUN/unfinished then has its checkpoint.
 
@@ -97,7 +98,8 @@ def closing_pictures(out: Path, network: Denoiser, config: dict) -> None:
 
 
 def base_of(pipe, base: str, components: str = ""):
-    """The 16-bit pipeline that `pipe` was quantized from, its scheduler too, or None where memory lacks room for its denoiser."""
+    """The 16-bit pipeline that `pipe` was quantized from, or None where memory lacks room for its denoiser. The scheduler is the
+    base's own, or that of `pipe` where the base draws in few steps itself."""
     net = pipeline.denoiser_of(pipe)
     family = family_of_network(net)
     packed = dict(packed_layers(net))
@@ -106,7 +108,8 @@ def base_of(pipe, base: str, components: str = ""):
     free = torch.cuda.mem_get_info(net.device)[0] if net.device.type == "cuda" else free_memory()
     if values * net.dtype.itemsize > 0.8 * free:
         return None
-    shared = {k: v for k, v in pipe.components.items() if k not in (family.part, "scheduler")}
+    its_own = {family.part} if pipeline.quantization_config(net).whole else {family.part, "scheduler"}
+    shared = {k: v for k, v in pipe.components.items() if k not in its_own}
     twin = pipeline.read_base(family.pipeline(), base, components, torch_dtype=net.dtype, **shared).to(net.device)
     twin.default_sample_size = pipe.default_sample_size
     return twin
@@ -117,13 +120,15 @@ def main_pipeline(args: argparse.Namespace, prompts: list[str]) -> Image.Image:
     pipe = pipeline.load_pipeline(args.checkpoint, device, base=args.base)
     rows = {}
     if args.compare:
-        net = pipeline.denoiser_of(pipe)
-        guidance = family_of_network(net).compare_guidance
-        twin = base_of(pipe, args.base or pipeline.quantization_config(net).base, pipeline.components_of(Path(args.checkpoint)))
+        config, family = pipeline.quantization_config(pipeline.denoiser_of(pipe)), family_of_network(pipeline.denoiser_of(pipe))
+        steps, guidance = 25, family.compare_guidance
+        if config.whole:
+            steps, guidance = args.steps, family.few_step_guidance(config.guidance)
+        twin = base_of(pipe, args.base or config.base, pipeline.components_of(Path(args.checkpoint)))
         if twin is None:
             print("the 16-bit base does not fit beside the packed model: its row is left out")
         else:
-            rows["16-bit base\n25 steps"] = pipeline.draw_with_pipeline(twin, prompts, 25, args.seed, guidance)
+            rows[f"16-bit base\n{steps} steps"] = pipeline.draw_with_pipeline(twin, prompts, steps, args.seed, guidance)
             del twin
     name = f"{number_format(pipeline.denoiser_of(pipe))}\n{args.steps} steps" if rows else ""
     rows[name] = pipeline.draw_with_pipeline(pipe, prompts, args.steps, args.seed)

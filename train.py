@@ -6,6 +6,7 @@
     python train.py --bits 16                              the full-precision consistency model, a LoRA on the teacher
     python train.py --stage teacher                        the teacher, from nothing
     python train.py --model sdxl --cm LORA                 the same for SDXL, from public weights (models/pretrained.py)
+    python train.py --model flux --teacher black-forest-labs/FLUX.1-schnell --cm none    a base that draws in few steps itself
     python train.py --model flux --weights random --dry-run         every choice, table of layers, planned memory; needs no weights
 
 The steps of the method: 1. statistics, 2. ranks, 3. W ~ Q + B A (all three in student.py), 4. distillation of A and B (`fit` is the
@@ -90,7 +91,7 @@ class Config:
     teacher: str = option("", "weights, or where --stage teacher starts; default: what ships, small's own run, the official base")
     components: str = option("", "if the teacher is one file: hub id or folder of its configs and tokenizers", public=True)
     weights: str = option("", "random: the full-size network with random weights, to rehearse", ("", "random"), public=True)
-    cm: str = option("", "consistency LoRA; default: what ships (small: its own run's); public models: diffusers' format, or self")
+    cm: str = option("", "consistency LoRA; default: what ships, small's own run; public models: diffusers' format, self or none")
     cm_scale: float = option(1.0, "strength of --cm, as fuse_lora(lora_scale=..) in the LoRA's own example", public=True)
     outliers: bool = option(False, "embedded models: the same function with outlier channels, see models/outliers.py")
     resolution: int = option(0, "pixels; 0: the base's own", public=True)
@@ -109,10 +110,10 @@ class Config:
     clip: float = option(1.0, "largest norm of the gradient")
     dtype: str = option(str(FAST).removeprefix("torch."), "of networks; default what the CPU is fast in", ("bfloat16", "float32"))
     # number format
-    group_w: int = option(64, "weights that share a multiplier", quant.GROUPS)
+    group_w: int = option(quant.GROUP_W, "weights that share a multiplier", quant.GROUPS)
     bits_x: int = option(4, "of activations; 8: by the same int8 product, and closer to 16 bits", (4, 8))
     inputs_8bit: int = option(0, "inputs of W4A4 layers that have 8 bits: those whose rounding costs the picture most", least=0)
-    group_x: int = option(8, "activations that share a multiplier (4 bits); 16: faster on AVX2", quant.GROUPS)
+    group_x: int = option(quant.GROUP_X, "activations that share a multiplier (4 bits); 16: faster on AVX2", quant.GROUPS)
     smooth: str = option("0.0,0.25,0.5,0.75", "SmoothQuant's a; each input takes the best; 0: off", share=True, type=fractions)
     rotate: bool = option(True, "activations are rotated in blocks of 16 channels before they are rounded", before=False)
     centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias", before=False)
@@ -195,6 +196,7 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
     ({"model": PUBLIC, "stage": {"student"}, "bits": {16}}, {"lr": 1e-4, "steps": 1000}),  # LCM-LoRA's figures
     *(({"model": {name}, "stage": {"student"}}, family.preset) for name, family in FAMILIES.items()),
     *(({"model": {name}, "stage": {"student"}, "bits": {4}}, family.student) for name, family in FAMILIES.items()),
+    ({"cm": {pretrained.WHOLE}}, {"rollout": 1.0, "sampling_steps": "4"}),  # there is no teacher, and most are made for four steps
     ({"recipe": {"cmquant"}}, {}),  # the defaults; a recipe needs a row to be known
     ({"recipe": {"paper"}}, {"rollout": 0.0}),
 )  # fmt: skip
@@ -210,9 +212,15 @@ def presets(cfg: Config) -> dict:
     return values
 
 
+def configured(given: dict) -> Config:
+    """Defaults < PRESETS < what is given, whose rank takes away bounds of a preset that contradict it or leave one rank alone."""
+    cfg = Config(**(presets(Config(**given)) | given))
+    contradicted = {"rank_least": cfg.rank_least >= cfg.rank, "rank_most": 0 < cfg.rank_most <= cfg.rank}
+    return dataclasses.replace(cfg, **{k: 0 for k, wrong in contradicted.items() if wrong and k not in given})
+
+
 def parse(argv: list[str]) -> Config:
-    """Defaults < PRESETS < command line, whose --rank takes away the bounds of a preset that contradict it or leave one rank alone.
-    Unknown flags and abbreviations are refused with exit code 2."""
+    """The configuration of a command line. Unknown flags and abbreviations are refused with exit code 2."""
     layout = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__, formatter_class=layout)
     for f in dataclasses.fields(Config):
@@ -223,11 +231,7 @@ def parse(argv: list[str]) -> Config:
         else:
             about |= {"type": f.metadata.get("type", f.type), "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **about)
-    given = vars(parser.parse_args(argv))
-    preset = presets(Config(**given))
-    cfg = Config(**(preset | given))
-    contradicted = {"rank_least": cfg.rank_least >= cfg.rank, "rank_most": 0 < cfg.rank_most <= cfg.rank}
-    return dataclasses.replace(cfg, **{k: 0 for k, wrong in contradicted.items() if wrong and k not in given})
+    return configured(vars(parser.parse_args(argv)))
 
 
 def require(right: bool, message: str) -> None:
@@ -277,6 +281,8 @@ def validate(cfg: Config) -> None:
     require(cfg.export != "diffusers" or encoders.draws_pictures(cfg), nothing)
     own = "--cm self trains for --steps updates too: train it with --bits 16, then give its .safetensors by --cm"
     require(cfg.cm != "self" or cfg.steps > 0, own)
+    if cfg.cm == pretrained.WHOLE:
+        validate_whole(cfg)
     shared = cfg.shard_teacher or cfg.offload
     require(cfg.bits == 4 or not shared, "--offload and --shard-teacher are for 4-bit students: leave them out")
     if cfg.shard_teacher:
@@ -296,6 +302,17 @@ def validate_pictures(cfg: Config) -> None:
         sources.read_prompts(Path(cfg.validation_prompts))
     missing = "--report-to tensorboard needs a package more: pip install tensorboard"
     require(not cfg.report_to or importlib.util.find_spec("tensorboard") is not None, missing)
+
+
+def validate_whole(cfg: Config) -> None:
+    """Of --cm none: the base is the consistency model, and no teacher is there whose steps from x_t to x_u TDPT could take."""
+    require(not cfg.embedded, "--cm none is for models with public weights: leave it out")
+    trained = "--cm none says that the base draws in few steps: leave out --bits 16, which trains a LoRA for that"
+    require(cfg.bits == 4, trained)
+    require(cfg.cm_scale == 1, "--cm none has no LoRA that --cm-scale could weaken: leave it out")
+    alone = "--cm none leaves no teacher for TDPT: train on rollouts alone, --rollout 1 --trajectory fp"
+    require(cfg.rollout == 1 and cfg.trajectory == "fp", alone)
+    require("teacher" not in cfg.targets.split(","), "--cm none leaves no teacher for --targets: leave them out")
 
 
 def validate_objective(cfg: Config) -> None:
@@ -534,17 +551,21 @@ def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> Role
 # The three things that can be trained
 
 
-def initialise_student(cfg: Config, out: Path) -> None:
-    """1. - 3. Statistics, ranks and W ~ Q + B A (student.py), written to start.safetensors."""
-    network = pretrained.open_cm(cfg, torch.float32 if cfg.embedded else cfg.torch_dtype)
-    examples = encoders.examples_of(cfg, out, network)  # text encoders and VAE go before the network is on the device
-    network.to(cfg.device)
+def initialised(cfg: Config, network: Denoiser, examples) -> tuple[Denoiser, dict]:
+    """Steps 1. - 3. on a network that is on --device, in place: the packed student, and the table of its layers."""
     gen = step_generator(cfg.seed, 0, stream=1)
     cond = to(examples.conditions(cfg.calibration, gen, local_rows()), cfg.device)
     x_T = torch.randn(cfg.calibration, *network.latent, generator=gen)[local_rows()].to(cfg.device)
     if cfg.checkpointing:
         network.net.enable_gradient_checkpointing()
-    packed, table = student.build(cfg, fuse(network), cond, x_T)
+    return student.build(cfg, fuse(network), cond, x_T)
+
+
+def initialise_student(cfg: Config, out: Path) -> None:
+    """1. - 3. Statistics, ranks and W ~ Q + B A (student.py), written to start.safetensors."""
+    network = pretrained.open_cm(cfg, torch.float32 if cfg.embedded else cfg.torch_dtype)
+    examples = encoders.examples_of(cfg, out, network)  # text encoders and VAE go before the network is on the device
+    packed, table = initialised(cfg, network.to(cfg.device), examples)
     if process_index() == 0:
         checkpoint.save_start(out, packed, table)
 
@@ -626,6 +647,52 @@ def save_weights(cfg: Config, path: Path, tensors: dict[str, Tensor], network: D
     about = {"command": " ".join(["python train.py", *sys.argv[1:]]), "scores": scores}
     files.write_tensors(path, halves, about | {"seed": cfg.seed, "steps": cfg.steps, "batch": cfg.batch})
     print(f"weights: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantization alone, in Python
+
+OF_QUANTIZE = OF_STUDENTS - {"outliers"} | {  # fields of Config that are options of `quantize`
+    "seed", "resolution", "rank", "calibration", "gradient_captions", "hessian_mb", "micro", "checkpointing", "sampling_steps",
+    "guidance", "lora_bits", "backend",
+}  # fmt: skip
+
+
+def quantize(pipe, prompts: list[str], **options):
+    """Steps 1. - 3. on a diffusers pipeline in memory, which is changed in place and returned: its denoiser becomes the packed one
+    that `--cm none --steps 0` makes of the same weights and captions, its scheduler that of a run's pipeline.
+
+    pipe: of a family with public weights, in bfloat16 or float32, on one device. prompts: captions for the statistics. options:
+    fields of Config by their names, of those in OF_QUANTIZE. UserError for what cannot be quantized, and for another option."""
+    given = read_options(options)
+    network = pipeline.to_be_packed(pipe, given.get("resolution", 0))
+    device, dtype = network.net.device, str(network.dtype).removeprefix("torch.")
+    about = {"model": network.family.name, "cm": pretrained.WHOLE, "steps": 0, "device": device.type, "dtype": dtype}
+    cfg = configured(about | given)
+    validate(cfg)
+    network.guidance = None if network.guidance is None else cfg.guidance
+    examples = encoders.captions_of(pipe, network, prompts)
+    cfg = plan.planned_in_memory(cfg, network)
+    packed, table = initialised(cfg, network.eval().requires_grad_(False), examples)
+    packed.net.disable_gradient_checkpointing()
+    table = checkpoint.deploy(packed, table, cfg.lora_bits)
+    set_backend(packed.to(device), cfg.backend)
+    return pipeline.around(pipe, packed, table, dataclasses.asdict(cfg))
+
+
+def read_options(options: dict) -> dict:
+    """Options of `quantize` as their flags would be read. UserError for another name or value."""
+    fields, found = {f.name: f for f in dataclasses.fields(Config) if f.name in OF_QUANTIZE}, {}
+    for name, value in options.items():
+        require(name in fields, f"quantize() has no option {name}: choose from {', '.join(sorted(fields))}")
+        read, choices = fields[name].metadata.get("type", fields[name].type), fields[name].metadata["choices"]
+        try:
+            found[name] = {"True": True, "False": False}[str(value)] if read is bool else read(str(value))
+        except (ValueError, KeyError):
+            raise UserError(f"quantize(.., {name}={value!r}) cannot be read: {name} is a {fields[name].type.__name__}") from None
+        wrong = f"quantize(.., {name}={value!r}) must be one of {', '.join(map(str, choices or ()))}"
+        require(not choices or found[name] in choices, wrong)
+    return found
 
 
 def defaults(cfg: Config) -> dict:

@@ -311,6 +311,20 @@ class Cache:
         return dict(self._null)
 
 
+class Captions:
+    """Captions without pictures, in memory: what a `Cache` that was made of these prompts alone gives. encode: as its builder's."""
+
+    def __init__(self, captions: list[str], encode: Callable[[list[str]], dict[str, Tensor]]):
+        parts = [captions[i : i + BATCH] for i in range(0, len(captions), BATCH)]
+        encoded = [{name: stored(name, tensor, tuple(part)) for name, tensor in encode(part).items()} for part in parts]
+        self.cond = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+
+    def conditions(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Of n captions that are drawn, of which one may come several times."""
+        rows = torch.randint(len(self.cond["tokens"]), (n,), generator=gen)[local_rows]
+        return {name: tensor[rows] for name, tensor in self.cond.items()}
+
+
 class Trajectories:
     """The guided teacher's own solutions of n captions, drawn once: targets for rollouts that follow the teacher.
 

@@ -18,6 +18,8 @@ from models.family import FACTOR, FAMILIES, family_of
 from run import files
 from run.common import UserError
 
+DISTILLED = "Distilled while it was quantized (TDPT: targets by stage of the trajectory; rollouts: from its own states)"
+
 
 def read_run(folder: Path) -> dict:
     """config.json of a finished run on a model with public weights. UserError for any other."""
@@ -32,15 +34,17 @@ def of_run(folder: Path) -> tuple:
     UserError if it is none of a pipeline."""
     about = read_run(folder)
     network = about["network"]
-    packed = network | {"layers": about["layers"], "steps": files.most_steps(about["config"])}
-    steps, guidance = packed["steps"], FAMILIES[network["model"]].few_step_guidance(network.get("guidance"))
+    packed, family = network | {"layers": about["layers"]}, FAMILIES[network["model"]]
+    packed |= {"steps": files.most_steps(about["config"]), "distilled": about["config"].get("steps", 1) > 0}
+    given = {"num_inference_steps": packed["steps"], "guidance_scale": family.few_step_guidance(network.get("guidance"))}
+    given |= family.call_options(network["config"])
     use = {
         "how": "With CMQuant's files on the Python path:",
         "imports": "from models import pipeline",
         "load": f'pipeline.load_pipeline("{folder.name}")',
-        "call": f", num_inference_steps={steps}, guidance_scale={guidance}",
+        "call": "".join(f", {name}={value}" for name, value in given.items()),
     }
-    return [folder / "model.safetensors"], FAMILIES[network["model"]], network["class"], packed, use
+    return [folder / "model.safetensors"], family, network["class"], packed, use
 
 
 def of_pipeline(folder: Path) -> tuple:
@@ -69,7 +73,8 @@ def public_name(base: str) -> str:
 
 
 def is_hub_id(base: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+    """Whether a run's base is of the hub: a path begins with / or . (pretrained.local_path), also if nothing is there any more."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
 
 
 def write_card(folder: str | Path, base_model: str = "") -> Path:
@@ -96,6 +101,7 @@ def write_card(folder: str | Path, base_model: str = "") -> Path:
         mb=size / 1e6,
         twin_mb=twin / 1e6,
         ratio=size / twin,
+        method=DISTILLED if packed.get("distilled", True) else "Quantized, and not trained after that",
         steps=packed.get("steps", 4),
         guidance=family.few_step_guidance(packed.get("guidance")),
         height=FACTOR * packed["latent"][1],

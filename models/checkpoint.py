@@ -81,17 +81,27 @@ def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.bfloat16()
 
 
+def deploy(student: Denoiser, table: dict, lora_bits: int) -> dict:
+    """The student takes the form in which it would be read from a checkpoint, without a file: packed layers without anchors, of
+    which nothing is trained. Returns its table of layers."""
+    if lora_bits == 8:
+        store_8bit(student.net)
+    for _, layer in packed_layers(student.net):
+        kept = {k: v if k in ("scale_O", "bias") else stored(f".{k}", v) for k, v in layer.state_dict().items()}
+        layer.load_state_dict(kept, assign=True)
+        layer.anchor_A = layer.anchor_B = None
+    student.requires_grad_(False)
+    return {name: row | {"lora": lora_bits} for name, row in table.items()}
+
+
 def save_checkpoint(out: Path, student: Denoiser, table: dict, merged: bool, lora_bits: int = 16) -> None:
     """model.safetensors and the table of layers in config.json. merged: Q(Q + BA) in place of the branch, rounded to nearest.
-    lora_bits 8: `student` takes its deployed form, LoRA in 8 bits and scales of a byte."""
-    table = {name: row | {"lora": lora_bits} for name, row in table.items()}
+    `student` takes its deployed form, with lora_bits 8 that of LoRA in 8 bits and scales of a byte."""
     if merged:
         for name, layer in list(packed_layers(student.net)):
             replace_layer(student.net, name, merged_layer(layer))
-            table[name]["rank"] = 0
-    if lora_bits == 8:
-        store_8bit(student.net)
-
+            table[name] = table[name] | {"rank": 0}
+    table = deploy(student, table, lora_bits)
     tensors = {k: stored(k, v) for k, v in student.state_dict().items()}
     files.write_tensors(out / "model.safetensors", tensors, {"format": files.FORMAT}, files.run_digest(out))
     files.write_json(out / "config.json", files.read_config(out) | {"layers": table, "network": network_of(student)})

@@ -24,9 +24,19 @@ from data import scenes, sources
 from kernels import CPU
 from models import tiny
 from models.family import FAMILIES, Family
+from run.common import UserError
 
 FAST_NAME = "bfloat16" if CPU.get("avx512_bf16") or CPU.get("amx_bf16") else "float32"  # elsewhere bfloat16 is emulated, slowly
-FAST = {"bfloat16": torch.bfloat16, "float32": torch.float32}[os.environ.get("CMQUANT_DTYPE", FAST_NAME)]  # of networks on a CPU
+
+
+def fast_dtype(name: str) -> torch.dtype:
+    """Of networks on a CPU, by its name. UserError for another."""
+    if name not in ("bfloat16", "float32"):
+        raise UserError(f"CMQUANT_DTYPE={name} is no dtype of networks here: set it to bfloat16 or float32, or unset it")
+    return getattr(torch, name)
+
+
+FAST = fast_dtype(os.environ.get("CMQUANT_DTYPE", FAST_NAME))
 
 
 class Denoiser(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data import sources
-from data.cache import Cache, CacheBuilder
+from data.cache import Cache, CacheBuilder, Captions, buckets
 from models import tiny
 from models.denoiser import Denoiser, as_cm, draw_latents
 from models.family import FACTOR, FAMILIES, Family
@@ -30,18 +30,24 @@ def with_sizes(family: Family, cond: dict[str, torch.Tensor], side: int) -> dict
 
 class Text:
     """text(captions) -> cond on the CPU (shapes: Family.encode), with time_ids where the family takes sizes. The empty caption is
-    what the pipeline itself takes for the unconditional one."""
+    what the pipeline itself takes for the unconditional one. tokens: of a caption, at most; 0: the family's."""
 
-    def __init__(self, name: str, base: str, components: str = "", resolution: int = 1024, device="cpu", dtype=torch.bfloat16):
+    def __init__(self, name: str, base: str, components="", resolution=1024, device="cpu", dtype=torch.bfloat16, tokens=0):
         check_device(device)
         self.family, self.resolution, self.device = FAMILIES[name], resolution, device
+        self.tokens = tokens or self.family.tokens
         self.pipeline = load_text_pipeline(self.family, base, components, dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    @torch.no_grad()
     def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        cond = {k: v.cpu() for k, v in self.family.encode(self.pipeline, captions, self.device).items()}
-        return with_sizes(self.family, cond, self.resolution)
+        return encode_captions(self.family, self.pipeline, captions, self.device, self.tokens, self.resolution)
+
+
+@torch.no_grad()
+def encode_captions(family: Family, pipe, captions: list[str], device, tokens: int, side: int) -> dict[str, torch.Tensor]:
+    """What `Text` returns, by the text encoders of a pipeline that is there; side: of the pictures, in pixels."""
+    cond = {k: v.cpu() for k, v in family.encode(pipe, captions, device, tokens).items()}
+    return with_sizes(family, cond, side)
 
 
 class VAE:
@@ -71,9 +77,19 @@ def random_text(denoiser: Denoiser, resolution: int, captions: list[str]) -> dic
     """Stands for text encoders where there are only random weights: cond is a function of the caption, of the right shape."""
     family = denoiser.family
     generators = [torch.Generator().manual_seed(zlib.crc32(caption.encode())) for caption in captions]
-    shapes = family.cond_shapes(denoiser.net.config, family.tokens)
+    shapes = family.cond_shapes(denoiser.net.config, family.text_tokens(denoiser.net.config))
     cond = {k: torch.stack([torch.randn(shape, generator=gen) for gen in generators]) for k, shape in shapes.items()}
     return with_sizes(family, cond, resolution)
+
+
+def captions_of(pipe, denoiser: Denoiser, captions: list[str]) -> Captions:
+    """The captions, by the text encoders of the pipeline that the denoiser belongs to. UserError for none, or what is no list."""
+    if isinstance(captions, str) or not captions or not all(isinstance(caption, str) for caption in captions):
+        raise UserError("the prompts must be a list of some captions: give those that are like what will be drawn")
+    family, side = denoiser.family, FACTOR * denoiser.latent[1]
+    buckets(side)  # UserError for a size that no training has
+    how = {"device": denoiser.net.device, "tokens": family.text_tokens(denoiser.net.config), "side": side}
+    return Captions(list(captions), lambda part: encode_captions(family, pipe, part, **how))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +111,8 @@ class Encoders:
             return random_text(self.network, self.resolution, captions)
         if self._text is None:
             dtype = self.network.dtype if cfg.device == "cuda" else torch.float32
-            self._text = Text(cfg.model, cfg.teacher, cfg.components, self.resolution, cfg.device, dtype)
+            tokens = self.network.family.text_tokens(self.network.net.config)
+            self._text = Text(cfg.model, cfg.teacher, cfg.components, self.resolution, cfg.device, dtype, tokens)
         return self._text(captions)
 
     def pictures(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -123,10 +140,10 @@ def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cac
     if (first := next((row for row in source.rows() if row[1]), None)) is None:
         raise UserError(f"--data {cfg.data} has no captions: look at what it names")
     draws = first[2] is None and cfg.rollout < 1
-    key, draw = cache_key(cfg, draws), encoders.draw if draws else None
+    key, draw = cache_key(cfg, network, draws), encoders.draw if draws else None
     cache = CacheBuilder(folder, source, encoders.pictures, encoders.text, key, encoders.resolution, draw).open_or_make()
     if process_index() == 0 and draws_pictures(cfg):
-        path = file_of_prompts(cfg, out)
+        path = file_of_prompts(cfg, out, network)
         if not files.is_good(path, "", "it is made again"):
             files.write_tensors(path, encoders.text(prompts_of(vars(cfg))), {})
     wait_for_all()
@@ -146,9 +163,9 @@ def prompts_of(config: dict) -> list[str]:
     return sources.sample_prompts(config) if FAMILIES[config["model"]].embedded else sources.PIPELINE_PROMPTS
 
 
-def file_of_prompts(cfg, out: Path) -> Path:
+def file_of_prompts(cfg, out: Path, network: Denoiser) -> Path:
     """In the cache: cond of prompts_of, so that text encoders need not come back for the pictures of a run."""
-    digest = files.digest_of([cache_key(cfg, draws=False), prompts_of(vars(cfg))])
+    digest = files.digest_of([cache_key(cfg, network, draws=False), prompts_of(vars(cfg))])
     return Path(cfg.cache or out / "cache") / f"prompts-{digest}.safetensors"
 
 
@@ -156,7 +173,7 @@ def conditions_of_prompts(cfg, out: Path, network: Denoiser) -> dict[str, torch.
     """cond of prompts_of, which examples_of has kept for public models."""
     if network.family.embedded:
         return network.encode(prompts_of(vars(cfg)))
-    return files.read_verified(file_of_prompts(cfg, out), "run the same command again, it will be made again", "")[0]
+    return files.read_verified(file_of_prompts(cfg, out, network), "run the same command again, it will be made again", "")[0]
 
 
 def decode(cfg, network: Denoiser, latents: torch.Tensor) -> torch.Tensor:
@@ -170,11 +187,13 @@ def decode(cfg, network: Denoiser, latents: torch.Tensor) -> torch.Tensor:
         return VAE(cfg.model, cfg.teacher, cfg.components, "cpu").decode(latents)
 
 
-def cache_key(cfg, draws: bool) -> dict:
+def cache_key(cfg, network: Denoiser, draws: bool) -> dict:
     """What a cache depends on. Local weights are known by name and content: they may move."""
     base, components, cm = (Path(name).name if Path(name).exists() else name for name in (cfg.teacher, cfg.components, cfg.cm))
     key = {"model": cfg.model, "base": base or cfg.weights or FAMILIES[cfg.model].base, "components": components}
     key["files of the base"] = files.fingerprint(cfg.teacher, cfg.components)
+    if (tokens := network.family.text_tokens(network.net.config)) != network.family.tokens:
+        key["tokens of a caption"] = tokens
     if draws:
         key |= {"consistency model": cm, "its scale": cfg.cm_scale, "its steps": files.most_steps(vars(cfg))}
         key |= {"files of the consistency model": files.fingerprint(cfg.cm)}

@@ -49,7 +49,7 @@ class Family:
     network: type[nn.Module]  # diffusers' class of the denoiser
     is_one: Callable[[dict], bool]  # whether a configuration of class `network` belongs to this family
     latent: tuple[int, int, int]  # (C, H, W) of a picture of the official size
-    tokens: int  # of a caption
+    tokens: int  # of a caption, at most
     cond_shapes: Callable[[dict, int], dict[str, tuple[int, ...]]]  # (config, tokens) -> shapes of cond without the batch
     inputs: Callable[..., dict]  # (config, x, timestep, cond, scalar) -> keyword arguments of the network's forward
     path: Callable[[dict, tuple[int, int, int]], VPPath | FlowPath]  # (scheduler's configuration, latent) -> noise path
@@ -69,7 +69,8 @@ class Family:
     base: str = ""  # hub id of the official base
     part: str = ""  # the denoiser's name in a pipeline and in its folder
     pipeline_name: str = ""  # of the class in diffusers
-    encode: Callable[..., dict] | None = None  # (pipeline, captions, device) -> cond without time_ids
+    encode: Callable[..., dict] | None = None  # (pipeline, captions, device, tokens at most) -> cond without time_ids
+    call_options: Callable[[dict], dict] = lambda config: {}  # further arguments of the pipeline's calls, by the network's config
     text_options: dict = field(default_factory=dict)  # of from_pretrained, where text encoders alone are wanted
     takes_sizes: bool = False  # cond has time_ids
     guidance_input: Callable[[dict], float | None] = lambda config: None  # default of a network that has guidance as an input
@@ -94,6 +95,10 @@ class Family:
     def few_step_guidance(self, guidance: float | None) -> float:
         """guidance_scale of a call: 1 where guidance is distilled into the network, else what the network was given."""
         return 1.0 if self.classifier_free else 3.5 if guidance is None else guidance
+
+    def text_tokens(self, config) -> int:
+        """The most tokens of a caption for a network of this configuration."""
+        return self.call_options(config).get("max_sequence_length", self.tokens)
 
     def pipeline(self):
         """diffusers' pipeline class."""
@@ -212,13 +217,13 @@ def ddim_scheduler(scheduler: dict, path: VPPath) -> DDIMScheduler:
     return found
 
 
-def encode_sdxl(pipe, captions: list[str], device) -> dict[str, Tensor]:
+def encode_sdxl(pipe, captions: list[str], device, tokens: int) -> dict[str, Tensor]:
     """tokens (B, 77, 2048), pooled (B, 1280). The empty caption is zeros where the base says so, as in its pipeline."""
-    tokens, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=device)
+    tokens_BLD, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=device)
     if pipe.config.force_zeros_for_empty_prompt:
-        empty = torch.tensor([not caption for caption in captions], device=tokens.device)
-        tokens, pooled = tokens.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
-    return {"tokens": tokens, "pooled": pooled}
+        empty = torch.tensor([not caption for caption in captions], device=pooled.device)
+        tokens_BLD, pooled = tokens_BLD.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+    return {"tokens": tokens_BLD, "pooled": pooled}
 
 
 def scale_sdxl(config, z: Tensor) -> Tensor:
@@ -229,10 +234,10 @@ def scale_sdxl(config, z: Tensor) -> Tensor:
     return z * config.scaling_factor
 
 
-def encode_sd15(pipe, captions: list[str], device) -> dict[str, Tensor]:
+def encode_sd15(pipe, captions: list[str], device, tokens: int) -> dict[str, Tensor]:
     """tokens (B, 77, 768), of Stable Diffusion 2.x (B, 77, 1024). The empty caption is encoded like any other."""
-    tokens, _ = pipe.encode_prompt(captions, device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-    return {"tokens": tokens}
+    tokens_BLD, _ = pipe.encode_prompt(captions, device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return {"tokens": tokens_BLD}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,11 +288,11 @@ def flux_path(scheduler: dict, latent: tuple[int, int, int]) -> FlowPath:
     return FlowPath(mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu))
 
 
-def encode_flux(pipe, captions: list[str], device) -> dict[str, Tensor]:
+def encode_flux(pipe, captions: list[str], device, tokens: int) -> dict[str, Tensor]:
     """tokens (B, L, 4096), pooled (B, 768)."""
-    longest = min(512, pipe.tokenizer_2.model_max_length)
-    tokens, pooled, _ = pipe.encode_prompt(captions, None, max_sequence_length=longest, device=device)
-    return {"tokens": tokens, "pooled": pooled}
+    longest = min(tokens, pipe.tokenizer_2.model_max_length)
+    tokens_BLD, pooled, _ = pipe.encode_prompt(captions, None, max_sequence_length=longest, device=device)
+    return {"tokens": tokens_BLD, "pooled": pooled}
 
 
 def flux_file_lacks(shapes: dict[str, tuple[int, ...]]) -> str:
@@ -368,6 +373,15 @@ EMBEDDED_UNET = (
 SDXL_LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
 SD_LICENCE = "https://huggingface.co/spaces/CompVis/stable-diffusion-license"
 DEV_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+OPENRAIL_PP = ({"license": "openrail++"}, f"CreativeML Open RAIL++-M License ({SDXL_LICENCE})")
+
+
+def turbo_licence(name: str) -> tuple[dict, str]:
+    """Of Stability AI's Turbo models, for a card."""
+    link = f"https://huggingface.co/stabilityai/{name}/blob/main/LICENSE.md"
+    entries = {"license": "other", "license_name": "sai-nc-community", "license_link": link}
+    return entries, f"Stability AI Non-Commercial Research Community License ({link})"
+
 
 TINY = Family(  # 6.9 M parameters
     name="tiny",
@@ -409,7 +423,12 @@ SDXL = Family(  # SDXL base 1.0, 2.567 B parameters
     compare_guidance=5.0,
     cm_example="latent-consistency/lcm-lora-sdxl",
     student={"rank": 15},  # 16 without the two bytes a channel that smoothing takes
-    licences={"stable-diffusion-xl": ({"license": "openrail++"}, f"CreativeML Open RAIL++-M License ({SDXL_LICENCE})")},
+    licences={
+        "stable-diffusion-xl": OPENRAIL_PP,
+        "SDXL-Lightning": OPENRAIL_PP,
+        "sdxl_lightning": OPENRAIL_PP,  # the names of its files
+        "sdxl-turbo": turbo_licence("sdxl-turbo"),
+    },
     **STABLE_DIFFUSION,
 )
 SD15 = Family(  # Stable Diffusion 1.5, 0.860 B parameters
@@ -424,7 +443,10 @@ SD15 = Family(  # Stable Diffusion 1.5, 0.860 B parameters
     text_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     compare_guidance=7.5,
     cm_example="latent-consistency/lcm-lora-sdv1-5",
-    licences={"stable-diffusion-v1": ({"license": "creativeml-openrail-m"}, f"CreativeML Open RAIL-M License ({SD_LICENCE})")},
+    licences={
+        "stable-diffusion-v1": ({"license": "creativeml-openrail-m"}, f"CreativeML Open RAIL-M License ({SD_LICENCE})"),
+        "sd-turbo": turbo_licence("sd-turbo"),
+    },
     **STABLE_DIFFUSION,
 )
 FLUX_DEV = Family(  # FLUX.1 [dev], 11.90 B parameters
@@ -440,6 +462,7 @@ FLUX_DEV = Family(  # FLUX.1 [dev], 11.90 B parameters
     part="transformer",
     pipeline_name="FluxPipeline",
     encode=encode_flux,
+    call_options=lambda config: {} if config.get("guidance_embeds") else {"max_sequence_length": 256},  # schnell was trained so
     guidance_input=lambda config: 3.5 if config.guidance_embeds else None,  # schnell has no such input
     compare_guidance=3.5,
     pack=lambda pipe, noise: pipe._pack_latents(noise, *noise.shape),
@@ -452,7 +475,8 @@ FLUX_DEV = Family(  # FLUX.1 [dev], 11.90 B parameters
         "FLUX.1-dev": (
             {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "license_link": DEV_LICENCE},
             f"FLUX.1 [dev] Non-Commercial License ({DEV_LICENCE})",
-        )
+        ),
+        "FLUX.1-schnell": ({"license": "apache-2.0"}, "Apache License 2.0"),
     },
     **FLUX,
 )

@@ -46,7 +46,7 @@ from models.card import public_name, read_run, write_card, write_export_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from models.quantizer import CMQuantConfig, CMQuantQuantizer, as_packed, quantization_config, register
-from models.standalone import without_code, write_code
+from models.standalone import class_name, without_code, write_code
 from run import files
 from run.common import UserError, check_device, run_script
 
@@ -61,14 +61,60 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> Denoiser:
     """The packed denoiser of a run folder, on the CPU, its 16-bit layers in `dtype`. UserError if the run is none, or damaged."""
     about = read_run(folder)
     denoiser, _ = checkpoint.load_checkpoint(folder)
-    denoiser.to(dtype)
-    backend, steps = about["config"].get("backend", "native"), files.most_steps(about["config"])
-    config = CMQuantConfig(about["layers"], about["network"]["base"], backend, denoiser.latent, denoiser.guidance, steps)
-    net = denoiser.net  # did not come by from_pretrained, and becomes one that save_pretrained can write
-    net.hf_quantizer, net.quantization_method = CMQuantQuantizer(config), config.quant_method
-    as_packed(net)
-    net.register_to_config(quantization_config=config)
+    as_few_step(denoiser.to(dtype), about["layers"], about["config"])
     return denoiser
+
+
+def as_few_step(denoiser: Denoiser, table: dict[str, dict], config: dict) -> None:
+    """The packed network, which did not come by from_pretrained, becomes one that save_pretrained can write. config: that of the
+    run, train.Config as a dict."""
+    net, steps = denoiser.net, files.most_steps(config)
+    how = {"whole": config.get("cm") == pretrained.WHOLE, "distilled": config.get("steps", 1) > 0}
+    about = denoiser.base, config.get("backend", "native"), denoiser.latent, denoiser.guidance, steps
+    quantization = CMQuantConfig(table, *about, **how)
+    net.hf_quantizer, net.quantization_method = CMQuantQuantizer(quantization), quantization.quant_method
+    as_packed(net)
+    net.register_to_config(quantization_config=quantization)
+
+
+def to_be_packed(pipe, resolution: int = 0) -> Denoiser:
+    """The denoiser of a diffusers pipeline in memory, to be packed in place; resolution: of its pictures, 0: their own. UserError
+    for a pipeline of no family, one that is packed, has adapters or is offloaded, and one in float16."""
+    net = denoiser_of(pipe)
+    if net is None or (family := family_of_network(net)) is None or family.embedded:
+        known = " or ".join(family.pipeline_name for family in FAMILIES.values() if family.pipeline_name)
+        raise UserError(f"{type(pipe).__name__} is of no family here, or its network is not: give a {known}")
+    if any(packed_layers(net)):
+        raise UserError("the pipeline is packed already: give the one in 16 bits that it was made from")
+    if getattr(net, "peft_config", None):
+        raise UserError("adapters cannot be packed: call the pipeline's fuse_lora() and unload_lora_weights(), then quantize")
+    if getattr(net, "encoder_hid_proj", None) is not None:
+        raise UserError("an IP-Adapter cannot be packed: call the pipeline's unload_ip_adapter(), quantize, and load it again")
+    if hasattr(net, "_hf_hook"):
+        raise UserError("the pipeline is offloaded: call its remove_all_hooks(), and to(device) of one that has room for it")
+    if net.dtype not in (torch.bfloat16, torch.float32):
+        raise UserError(f"statistics in {net.dtype} would overflow: call the pipeline's to(torch.bfloat16), then quantize")
+    base = pretrained.local_path(str(pipe.name_or_path or ""))
+    pretrained.check_architecture(family, dict(net.config) | {"_class_name": type(net).__name__}, base or "the pipeline")
+    scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
+    return pretrained.as_denoiser(family, net, scheduler, base, resolution)
+
+
+def around(pipe, denoiser: Denoiser, table: dict[str, dict], config: dict):
+    """`pipe` with its denoiser packed in place, as load_pipeline makes one of a run folder. config: train.Config as a dict."""
+    as_few_step(denoiser, table, config)
+    pipe.register_modules(scheduler=denoiser.family.few_step_scheduler(denoiser.scheduler, denoiser.path))
+    draw_at_size_of_training(pipe)
+    return pipe
+
+
+def draw_at_size_of_training(pipe) -> None:
+    """A call of `pipe` that names no size draws pictures of the size that its network was trained for."""
+    net = denoiser_of(pipe)
+    pipe.default_sample_size = max(few_step_config(net).latent[1:])
+    if "sample_size" in net.config:  # StableDiffusionPipeline reads it there, and of what kind it is when it is made
+        net.register_to_config(sample_size=pipe.default_sample_size)
+        pipe._is_unet_config_sample_size_int = True
 
 
 def few_step_config(net: nn.Module) -> CMQuantConfig:
@@ -102,13 +148,9 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
         denoiser = load_denoiser(folder, dtype)
         net = denoiser.net
         pipe = _few_step_pipeline(denoiser, base or denoiser.base, components_of(folder), dtype)
-    config = few_step_config(net)
-    pipe.default_sample_size = max(config.latent[1:])  # where a call names no size
-    if "sample_size" in net.config:  # StableDiffusionPipeline reads it there, and of what kind it is when it is made
-        net.register_to_config(sample_size=pipe.default_sample_size)
-        pipe._is_unet_config_sample_size_int = True
+    draw_at_size_of_training(pipe)
     pipe.to(device)
-    if on_cpu and config.backend == "compile":
+    if on_cpu and few_step_config(net).backend == "compile":
         set_backend(net, "native")
     if compile:
         net.compile(mode=compile if isinstance(compile, str) else None)
@@ -155,7 +197,7 @@ def draw_with_pipeline(pipe, prompts: list[str], steps: int, seed: int = 0, guid
     if guidance is None:
         guidance = family.few_step_guidance(quantization_config(net).guidance)
     shape = (family.latent[0], side, side)
-    size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor}
+    size = {"height": side * pipe.vae_scale_factor, "width": side * pipe.vae_scale_factor} | family.call_options(net.config)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for i, prompt in enumerate(prompts):
@@ -194,8 +236,7 @@ def read_base(cls, base: str, components: str = "", **kwargs):
     with pretrained.loading_errors("the pipeline", base):
         if pretrained.is_file(base):
             return cls.from_single_file(base, **({"config": components} if components else {}), **kwargs)
-        found = cls.load_config(base)["_class_name"]
-        found = found if isinstance(found, str) else found[1]  # of a folder with code of its own
+        found = class_name(cls.load_config(base))
         if cls is not diffusers.DiffusionPipeline and _stem(found) != _stem(cls.__name__):
             raise UserError(f"{base} is a {found}, not a {cls.__name__}: name the one that was quantized by --base")
         return pretrained.from_pretrained(cls, base, **kwargs)
@@ -269,16 +310,18 @@ def add_style_lora(pipe, lora: str | Path | dict, name: str = "style") -> None:
 
 def save_pipeline(pipe, out: str | Path, base_model: str = "", report: Path | None = None) -> None:
     """save_pretrained, what loads the folder without this repository, and a card. base_model: hub id of the base, where that was a
-    copy; report: report.json of the run, for the card. UserError while adapters are on, which save_pretrained would take for the
-    network's own."""
+    copy; report: report.json of the run, for the card. UserError while adapters or an IP-Adapter are on, which save_pretrained
+    would take for the network's own."""
     out, net = Path(out), denoiser_of(pipe)
     if getattr(net, "peft_config", None):
         raise UserError("adapters are not saved with a pipeline: call its unload_lora_weights(), then save")
+    if getattr(net, "encoder_hid_proj", None) is not None:
+        raise UserError("an IP-Adapter is not saved with a pipeline: call its unload_ip_adapter(), then save")
     config = few_step_config(net)
     with writing(out):
         pipe.save_pretrained(out)
         forget_paths(out, base_model or public_name(config.base))
-        write_code(out, family_of_network(net), config.steps, config.guidance, config.latent[1:])
+        write_code(out, family_of_network(net), config, net.config)
         if report and report.is_file():
             shutil.copy(report, out / "report.json")
         write_card(out)
@@ -301,7 +344,8 @@ def export_pipeline(pipe, out: str | Path, kind: str = "16bit", base_model: str 
     exports.replace(net, exported)
     distance = sources.psnr(draw_with_pipeline(pipe, prompts, config.steps, guidance=guidance), before)
     height, width = (pipe.vae_scale_factor * side for side in config.latent[1:])
-    call = f", num_inference_steps={config.steps}, guidance_scale={guidance}, height={height}, width={width}"
+    given = {"num_inference_steps": config.steps, "guidance_scale": guidance, "height": height, "width": width}
+    call = "".join(f", {name}={value}" for name, value in (given | family.call_options(net.config)).items())
     with writing(out):
         pipe.save_pretrained(out)
         forget_paths(out, base)

@@ -34,6 +34,7 @@ import hgs_lora
 import qra
 from data.cache import buckets
 from models import checkpoint, pretrained
+from models.denoiser import Denoiser
 from models.family import FAMILIES
 from models.memory import Footprint, format_table, layer_table, ratio
 from run.common import UserError, free_memory, process_count, process_index
@@ -145,17 +146,21 @@ def about_inputs(cfg) -> dict[str, bool]:
     return {"smooth": any(cfg.exponents), "centre": cfg.centre}
 
 
-def footprint_of(cfg) -> Footprint:
-    """Of the 4-bit student, or of the consistency model that --bits 16 trains, for pictures of --resolution."""
+def footprint_of(cfg, network: Denoiser | None = None) -> Footprint:
+    """Of the 4-bit student, or of the consistency model that --bits 16 trains, for pictures of --resolution. network: the one that
+    is packed, where it is in memory."""
     if cfg.resolution:
         buckets(cfg.resolution)  # UserError
-    family = FAMILIES[cfg.model]
-    side = pretrained.latent_side(family, skeleton_of(cfg), cfg.resolution)
+    family, build = FAMILIES[cfg.model], partial(pretrained.on_meta, network.net) if network else partial(skeleton_of, cfg)
+    net = build()
+    side = pretrained.latent_side(family, net, cfg.resolution)
     about = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": math.ceil(cfg.rank)}
+    about |= {"cm_rank": 0} if cfg.cm == pretrained.WHOLE else {}
     about |= about_inputs(cfg)
     about["gradients"] = hgs_lora.wants_gradients(cfg.hessian, cfg.init, qra.METHODS[cfg.ranks].reads)
     latent = (family.latent[0], side, side)
-    return Footprint(lambda: skeleton_of(cfg), latent, family.tokens, dtype=cfg.torch_dtype, group_w=cfg.group_w, **about)
+    tokens, about_w = family.text_tokens(net.config), {"dtype": cfg.torch_dtype, "group_w": cfg.group_w}
+    return Footprint(build, latent, tokens, **about_w, **about)
 
 
 def teacher_of(cfg) -> str:
@@ -216,6 +221,14 @@ def dry_run(cfg) -> None:
         print_main_memory(cfg, fp, made)
     print(f"  disk, without the cache         {fp.files / 1e9:8.3f} GB\n")
     print(f"memory_ratio: {ratio(merged if cfg.deploy == 'merged' else rows):.3f}")
+
+
+def planned_in_memory(cfg, network: Denoiser):
+    """cfg with --hessian-mb as there is room beside a network that is on its device, where it is packed."""
+    fp, cfg = footprint_of(cfg, network), dataclasses.replace(cfg, micro=micro_of(cfg))
+    rest = 0 if cfg.device == "cpu" else start_of(fp, cfg.micro, cfg.checkpointing)["activations"]
+    statistics = max(cfg.hessian_mb << 20 or fp.budget(room_on_device(cfg, rest)), fp.least)
+    return dataclasses.replace(cfg, hessian_mb=-(-statistics >> 20))
 
 
 def planned(cfg):

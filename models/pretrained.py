@@ -4,7 +4,8 @@
              `components`, a hub id or folder, then has the configs and tokenizers: default the official base)
     cm       a LoRA that turns the base into a few-step consistency model (TCD, LCM, PCM, Hyper-SD ..), in any format that diffusers
              reads (its own, PEFT's, kohya's): a hub id, one of its files (OWNER/NAME/FILE.safetensors), a folder or a file. It
-             becomes denoiser.LoRA wrappers, so that one network is teacher and consistency model.
+             becomes denoiser.LoRA wrappers, so that one network is teacher and consistency model. `none` stands for a base that
+             is a consistency model itself (SDXL-Turbo, FLUX.1-schnell): it has no LoRA, and there is no teacher.
     A file without text encoders or VAE, as FLUX is published, takes those of `components` or of the official base.
 
     network = load_network("sdxl", base)            bfloat16, no second copy at any time
@@ -41,12 +42,29 @@ from models.outliers import add_outliers
 from run import files
 from run.common import UserError, check_device
 
+WHOLE = "none"  # --cm of a base that draws in few steps itself
 OF_LIBRARIES = (SafetensorError, SingleFileComponentError)
 VARIANTS = ("fp16", "bf16", "fp32", "non_ema")  # in the names of files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a public base
+
+
+def refuse_gated(repository: str, chain: list[BaseException]) -> None:
+    """UserError if an error, or one that it came from, says that the repository of a base or a LoRA is gated."""
+    if any(isinstance(error, hub.GatedRepoError) or "gated repo" in str(error) for error in chain):
+        owner_and_name = "/".join(repository.split("/")[:2])
+        accept = f"accept its licence at https://huggingface.co/{owner_and_name} and run `hf auth login`, then again"
+        raise UserError(f"{repository} is gated: {accept}") from None
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """The error, and those that it came from."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    return chain
 
 
 @contextlib.contextmanager
@@ -60,13 +78,10 @@ def loading_errors(what: str, base: str):
         headers.check_folder_unquantized(base, "model_index.json")  # a part needs its quantizer
         raise UserError(f"{what} of {base} needs a package: {str(error).strip().splitlines()[0]}") from None
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, *OF_LIBRARIES) as error:
-        chain, local = [error], Path(base).exists()
-        while cause := chain[-1].__cause__ or chain[-1].__context__:
-            chain.append(cause)
+        chain, local = chain_of(error), Path(base).exists()
+        refuse_gated(base, chain)
         text = " ".join(map(str, chain))
-        if any(isinstance(e, hub.GatedRepoError) for e in chain) or "gated repo" in text:
-            says = f"{base} is gated: accept its licence at https://huggingface.co/{base} and run `hf auth login`, then again"
-        elif any(isinstance(e, SafetensorError) for e in chain) or ("safetensors" in text and "header" in text):
+        if any(isinstance(e, SafetensorError) for e in chain) or ("safetensors" in text and "header" in text):
             again = f"copy {base} again" if local else f"run `hf download {base} --force-download`"
             says = f"{what} of {base} is truncated or damaged: {again}"
         elif local or not isinstance(error, OSError):
@@ -81,6 +96,11 @@ def loading_errors(what: str, base: str):
                 " network (and check the name), or give a local folder"
             )
         raise UserError(says) from None
+
+
+def local_path(base: str) -> str:
+    """A base as a run keeps its name: a path that exists here begins with / or ., so that it is never taken for a hub id."""
+    return f"./{base}" if base and Path(base).exists() and not base.startswith(("/", ".")) else base
 
 
 def is_file(base: str) -> bool:
@@ -124,12 +144,16 @@ def load_network(
     else:
         base = base or family.base
         net, scheduler = load_file(family, base, components, dtype) if is_file(base) else load_folder(family, base, weights, dtype)
+    return as_denoiser(family, net, scheduler, local_path(base), resolution).eval().requires_grad_(False)
+
+
+def as_denoiser(family: Family, net: nn.Module, scheduler: dict, base: str, resolution: int = 0) -> Denoiser:
+    """A network of diffusers with the noise path of its scheduler's configuration. UserError for one that has no path here."""
     side = latent_side(family, net, resolution)
     try:
-        denoiser = Denoiser(family, net, scheduler, (family.latent[0], side, side), base)
+        return Denoiser(family, net, scheduler, (family.latent[0], side, side), base)
     except ValueError as error:
         raise UserError(f"the noise schedule of {base} cannot be used: {error}") from None
-    return denoiser.eval().requires_grad_(False)
 
 
 def random_weights(build, dtype: torch.dtype, device) -> nn.Module:
@@ -281,10 +305,15 @@ def load_vae(family: Family, base: str, components: str = "") -> AutoencoderKL:
 # The consistency LoRA
 
 
-def weightless(net: nn.Module) -> nn.Module:
-    """The float network of `net`'s configuration, each weight a view of one zero on the CPU: no memory, yet not meta."""
+def on_meta(net: nn.Module) -> nn.Module:
+    """The float network of `net`'s configuration on the meta device."""
     with torch.device("meta"):
-        twin = type(net).from_config(net.config)
+        return type(net).from_config(net.config)
+
+
+def weightless(net: nn.Module) -> nn.Module:
+    """The same, each weight a view of one zero on the CPU: no memory, yet not meta."""
+    twin = on_meta(net)
     for layer in twin.modules():
         for key, p in layer._parameters.items():
             layer._parameters[key] = None if p is None else nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
@@ -303,8 +332,7 @@ def lora_errors(lora: str, onto: str):
     except (OSError, hub.HFValidationError) as error:
         if Path(lora).exists():
             raise UserError(f"{lora} cannot be read ({error}): change its permissions, or copy it again") from None
-        if isinstance(error, hub.GatedRepoError) or isinstance(error.__context__, hub.GatedRepoError):
-            raise UserError(f"{lora} is gated: accept its terms on https://huggingface.co and run `hf auth login`") from None
+        refuse_gated(lora, chain_of(error))
         fetch = f"`hf download {lora.replace('/', ' ', 2).replace(' ', '/', 1)}`"  # OWNER/NAME FILE
         raise UserError(f"{lora} is neither here nor to be had from the hub: check the name, or run {fetch}") from None
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
@@ -420,20 +448,24 @@ def load_embedded_cm(name: str, teacher: str = "", cm: str = "") -> Denoiser:
 
 
 def open_cm(cfg, dtype: torch.dtype) -> Denoiser:
-    """The teacher with its switchable consistency LoRA, on the CPU (random weights: where they are drawn)."""
+    """The teacher with its switchable consistency LoRA, or a base that is a consistency model without one, on the CPU (random
+    weights: where they are drawn)."""
     if FAMILIES[cfg.model].embedded:
         denoiser = load_embedded_cm(cfg.model, cfg.teacher, cfg.cm)
         if cfg.outliers:
             add_outliers(denoiser)
         return denoiser.to(dtype)
     denoiser = _open_network(cfg, dtype)
+    if cfg.cm == WHOLE:
+        return denoiser
     if cfg.cm:
         add_cm(denoiser, cfg.cm, cfg.cm_scale)
     elif cfg.weights == "random":
         random_cm(denoiser)
     else:
         example = FAMILIES[cfg.model].cm_example
-        raise UserError(f"--cm is missing: name a consistency LoRA, such as {example}, or --cm self to train one first")
+        others = "--cm self to train one first, or --cm none if the base draws in few steps itself"
+        raise UserError(f"--cm is missing: name a consistency LoRA, such as {example}, {others}")
     return denoiser
 
 

@@ -40,7 +40,8 @@ class CMQuantConfig(QuantizationConfigMixin):
     """layers: the table of layers of a checkpoint, none for a network that is to be packed; base: the pipeline that was quantized;
     backend: of the kernels; latent: the shape of the pictures' latents in training; guidance: what the network was given as its
     guidance, if it has that input; steps: the largest number that it was trained for, None if it was not; bits_x: of activations, 4
-    or 8, where a network is packed."""
+    or 8, where a network is packed; whole: whether the base itself draws in few steps (--cm none); distilled: whether it was
+    trained after it was packed."""
 
     def __init__(
         self,
@@ -51,6 +52,8 @@ class CMQuantConfig(QuantizationConfigMixin):
         guidance=None,
         steps=4,
         bits_x=4,
+        whole=False,
+        distilled=True,
         quant_method=Method.CMQUANT,
     ):
         """ValueError for other bits."""
@@ -58,6 +61,7 @@ class CMQuantConfig(QuantizationConfigMixin):
             raise ValueError(f"activations have 4 or 8 bits, not {bits_x}")
         self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers or {}, base, backend
         self.latent, self.guidance, self.steps = list(latent), guidance, steps
+        self.whole, self.distilled = whole, distilled
         if not layers:
             self.bits_x = bits_x
 
@@ -128,23 +132,23 @@ class CMQuantQuantizer(DiffusersQuantizer):
 def pack_nearest(net: nn.Module, bits_x: int) -> dict[str, dict]:
     """Packs a network in place, one layer at a time, rounded to nearest, rotated where that can be, without branches: the table of
     layers. ValueError for a network of no family."""
-    from models.family import family_of_network  # which a pipeline folder's own code lacks
+    from models.denoiser import float_layers  # which a pipeline folder's own code lacks, as the next one
+    from models.family import family_of_network
 
     if (family := family_of_network(net)) is None:
         raise ValueError(f"{type(net).__name__} of this configuration is of no family here: models/family.py lists them")
     table = {}
-    for name, layer in list(net.named_modules()):
-        kind = family.precision(name) if isinstance(layer, nn.Linear | nn.Conv2d) else "16bit"
-        if kind == "16bit":
+    for name, layer in float_layers(net).items():
+        if (kind := family.precision(name)) == "16bit":
             continue
         w_OIhw = layer.weight.detach().float()
         w_OK, taps = quant.flatten_conv(w_OIhw if w_OIhw.dim() == 4 else w_OIhw[..., None, None]), w_OIhw[0, 0].numel()
         rotated = kind == "w4a4" and w_OIhw.shape[1] % quant.TURN == 0
-        gw = quant.quantize_weight(quant.rotate_taps(w_OK, taps) if rotated else w_OK, 64, taps)
-        group_x = quant.EIGHT_BITS if bits_x == 8 else 8
+        gw = quant.quantize_weight(quant.rotate_taps(w_OK, taps) if rotated else w_OK, quant.GROUP_W, taps)
+        group_x = quant.EIGHT_BITS if bits_x == 8 else quant.GROUP_X
         replace_layer(net, name, packed_class(kind, layer).from_float(layer, gw, group_x=group_x, rotated=rotated))
         table[name] = {"kind": kind, "shape": [*w_OK.shape], "rank": 0, "smooth": False, "rotated": rotated}
-        table[name] |= {"group_w": 64, "group_x": group_x}
+        table[name] |= {"group_w": quant.GROUP_W, "group_x": group_x}
     return table
 
 

@@ -45,16 +45,17 @@ def standalone_files() -> dict[str, str]:
     return {f"{prefix}{name}": text for name, text in code.items()}
 
 
-def write_code(folder: Path, family: Family, steps: int, guidance: float | None, size: tuple[int, int]) -> None:
-    """pipeline.py and what it imports, into a folder of save_pretrained, whose pictures take `steps` and have latents of `size`.
-    guidance: what the network was given in training."""
+def write_code(folder: Path, family: Family, packed, config: dict) -> None:
+    """pipeline.py and what it imports, into a folder of save_pretrained. packed: how its network was packed, a CMQuantConfig;
+    config: the network's own."""
     index, code = json.loads((folder / "model_index.json").read_text()), standalone_files()
     text = (files.ASSETS / "pipeline.py.template").read_text()
     for word, meaning in {
         "CLASS": index["_class_name"],
-        "STEPS": str(steps),
-        "SIZE": ", ".join(map(str, size)),
-        "GUIDANCE": str(family.few_step_guidance(guidance)),
+        "STEPS": str(packed.steps),
+        "SIZE": ", ".join(map(str, packed.latent[1:])),
+        "GUIDANCE": str(family.few_step_guidance(packed.guidance)),
+        "MORE": json.dumps(family.call_options(config)),
         "PREFIX": next(iter(code)).removesuffix("gptq_gpu"),
         "QUANTIZER": next(module for module in code if module.endswith("_quantizer")),
         "IMPORTS": "\n".join(f"from .{module} import __doc__ as _  # noqa: F401" for module in code),
@@ -67,16 +68,22 @@ def write_code(folder: Path, family: Family, steps: int, guidance: float | None,
         file.write_text(json.dumps(index | {"_class_name": ["pipeline", index["_class_name"]]}, indent=2) + "\n")
 
 
+def class_name(index: dict) -> str:
+    """Of the pipeline class that a model_index.json names; a folder with code of its own names the file before it."""
+    name = index["_class_name"]
+    return name if isinstance(name, str) else name[1]
+
+
 def without_code(folder: Path) -> type[diffusers.DiffusionPipeline]:
     """The pipeline class of a folder, diffusers' own where the folder brings code, which is then not run."""
-    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    if isinstance(name, str):
+    index = json.loads((folder / "model_index.json").read_text())
+    if index["_class_name"] == (name := class_name(index)):
         return diffusers.DiffusionPipeline
-    if (parent := getattr(diffusers, name[1], None)) is None:
-        raise UserError(f"{folder} has a pipeline class of its own, {name[1]}, which is not run here: load it with diffusers")
+    if (parent := getattr(diffusers, name, None)) is None:
+        raise UserError(f"{folder} has a pipeline class of its own, {name}, which is not run here: load it with diffusers")
 
     def load_config(cls, *args, **kwargs):
         found = parent.load_config(*args, **kwargs)
-        return found | {"_class_name": name[1]}
+        return found | {"_class_name": name}
 
-    return type(name[1], (parent,), {"load_config": classmethod(load_config)})
+    return type(name, (parent,), {"load_config": classmethod(load_config)})

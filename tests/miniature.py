@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -49,11 +50,11 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=77)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer(longest: int = 32) -> T5Tokenizer:
     """SentencePiece's unigrams: WORDS and single letters."""
     pieces = ["▁", *("▁" + word for word in WORDS), *"abcdefghijklmnopqrstuvwxyz,."]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=[*special, *((piece, -1.0 - len(piece) / 100) for piece in pieces)], model_max_length=32)
+    return T5Tokenizer(vocab=[*special, *((piece, -1.0 - len(piece) / 100) for piece in pieces)], model_max_length=longest)
 
 
 def clip_text(cls, width: int, tokenizer: CLIPTokenizer):
@@ -94,19 +95,31 @@ def sdxl(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
     )  # fmt: skip
 
 
-def flux() -> FluxPipeline:
+def sdxl_turbo() -> StableDiffusionXLPipeline:
+    """A base that draws in few steps itself, in the formats of SDXL-Turbo."""
+    pipe = sdxl()
+    pipe.register_modules(scheduler=EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing"))
+    return pipe
+
+
+def flux_schnell() -> FluxPipeline:
+    """Another, in those of FLUX.1-schnell: no input for guidance, a grid without a shift, captions of up to 512 tokens."""
+    return flux(FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False), guided=False, longest=512)
+
+
+def flux(scheduler: FlowMatchEulerDiscreteScheduler | None = None, guided: bool = True, longest: int = 32) -> FluxPipeline:
     torch.manual_seed(0)
     clip = clip_tokenizer()
-    t5 = t5_tokenizer()
+    t5 = t5_tokenizer(longest)
     text = T5EncoderModel(
         T5Config(vocab_size=len(t5), d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
     )
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=4,
-        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12),
+        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=guided, axes_dims_rope=(8, 12, 12),
     ).eval()  # fmt: skip
     return FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(
+        scheduler or FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
         ),
         vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
@@ -140,6 +153,8 @@ PIPELINES = {
     "sdxl-v": lambda: sdxl("v_prediction"),
     "sd15": sd15,
     "flux": flux,
+    "sdxl-turbo": sdxl_turbo,
+    "flux-schnell": flux_schnell,
 }
 PUBLIC = [name for name, family in FAMILIES.items() if not family.embedded]
 EMBEDDED = [name for name, family in FAMILIES.items() if family.embedded]

@@ -48,9 +48,10 @@ def shared_simulations():
     """Runs of one architecture and rank share what memory.Footprint simulates, most of their time."""
     curves, footprint_of = defaultdict(dict), plan.footprint_of
 
-    def shared(cfg):
-        footprint = footprint_of(cfg)
-        footprint.curves = curves[tuple(getattr(cfg, name) for name in "model resolution bits rank dtype group_w".split())]
+    def shared(cfg, *network):
+        footprint = footprint_of(cfg, *network)
+        alike = (getattr(cfg, name) for name in "model resolution bits rank dtype group_w".split())
+        footprint.curves = curves[*alike, cfg.cm == pretrained.WHOLE, footprint.shapes]
         return footprint
 
     with pytest.MonkeyPatch.context() as patch:
