@@ -6,7 +6,8 @@
     python sample.py --checkpoint runs/sdxl --compare          rows: the 16-bit base where it fits into memory, in 25 steps (of a
                                                                run with --cm none in as many as the checkpoint), 4 bit
 
-Of a run that goes on, or was stopped, the student of the update that was saved last draws; RUN/unfinished then has its checkpoint.
+If the run is unfinished, the pictures are of its student after the update that was saved last, whose checkpoint is put into
+RUN/unfinished.
 
 Picture i of a call starts from the noise of seed + i, whatever the number of prompts, so a picture can be drawn again alone.
 """
@@ -24,6 +25,7 @@ from models.denoiser import FAST, Denoiser, as_cm, draw, draw_latents, guided_te
 from models.family import family_of_network
 from run import files
 from run.common import UserError, free_memory, process_index, run_script
+from run.state import MicroBatches
 
 
 def grid(rows: dict[str, torch.Tensor], scale: int = 4) -> Image.Image:
@@ -60,20 +62,34 @@ class Validation:
         self.cfg, self.out, self.network, self.steps = cfg, out, network, files.most_steps(vars(cfg))
         self.cond = encoders.conditions_of_prompts(cfg, out, network)
         self.name, self.reference = f"{name}\n{steps} steps", lambda: self.latents(reference, steps)
-        self.wanted = None  # what the reference drew
+        self.wanted = None  # latents that the reference drew
 
-    def latents(self, model, steps: int) -> torch.Tensor:
-        x_T = start_noise(len(self.cond["tokens"]), self.network.latent, self.cfg.seed)
-        return draw_latents(model, self.network, x_T, self.cond, steps, self.cfg.micro, self.cfg.device)
+    def latents(self, model, steps: int) -> torch.Tensor | None:
+        """Of all prompts, a micro-batch at a time; None if a signal came."""
+        n, drawn = len(self.cond["tokens"]), []
+        x_T = start_noise(n, self.network.latent, self.cfg.seed)
+        parts = MicroBatches(torch.arange(n).split(self.cfg.micro or n), finish=self.cfg.shard_teacher)
+        for rows in parts:
+            cond = {name: tensor[rows] for name, tensor in self.cond.items()}
+            drawn.append(draw_latents(model, self.network, x_T[rows], cond, steps, device=self.cfg.device))
+        return None if parts.given_up else torch.cat(drawn)
+
+    def draw_reference(self) -> None:
+        """Its latents, unless they are there: in the first process, and in all that share the reference (--shard-teacher)."""
+        if self.wanted is None and (process_index() == 0 or self.cfg.shard_teacher):
+            self.wanted = self.reference()
 
     def __call__(self, name: str, model, file: str) -> Image.Image | None:
-        """Writes OUT/samples/FILE. Every process of a torchrun calls it, since they may share the reference; the first one draws
-        with `model`, and gets the sheet."""
-        self.wanted = self.reference() if self.wanted is None else self.wanted
-        if process_index():
+        """Writes OUT/samples/FILE. Every process of a torchrun calls it; the first one draws with `model`, and gets the sheet. A
+        signal ends it without one."""
+        self.draw_reference()
+        if process_index() or self.wanted is None or (drawn := self.latents(model, self.steps)) is None:
             return None
-        drawn = torch.cat([self.wanted, self.latents(model, self.steps)])
-        above, below = encoders.decode(self.cfg, self.network, drawn).chunk(2)
+        parts = MicroBatches(torch.cat([self.wanted, drawn]).split(1))
+        pictures = encoders.decode(self.cfg, self.network, parts)
+        if parts.given_up:
+            return None
+        above, below = torch.cat(pictures).chunk(2)
         sheet = grid({self.name: above, f"{name}\n{self.steps} steps": below}, scale=4 if self.cfg.embedded else 1)
         with files.atomic(self.out / "samples" / file) as path:
             sheet.save(path, "PNG")

@@ -18,17 +18,18 @@ run/files.py lists what a run folder holds; model.safetensors is the deployed ch
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -151,7 +152,7 @@ class Config:
     save_every: int = option(20, "updates between two resumable states", least=1, may_change=True)
     backend: str = option("native", "native: backends/, or eager; compile: torch.compile; eager", kernels.BACKENDS)
     validation_prompts: str = option(
-        "", "file of prompts, a line each, of a run's pictures; default eight of our own", may_change=True
+        "", "file with a prompt in each line, for the pictures of a run; default eight of our own", may_change=True
     )
     validate_every: int = option(0, "updates between two sheets of pictures, 16-bit and trained; 0: none", least=0, may_change=True)
     report_to: str = option("", "tensorboard: losses and pictures go to OUT/tensorboard too", ("", "tensorboard"), may_change=True)
@@ -180,6 +181,7 @@ class Config:
 
 PUBLIC = {name for name, family in FAMILIES.items() if not family.embedded}  # families with public weights
 MAY_CHANGE = {f.name for f in dataclasses.fields(Config) if "may_change" in f.metadata}
+MOST_PROMPTS = 64  # of a sheet of pictures
 OF_STUDENTS = {  # what teachers and 16-bit models do not read
     "outliers", "group_w", "bits_x", "inputs_8bit", "group_x", "smooth", "rotate", "centre", "rounding", "init", "hessian", "iters",
     "ranks", "rank_granule", "rank_least", "rank_most", "keep_16bit",
@@ -273,6 +275,7 @@ def validate(cfg: Config) -> None:
     require(not cfg.embedded or cfg.eval_n >= 2, "--eval-n must be at least 2: a Frechet distance needs a covariance")
     students = "--outliers is for 4-bit students of the models in assets/: leave it out"
     require(not cfg.outliers or (cfg.embedded and cfg.bits == 4 and cfg.stage == "student"), students)
+    require(cfg.bits == 4 or not cfg.export, "--export is for 4-bit students: leave it out")
     require(not cfg.embedded or not cfg.export, f"--export {cfg.export} needs a model with public weights: leave it out")
     public = f"--stage teacher trains the models of assets/: {cfg.model} has a public teacher"
     require(cfg.embedded or cfg.stage == "student", public)
@@ -298,9 +301,14 @@ def validate_pictures(cfg: Config) -> None:
     require(not asked or cfg.stage == "student", students)
     nothing = "--weights random without --teacher has no VAE: leave out --validate-every and --validation-prompts"
     require(not asked or encoders.draws_pictures(cfg), nothing)
+    closing = "--bits 16 draws no closing pictures: add --validate-every, or leave out --validation-prompts"
+    require(cfg.bits == 4 or cfg.validate_every or not cfg.validation_prompts, closing)
     if cfg.validation_prompts:
-        sources.read_prompts(Path(cfg.validation_prompts))
-    missing = "--report-to tensorboard needs a package more: pip install tensorboard"
+        found = len(sources.read_prompts(Path(cfg.validation_prompts)))
+        require(
+            found <= MOST_PROMPTS, f"{cfg.validation_prompts} holds {found} prompts: give at most {MOST_PROMPTS}, a column each"
+        )
+    missing = "--report-to tensorboard needs one more package: pip install tensorboard"
     require(not cfg.report_to or importlib.util.find_spec("tensorboard") is not None, missing)
 
 
@@ -363,7 +371,7 @@ def fit(
     params: dict[str, Tensor],
     objective: Callable,
     averages: dict[str, Tensor] | None = None,
-    draw: Callable[[int], Image.Image | None] | None = None,
+    show: Callable[[int], Image.Image | None] | None = None,
 ) -> None:
     """--steps updates of the parameters theta, in place; a run that was killed or stopped goes on from its last saved state.
 
@@ -371,23 +379,23 @@ def fit(
     batch; gen is the update's generator, the same in all processes, micro_batches iterates over those rows, a few at a time.
     The generator's name, OBJECTIVE_losses, is in the line of metrics.
     averages: exponential averages of some of the parameters, by their names, to be kept up in place.
-    draw: draw(update) is called before the first update, after every --validate-every and after the last one.
+    show(update) draws pictures, before the first update, after every --validate-every and after the last one.
     UserError for a loss or gradient that is no number; the state that was saved last stays."""
     optimizers = optimizers_of(cfg, params)
     state = TrainingState(out, params, optimizers, averages or {}, cfg.steps)
     begin = state.load()
-    board = report.open_board(out / "tensorboard", begin) if cfg.report_to and process_index() == 0 else None
+    board = report.Board(out, begin, bool(cfg.report_to)) if process_index() == 0 else None
 
-    def look(step: int) -> None:
-        asked = draw and cfg.validate_every and (step % cfg.validate_every == 0 or step == cfg.steps)
-        sheet = draw(step) if asked else None
-        if board and sheet:
-            board.add_image("pictures", np.asarray(sheet), step, dataformats="HWC")
+    def show_pictures(step: int) -> None:
+        if show and cfg.validate_every and (step % cfg.validate_every == 0 or step == cfg.steps):
+            sheet = show(step)  # in all processes; the first one gets it, if no signal comes
+            if board and sheet:
+                board.add_pictures(sheet, step)
 
     parts = torch.arange(cfg.batch // process_count()).split(cfg.micro or cfg.batch)
     bar = tqdm(range(begin, cfg.steps), cfg.stage, initial=begin, total=cfg.steps, disable=process_index() > 0)
     for step in bar:
-        look(step)
+        show_pictures(step)
         began = time.perf_counter()
 
         # 1. g = grad L(theta), a micro-batch at a time; a signal ends this early
@@ -432,14 +440,12 @@ def fit(
             seconds, peak = time.perf_counter() - began, common.peak_memory(cfg.device) / 1e9
             row |= {"seconds": seconds, "pictures_per_second": cfg.batch / seconds, "peak_memory_gb": peak}
             state.log(row)
-            if board:
-                report.add_to_board(board, row)
+            board.add(state.rows)
         if stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             state.save(step + 1, bool(stopping))
-            if process_index() == 0:
-                with files.atomic(out / "losses.png") as file:
-                    report.draw_curves(state.rows, file, format="png", dpi=150)
-    look(cfg.steps)
+    show_pictures(cfg.steps)
+    if board:
+        board.draw(state.rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,7 +529,7 @@ def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> Role
     null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
     guided = tdpt.guided(as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
     roles = Roles(as_cm(network) if learner is network else learner, params, network, guided, examples)
-    if encoders.draws_pictures(cfg):
+    if encoders.has_prompts(cfg, out, network):
         reference = ("teacher", guided, 25) if learner is network else ("16-bit CM", as_cm(network), files.most_steps(vars(cfg)))
         roles.validation = sample.Validation(cfg, out, network, *reference)
     if cfg.rollout and cfg.trajectory == "teacher":
@@ -539,11 +545,13 @@ def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> Role
             return rollout_losses(cfg, roles, gen, micro_batches)
         return tdpt_losses(cfg, networks, schedule, examples, gen, micro_batches)
 
-    def draw(step: int) -> Image.Image | None:
+    def show(step: int) -> Image.Image | None:
+        if roles.validation is None:
+            return None
         name = "16-bit CM" if learner is network else number_format(learner)
         return roles.validation(f"{name}\nupdate {step}", roles.student, f"update-{step:05}.png")
 
-    fit(cfg, out, params, objective, roles.averages, draw)
+    fit(cfg, out, params, objective, roles.averages, show)
     return roles
 
 
@@ -571,12 +579,14 @@ def initialise_student(cfg: Config, out: Path) -> None:
 
 
 def closing_sheet(cfg: Config, out: Path, validation: sample.Validation) -> None:
-    """OUT/samples/compare.png of a model with public weights: the checkpoint on disk beside the 16-bit consistency model. What it
-    lacks is said, and ends no run that is trained."""
+    """OUT/samples/compare.png of a model with public weights: the checkpoint on disk beside the 16-bit consistency model. Where the
+    VAE or memory is missing, a line says so: the run is trained, and goes on to its end."""
     try:
-        student = checkpoint.load_checkpoint(out)[0].to(cfg.device) if process_index() == 0 else None
-        validation(number_format(student) if student else "", student, "compare.png")
-    except UserError as error:
+        validation.draw_reference()  # by all processes, before one of them may fail
+        if process_index() == 0:
+            student = checkpoint.load_checkpoint(out)[0].to(cfg.device)
+            validation(number_format(student), student, "compare.png")
+    except (UserError, torch.OutOfMemoryError) as error:
         print(f"no pictures: {error}")
 
 
@@ -601,6 +611,7 @@ def train_student(cfg: Config, out: Path) -> None:
     leader, config = process_index() == 0, dataclasses.asdict(cfg)
     if leader:
         checkpoint.save_checkpoint(out, packed, table, cfg.deploy == "merged", cfg.lora_bits)
+        shutil.rmtree(out / "unfinished", ignore_errors=True)  # what sample.py made of an earlier update
     if not cfg.embedded:
         evaluate.latent_report(out, network, config, roles.examples, leader)
         if roles.validation:
@@ -664,6 +675,8 @@ def quantize(pipe, prompts: list[str], **options):
 
     pipe: of a family with public weights, in bfloat16 or float32, on one device. prompts: captions for the statistics. options:
     fields of Config by their names, of those in OF_QUANTIZE. UserError for what cannot be quantized, and for another option."""
+    alone = "quantize() works in one process: call it where no RANK is set, and save the pipeline for the others"
+    require(process_count() == 1, alone)
     given = read_options(options)
     network = pipeline.to_be_packed(pipe, given.get("resolution", 0))
     device, dtype = network.net.device, str(network.dtype).removeprefix("torch.")
@@ -673,7 +686,8 @@ def quantize(pipe, prompts: list[str], **options):
     network.guidance = None if network.guidance is None else cfg.guidance
     examples = encoders.captions_of(pipe, network, prompts)
     cfg = plan.planned_in_memory(cfg, network)
-    packed, table = initialised(cfg, network.eval().requires_grad_(False), examples)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # "cuda" is this one
+        packed, table = initialised(cfg, network.eval().requires_grad_(False), examples)
     packed.net.disable_gradient_checkpointing()
     table = checkpoint.deploy(packed, table, cfg.lora_bits)
     set_backend(packed.to(device), cfg.backend)
@@ -693,6 +707,10 @@ def read_options(options: dict) -> dict:
         wrong = f"quantize(.., {name}={value!r}) must be one of {', '.join(map(str, choices or ()))}"
         require(not choices or found[name] in choices, wrong)
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 
 def defaults(cfg: Config) -> dict:

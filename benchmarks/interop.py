@@ -20,6 +20,7 @@ from pathlib import Path
 import diffusers
 import torch
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -159,7 +160,9 @@ def dequantized(trial: Trial) -> None:
 
 
 def from_pipe(trial: Trial) -> None:
-    diffusers.AutoPipelineForImage2Image.from_pipe(trial.pipe)
+    other, gray = diffusers.AutoPipelineForImage2Image.from_pipe(trial.pipe), Image.new("RGB", (SIDE, SIDE), "gray")
+    other.set_progress_bar_config(disable=True)
+    other(PROMPT, image=gray, strength=0.5, num_inference_steps=2, guidance_scale=1.0, output_type="latent")
 
 
 def to_dtype(trial: Trial) -> None:
@@ -211,7 +214,7 @@ ROWS = {
     "`fuse_lora`": fuse,
     "`add_adapter` trains": train,
     "`dequantize()`": dequantized,
-    "`from_pipe`": from_pipe,
+    "`from_pipe`: image to image": from_pipe,
     "`pipe.to(dtype)`": to_dtype,
     "`ControlNetModel.from_unet`": controlnet,
     "the same of `dequantize()`": controlnet_of_dequantized,

@@ -14,6 +14,7 @@ Storage. A folder with
                          and HxW/NAME (n, ..) for each tensor of cond: bfloat16, but time_ids float32. The metadata has the
                          number of rows in each bucket, and those that were skipped, with the reason
     null.safetensors     cond of the caption ""
+    prompts-DIGEST.safetensors    cond of the prompts of a run's pictures (models/encoders.py)
 
 Since a shard depends on its own rows alone, a killed build goes on at any shard, processes share the shards, and a damaged one is
 made again. Files are written as those of a run are (run/files.py), shards also know the key; all are read through at every start.

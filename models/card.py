@@ -18,7 +18,19 @@ from models.family import FACTOR, FAMILIES, family_of
 from run import files
 from run.common import UserError
 
-DISTILLED = "Distilled while it was quantized (TDPT: targets by stage of the trajectory; rollouts: from its own states)"
+
+def method_of(config: dict) -> str:
+    """What a card says of a training. config: train.Config as a dict; older runs lack some of it."""
+    rollout, init, ranks = config.get("rollout", 0.75), config.get("init", "hgs"), config.get("ranks", "qra")
+    parts = ["TDPT: targets by stage of the trajectory"] * (rollout < 1) + ["rollouts: from its own states"] * (rollout > 0)
+    trained = (
+        f"Distilled while it was quantized ({'; '.join(parts)})"
+        if config.get("steps", 1)
+        else "Quantized, and not trained after that"
+    )
+    split = "a Hessian-guided split of each weight (HGS-LoRA)" if init == "hgs" else f"the split `{init}`"
+    of_layers = "ranks by layer (QRA)" if ranks == "qra" else f"the ranks `{ranks}`"
+    return f"{trained}; the LoRA beside the packed weights starts from {split} with {of_layers}"
 
 
 def read_run(folder: Path) -> dict:
@@ -35,7 +47,7 @@ def of_run(folder: Path) -> tuple:
     about = read_run(folder)
     network = about["network"]
     packed, family = network | {"layers": about["layers"]}, FAMILIES[network["model"]]
-    packed |= {"steps": files.most_steps(about["config"]), "distilled": about["config"].get("steps", 1) > 0}
+    packed |= {"steps": files.most_steps(about["config"]), "method": method_of(about["config"])}
     given = {"num_inference_steps": packed["steps"], "guidance_scale": family.few_step_guidance(network.get("guidance"))}
     given |= family.call_options(network["config"])
     use = {
@@ -101,7 +113,7 @@ def write_card(folder: str | Path, base_model: str = "") -> Path:
         mb=size / 1e6,
         twin_mb=twin / 1e6,
         ratio=size / twin,
-        method=DISTILLED if packed.get("distilled", True) else "Quantized, and not trained after that",
+        method=packed.get("method") or method_of({}),
         steps=packed.get("steps", 4),
         guidance=family.few_step_guidance(packed.get("guidance")),
         height=FACTOR * packed["latent"][1],

@@ -5,6 +5,7 @@ vae = VAE("sdxl", base);    x0 = vae.encode(pictures)
 """
 
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -72,6 +73,13 @@ class VAE:
         z = (latents.float().cpu() - shift) / (whole - shift)
         return self.vae.decode(z.to(self.device)).sample.clamp(-1, 1).cpu()
 
+    def decode_if_room(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """The same, or None where the GPU's memory is full."""
+        try:
+            return self.decode(latents)
+        except torch.OutOfMemoryError:
+            return None
+
 
 def random_text(denoiser: Denoiser, resolution: int, captions: list[str]) -> dict[str, torch.Tensor]:
     """Stands for text encoders where there are only random weights: cond is a function of the caption, of the right shape."""
@@ -84,7 +92,7 @@ def random_text(denoiser: Denoiser, resolution: int, captions: list[str]) -> dic
 
 def captions_of(pipe, denoiser: Denoiser, captions: list[str]) -> Captions:
     """The captions, by the text encoders of the pipeline that the denoiser belongs to. UserError for none, or what is no list."""
-    if isinstance(captions, str) or not captions or not all(isinstance(caption, str) for caption in captions):
+    if not isinstance(captions, list | tuple) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise UserError("the prompts must be a list of some captions: give those that are like what will be drawn")
     family, side = denoiser.family, FACTOR * denoiser.latent[1]
     buckets(side)  # UserError for a size that no training has
@@ -143,11 +151,21 @@ def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cac
     key, draw = cache_key(cfg, network, draws), encoders.draw if draws else None
     cache = CacheBuilder(folder, source, encoders.pictures, encoders.text, key, encoders.resolution, draw).open_or_make()
     if process_index() == 0 and draws_pictures(cfg):
-        path = file_of_prompts(cfg, out, network)
-        if not files.is_good(path, "", "it is made again"):
-            files.write_tensors(path, encoders.text(prompts_of(vars(cfg))), {})
+        keep_prompts(cfg, file_of_prompts(cfg, out, network), encoders.text)
     wait_for_all()
     return cache
+
+
+def keep_prompts(cfg, path: Path, text: Callable[[list[str]], dict[str, torch.Tensor]]) -> None:
+    """Writes cond of prompts_of, unless it is there. Text encoders that are gone cost a run its pictures alone, unless it was asked
+    for them."""
+    try:
+        if not files.is_good(path, "", "it is made again"):
+            files.write_tensors(path, Captions(prompts_of(vars(cfg)), text).cond, {})
+    except UserError as error:
+        if cfg.validate_every or cfg.validation_prompts:
+            raise
+        print(f"the run will end without pictures: {error}")
 
 
 def draws_pictures(cfg) -> bool:
@@ -169,6 +187,11 @@ def file_of_prompts(cfg, out: Path, network: Denoiser) -> Path:
     return Path(cfg.cache or out / "cache") / f"prompts-{digest}.safetensors"
 
 
+def has_prompts(cfg, out: Path, network: Denoiser) -> bool:
+    """Whether a training can draw pictures of prompts_of, after examples_of."""
+    return network.family.embedded or (draws_pictures(cfg) and file_of_prompts(cfg, out, network).exists())
+
+
 def conditions_of_prompts(cfg, out: Path, network: Denoiser) -> dict[str, torch.Tensor]:
     """cond of prompts_of, which examples_of has kept for public models."""
     if network.family.embedded:
@@ -176,15 +199,19 @@ def conditions_of_prompts(cfg, out: Path, network: Denoiser) -> dict[str, torch.
     return files.read_verified(file_of_prompts(cfg, out, network), "run the same command again, it will be made again", "")[0]
 
 
-def decode(cfg, network: Denoiser, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures (n, 3, H, W) in [-1, 1] on the CPU. A public model's VAE is loaded, on the CPU where the GPU has no room, and leaves
-    memory again."""
+def decode(cfg, network: Denoiser, latents: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Pictures (b, 3, H, W) in [-1, 1] on the CPU of latents (b, C, h, w), some at a time. A public model's VAE is loaded, and
+    leaves memory again; it stays on the CPU under a --memory-limit, and goes on there where the GPU has no room."""
     if network.family.embedded:
-        return tiny.to_pictures(latents)
-    try:
-        return VAE(cfg.model, cfg.teacher, cfg.components, cfg.device).decode(latents)
-    except torch.OutOfMemoryError:
-        return VAE(cfg.model, cfg.teacher, cfg.components, "cpu").decode(latents)
+        return [tiny.to_pictures(some) for some in latents]
+    own, pictures = (cfg.model, cfg.teacher, cfg.components), []
+    vae = VAE(*own, "cpu" if cfg.memory_limit else cfg.device)
+    for some in latents:
+        if (found := vae.decode_if_room(some)) is None:
+            vae = VAE(*own, "cpu")
+            found = vae.decode(some)
+        pictures.append(found)
+    return pictures
 
 
 def cache_key(cfg, network: Denoiser, draws: bool) -> dict:

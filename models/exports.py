@@ -5,7 +5,7 @@
 
 The weight is ours in both, W^ = s m q with one number s m for each group of 64. s has 4 significant bits and m at most 4, so s m is
 exact in bfloat16 and the codes q carry over as they are: dequantized weights are equal bit for bit. What is left to decide is the
-input (layers.py: z = (x / l - c) R), which neither format changes as freely as ours:
+input (layers.py: z = (x / l - c) R), which neither format changes as freely as ours does:
 
                  ours                        sdnq                      nunchaku
     y =          W^ q(z) + B A x / l + b     (W^ + up down) x + b      W^ q(x / smooth) + up down x + b

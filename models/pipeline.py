@@ -42,7 +42,7 @@ import quant
 from data import sources
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
 from models import checkpoint, exports, headers, pretrained
-from models.card import public_name, read_run, write_card, write_export_card
+from models.card import method_of, public_name, read_run, write_card, write_export_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from models.quantizer import CMQuantConfig, CMQuantQuantizer, as_packed, quantization_config, register
@@ -69,7 +69,7 @@ def as_few_step(denoiser: Denoiser, table: dict[str, dict], config: dict) -> Non
     """The packed network, which did not come by from_pretrained, becomes one that save_pretrained can write. config: that of the
     run, train.Config as a dict."""
     net, steps = denoiser.net, files.most_steps(config)
-    how = {"whole": config.get("cm") == pretrained.WHOLE, "distilled": config.get("steps", 1) > 0}
+    how = {"whole": config.get("cm") == pretrained.WHOLE, "method": method_of(config)}
     about = denoiser.base, config.get("backend", "native"), denoiser.latent, denoiser.guidance, steps
     quantization = CMQuantConfig(table, *about, **how)
     net.hf_quantizer, net.quantization_method = CMQuantQuantizer(quantization), quantization.quant_method
@@ -79,8 +79,10 @@ def as_few_step(denoiser: Denoiser, table: dict[str, dict], config: dict) -> Non
 
 def to_be_packed(pipe, resolution: int = 0) -> Denoiser:
     """The denoiser of a diffusers pipeline in memory, to be packed in place; resolution: of its pictures, 0: their own. UserError
-    for a pipeline of no family, one that is packed, has adapters or is offloaded, and one in float16."""
+    for a pipeline of no family, and for what cannot be packed as it is: another kind of layers, hooks, compiled code, float16."""
     net = denoiser_of(pipe)
+    if hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None):
+        raise UserError("the network is compiled: quantize it first, and compile it after that")
     if net is None or (family := family_of_network(net)) is None or family.embedded:
         known = " or ".join(family.pipeline_name for family in FAMILIES.values() if family.pipeline_name)
         raise UserError(f"{type(pipe).__name__} is of no family here, or its network is not: give a {known}")
@@ -90,8 +92,13 @@ def to_be_packed(pipe, resolution: int = 0) -> Denoiser:
         raise UserError("adapters cannot be packed: call the pipeline's fuse_lora() and unload_lora_weights(), then quantize")
     if getattr(net, "encoder_hid_proj", None) is not None:
         raise UserError("an IP-Adapter cannot be packed: call the pipeline's unload_ip_adapter(), quantize, and load it again")
-    if hasattr(net, "_hf_hook"):
-        raise UserError("the pipeline is offloaded: call its remove_all_hooks(), and to(device) of one that has room for it")
+    if hasattr(net, "_hf_hook") or any(hasattr(module, "_diffusers_hook") for module in net.modules()):
+        hooks = "the network has hooks (offloading, casting by layer, caches)"
+        raise UserError(f"{hooks}: load the pipeline without them, and call to(device) of one that has room for it")
+    if any(getattr(module, "fused_projections", False) for module in net.modules()):
+        raise UserError("its projections are fused: call the network's unfuse_qkv_projections(), then quantize")
+    if missing := [name for name in pipe.components if name.startswith("text_encoder") and pipe.components[name] is None]:
+        raise UserError(f"the pipeline has no {missing[0]}, by which the prompts are to be read: load it whole")
     if net.dtype not in (torch.bfloat16, torch.float32):
         raise UserError(f"statistics in {net.dtype} would overflow: call the pipeline's to(torch.bfloat16), then quantize")
     base = pretrained.local_path(str(pipe.name_or_path or ""))

@@ -40,8 +40,8 @@ class CMQuantConfig(QuantizationConfigMixin):
     """layers: the table of layers of a checkpoint, none for a network that is to be packed; base: the pipeline that was quantized;
     backend: of the kernels; latent: the shape of the pictures' latents in training; guidance: what the network was given as its
     guidance, if it has that input; steps: the largest number that it was trained for, None if it was not; bits_x: of activations, 4
-    or 8, where a network is packed; whole: whether the base itself draws in few steps (--cm none); distilled: whether it was
-    trained after it was packed."""
+    or 8, where a network is packed; whole: whether the base itself draws in few steps (--cm none); method: what a card
+    says of the training."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class CMQuantConfig(QuantizationConfigMixin):
         steps=4,
         bits_x=4,
         whole=False,
-        distilled=True,
+        method="",
         quant_method=Method.CMQUANT,
     ):
         """ValueError for other bits."""
@@ -61,7 +61,7 @@ class CMQuantConfig(QuantizationConfigMixin):
             raise ValueError(f"activations have 4 or 8 bits, not {bits_x}")
         self.quant_method, self.layers, self.base, self.backend = Method(quant_method), layers or {}, base, backend
         self.latent, self.guidance, self.steps = list(latent), guidance, steps
-        self.whole, self.distilled = whole, distilled
+        self.whole, self.method = whole, method
         if not layers:
             self.bits_x = bits_x
 

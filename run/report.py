@@ -8,12 +8,15 @@ The text of the page is the template assets/report.html.
 """
 
 import base64
+import contextlib
 import io
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import numpy as np
 from PIL import Image
 
 import quant
@@ -152,21 +155,56 @@ def curves_of_page(metrics: list[dict]) -> str:
     return file.getvalue()[file.getvalue().index("<svg") :].replace("#000000", "currentColor")
 
 
-def open_board(folder: Path, step: int):
-    """TensorBoard's SummaryWriter, which goes on at update `step`: it hides what an earlier process wrote of later ones. UserError
-    without the package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--report-to tensorboard needs a package more: pip install tensorboard") from None
-    return SummaryWriter(folder, purge_step=step)
+class Board:
+    """What is to be seen of a training while it goes on: OUT/losses.png, drawn anew now and then, and, if that is asked for,
+    TensorBoard's files in OUT/tensorboard, where lines that an earlier process wrote of updates from `step` on are hidden.
 
+    UserError without TensorBoard's package, or where its files cannot be written."""
 
-def add_to_board(board, row: dict) -> None:
-    """A line of metrics.jsonl as scalars, the loss by its objective."""
-    numbers = {name: value for name, value in row.items() if name not in ("step", "objective", "jumps", "loss")}
-    for name, value in ({f"loss/{objective_of(row)}": row["loss"]} | numbers).items():
-        board.add_scalar(name, value, row["step"])
+    SECONDS = 30  # between two pictures of the losses
+
+    def __init__(self, out: Path, step: int, tensorboard: bool):
+        self.path, self.drawn, self.writer = out / "losses.png", time.monotonic(), None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--report-to tensorboard needs one more package: pip install tensorboard") from None
+            with self.writing():
+                self.writer = SummaryWriter(out / "tensorboard", purge_step=step)
+
+    @contextlib.contextmanager
+    def writing(self):
+        try:
+            yield
+        except OSError as error:
+            where = f"cannot write {self.path.parent / 'tensorboard'} ({error.strerror})"
+            raise UserError(f"{where}: free some space, or leave out --report-to, and run the same command again") from None
+
+    def add(self, rows: list[dict]) -> None:
+        """All lines of metrics.jsonl, of which the last one is new: scalars, the loss by its objective."""
+        row = rows[-1]
+        numbers = {name: value for name, value in row.items() if name not in ("step", "objective", "jumps", "loss")}
+        with self.writing():
+            for name, value in ({f"loss/{objective_of(row)}": row["loss"]} | numbers).items() if self.writer else ():
+                self.writer.add_scalar(name, value, row["step"])
+        if time.monotonic() - self.drawn > self.SECONDS:
+            self.draw(rows)
+
+    def add_pictures(self, sheet: Image.Image, step: int) -> None:
+        if self.writer:
+            with self.writing():
+                self.writer.add_image("pictures", np.asarray(sheet), step, dataformats="HWC")
+
+    def draw(self, rows: list[dict]) -> None:
+        """The losses, and TensorBoard's files as far as they have come."""
+        if self.writer:
+            with self.writing():
+                self.writer.flush()
+        if rows:
+            with files.atomic(self.path) as file:
+                draw_curves(rows, file, format="png", dpi=150)
+        self.drawn = time.monotonic()
 
 
 def layer_rows(layers: dict[str, dict], seconds: dict[str, float]) -> list[list[str]]:

@@ -187,7 +187,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("a LoRA in the plan that is not there", "models/plan.py", '{"cm_rank": 0} if', "{} if", "whole"),
     ("captions padded to 512", "models/family.py", '.get("max_sequence_length", self.tokens)', '.get("", self.tokens)', "whole"),
     ("a call without its options", "models/pipeline.py", "| family.call_options(net.config)\n    pipe", "\n    pipe", "whole"),
-    ("training said of what had none", "models/pipeline.py", 'config.get("steps", 1) > 0}\n    about', "True}\n    about", "whole"),
+    ("training said of what had none", "models/card.py", 'if config.get("steps", 1) else', "if True else", "whole"),
     ("factors wider than in a file", "models/checkpoint.py", "layer.load_state_dict(kept, assign=True)", "pass", "whole"),
     ("captions wider than a cache's", "data/cache.py", "{name: stored(name, tensor, tuple(part))", "{name: tensor", "whole"),
     ("the base's scheduler in what was packed", "models/pipeline.py", "    pipe.register_modules(scheduler=", "    (", "whole"),

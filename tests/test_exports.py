@@ -369,6 +369,7 @@ def test_diffusers_loads_the_nunchaku_folder_and_its_layers_compute_what_ours_do
     assert {*config["awq_w4a16"]["targets"]} == {key for key, layer in w4a16.items() if not layer.rank} != w4a16.keys()
     check_card(folder, capsys, f"{len(packed) - len(w4a16)} layers are W4A4 of rank 16, ", "groups of 64. On", "were not run")
 
+    pytest.importorskip("diffusers.quantizers.nunchaku")  # of diffusers 0.42
     from diffusers.quantizers.nunchaku import nunchaku_quantizer
     from diffusers.utils import constants, import_utils
 

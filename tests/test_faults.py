@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from data import scenes, sources
 from data.cache import Trajectories
 from models import checkpoint, teacher
 from models.denoiser import random_denoiser
-from run import files
+from run import files, report
 from run.common import UserError
 from run.state import EXIT_CODES, MEASURED, TrainingState
 
@@ -307,6 +308,18 @@ def test_an_update_counts_its_jumps_and_not_its_micro_batches(tmp_path):
     train.fit(cfg, tmp_path, params, rollout_losses)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {(row["objective"], row["jumps"]) for row in rows} == {("rollout", 3)} and len(rows) == cfg.steps
+
+
+def test_tensorboard_that_cannot_write_is_one_sentence(tmp_path):
+    """Catches a traceback, which a full disk gives in TensorBoard's own words."""
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard .*: free some space, or leave out --report-to"):
+        report.Board(tmp_path, 0, tensorboard=True)
+    board = report.Board(tmp_path, 0, tensorboard=False)
+    board.writer = SimpleNamespace(add_scalar=lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left on device"):
+        board.add([{"step": 0, "loss": 1.0}])
 
 
 def test_two_damaged_states_are_a_refusal_that_says_what_to_delete(tmp_path):

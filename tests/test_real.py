@@ -198,18 +198,55 @@ def test_a_gpu_without_room_for_the_vae_leaves_it_to_the_cpu(monkeypatch):
     """Catches a training that pictures end."""
     asked = []
 
-    class OnGPU:
+    class OnGPU(encoders.VAE):
         def __init__(self, model, base, components, device):
             asked.append(device)
 
         def decode(self, latents):
-            if asked[-1] == "cuda":
+            if asked[-1] == "cuda" and latents.sum() > 2:
                 raise torch.OutOfMemoryError
             return latents + 1
 
     monkeypatch.setattr(encoders, "VAE", OnGPU)
-    cfg, network = train.parse(["--model", "sdxl", "--device", "cuda"]), SimpleNamespace(family=FAMILIES["sdxl"])
-    assert encoders.decode(cfg, network, torch.ones(2)).tolist() == [2, 2] and asked == ["cuda", "cpu"]
+    network, latents = SimpleNamespace(family=FAMILIES["sdxl"]), torch.arange(6.0).split(2)
+    for flags, expected in ("", ["cuda", "cpu"]), ("--memory-limit 24GB", ["cpu"]):
+        cfg = train.parse(f"--model sdxl --device cuda {flags}".split())
+        asked.clear()
+        assert torch.cat(encoders.decode(cfg, network, latents)).tolist() == [1, 2, 3, 4, 5, 6] and asked == expected
+
+
+def test_text_encoders_that_are_gone_cost_a_run_its_pictures_alone(real, finished, tmp_path, monkeypatch, capsys):
+    """Catches a run with a complete cache that needs them again for pictures that nobody asked for, and one that was asked to draw
+    and does not."""
+
+    def gone(*args):
+        raise UserError("the text encoders are not there")
+
+    monkeypatch.setattr(encoders, "Text", gone)
+    out = shutil.copytree(finished["flux"], tmp_path / "r")
+    next((out / "cache").glob("prompts-*.safetensors")).unlink()
+    run(real, "flux", out)
+    assert "the run will end without pictures: the text encoders are not there" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the text encoders are not there"):
+        run(real, "flux", out, "--validate-every 2")
+
+
+def test_a_signal_ends_a_sheet_of_pictures(real, finished, tmp_path, monkeypatch):
+    """Catches minutes of pictures that a scheduler does not wait for, and a half sheet."""
+    latents = sample.draw_latents
+
+    def hit(*args, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return latents(*args, **more)
+
+    flags = f"--validate-every 2 --cache {finished['flux']}/cache"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sample, "draw_latents", hit)
+        run(real, "flux", tmp_path / "r", flags)
+    assert stopped.value.code == 0 and not (tmp_path / "r" / "samples").exists()
+    run(real, "flux", tmp_path / "r", flags)
+    assert len(list((tmp_path / "r" / "samples").glob("*.png"))) == 4
+    same_files(finished["flux"], tmp_path / "r", "state.safetensors", "model.safetensors")
 
 
 @pytest.mark.parametrize("name, config", [

@@ -306,10 +306,14 @@ def test_tensorboard_has_each_update_once(watched):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--report-to tensorboard", "needs a package more: pip install tensorboard"),
+    ("--report-to tensorboard", "needs one more package: pip install tensorboard"),
     ("--validation-prompts nowhere.txt", "nowhere.txt cannot be read as text"),
+    ("--validation-prompts assets/prompts.txt", "holds 459 prompts: give at most 64"),
+    ("--bits 16 --validation-prompts assets/sample-scenes.txt", "--bits 16 draws no closing pictures: add --validate-every"),
+    ("--model sdxl --bits 16 --export lora", "--export is for 4-bit students"),
     ("--stage teacher --validate-every 2", "not for --stage teacher"),
     ("--model sdxl --weights random --cm self --validate-every 2", "no VAE: leave out --validate-every"),
+    ("--model flux --weights random --cm self --export diffusers", "no text encoders and VAE to export"),
 ])  # fmt: skip
 def test_pictures_and_reports_that_cannot_be_are_refused_first(capsys, monkeypatch, flags, says):
     """Catches an hour of statistics before a missing file or package."""
@@ -670,7 +674,6 @@ def test_the_shipped_classifier_reads_real_pictures():
         ("--stage teacher --model sdxl", "sdxl has a public teacher"),
         ("--export lora", "--export lora needs a model with public weights"),
         ("--model flux --export lora --deploy merged", "--export lora needs --deploy branch"),
-        ("--model flux --export diffusers --weights random --cm self", "no text encoders and VAE to export"),
         ("--bits 16 --offload --targets fp,fp", "leave them out"),
         ("--shard-teacher", "start them with `torchrun"),
         ("--lr -1", "--lr must be at least 0"),

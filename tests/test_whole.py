@@ -234,7 +234,7 @@ def test_quantize_is_steps_0_in_memory(bases, whole, tmp_path, name, dtype):
     if dtype == "bfloat16":  # in which a file has the other layers
         assert same_tensors(*nets)
     configs = [json.loads(json.dumps(vars(pipeline.quantization_config(net)))) for net in nets]
-    assert configs[0] == configs[1] and configs[0]["whole"] and not configs[0]["distilled"]
+    assert configs[0] == configs[1] and configs[0]["whole"] and configs[0]["method"].startswith("Quantized, and not")
     assert dict(pipe.scheduler.config) == dict(theirs.scheduler.config) and pipe.default_sample_size == 8
     assert not any(p.requires_grad for p in nets[0].parameters()) and not nets[0].is_gradient_checkpointing
 
@@ -281,10 +281,6 @@ def test_a_fused_consistency_lora_is_quantized_with_its_base(bases):
         assert (layer.weight - fused[name]).norm() < 0.15 * fused[name].norm()
 
 
-def hooked(pipe) -> None:
-    pipe.transformer._hf_hook = None
-
-
 @pytest.mark.parametrize(
     "change, prompts, options, says",
     [
@@ -300,7 +296,13 @@ def hooked(pipe) -> None:
         (None, PROMPTS, {"resolution": 100}, "--resolution 96 must be a multiple of 64|100 must be a multiple of 64"),
         (lambda pipe: pipe.to(torch.float16), PROMPTS, {}, r"in torch.float16 would overflow: call the pipeline's to\("),
         (lambda pipe: pipe.register_modules(transformer=None), PROMPTS, {}, "FluxPipeline is of no family here, or its network is"),
-        (hooked, PROMPTS, {}, r"is offloaded: call its remove_all_hooks\(\)"),
+        (None, (prompt for prompt in PROMPTS), {}, "the prompts must be a list of some captions"),
+        (lambda pipe: pipe.enable_model_cpu_offload(device="cpu"), PROMPTS, {}, "has hooks .*: load the pipeline without them"),
+        (lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), PROMPTS, {}, "has hooks"),
+        (lambda pipe: pipe.transformer.fuse_qkv_projections(), PROMPTS, {}, r"call the network's unfuse_qkv_projections\(\)"),
+        (lambda pipe: pipe.transformer.compile(), PROMPTS, {}, "is compiled: quantize it first"),
+        (lambda pipe: setattr(pipe, "transformer", torch.compile(pipe.transformer)), PROMPTS, {}, "is compiled: quan"),
+        (lambda pipe: pipe.register_modules(text_encoder_2=None), PROMPTS, {}, "has no text_encoder_2, by which the prompts are"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_quantized_is_one_sentence(bases, change, prompts, options, says):
@@ -313,7 +315,7 @@ def test_what_cannot_be_quantized_is_one_sentence(bases, change, prompts, option
     assert "\n" not in str(caught.value) and (pipe.transformer is None or not any(packed_layers(pipe.transformer)))
 
 
-def test_every_option_of_quantize_is_a_field_that_the_first_three_steps_read():
+def test_what_the_first_three_steps_read_is_an_option_of_quantize():
     """Catches an option that is renamed, and a field of theirs that is no option."""
     fields = {field.name for field in dataclasses.fields(train.Config)}
     assert fields >= train.OF_QUANTIZE
