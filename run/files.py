@@ -151,9 +151,15 @@ def verify(path: Path, hint: str, run: str | None = None, sealed: bool = True) -
 
 
 def read_verified(path: Path, hint: str, run: str | None = None, sealed: bool = True) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and info of a verified file."""
-    info = verify(path, hint, run, sealed)
-    return load_file(path), info
+    """Tensors and info of a verified file; if a training replaces it meanwhile, of the new one."""
+
+    def version() -> tuple | None:
+        about = path.stat() if path.exists() else None
+        return about and (about.st_ino, about.st_mtime_ns)
+
+    before, info = version(), verify(path, hint, run, sealed)
+    tensors = load_file(path)
+    return (tensors, info) if version() == before else read_verified(path, hint, run, sealed)
 
 
 def read_tensors(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:

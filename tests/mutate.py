@@ -37,6 +37,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("jumps that are backward passes", "train.py", '"jumps": calls // len(parts)', '"jumps": calls', "faults"),
     ("what updates took in the state", "run/state.py", "if k not in MEASURED} for row", "if k} for row", "train"),
     ("seconds that are lost", "run/state.py", "measured if measured.items() >= row.items() else row", "row", "faults"),
+    ("tensors of another update", "run/files.py", "if version() == before else", "if True else", "faults"),
     ("another update's student", "models/checkpoint.py", "params[name].data.copy_(trained)", "pass", "train"),
     ("pictures of other noises", "sample.py", "self.network.latent, self.cfg.seed)", "self.network.latent, 0 + 1)", "train"),
     ("a shift that decoding forgets", "models/encoders.py", "latents.float().cpu() - shift", "latents.float().cpu()", "real"),

@@ -310,6 +310,21 @@ def test_an_update_counts_its_jumps_and_not_its_micro_batches(tmp_path):
     assert {(row["objective"], row["jumps"]) for row in rows} == {("rollout", 3)} and len(rows) == cfg.steps
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_the_new_one(tmp_path, monkeypatch):
+    """Catches the tensors of one update with the number of another, where sample.py reads beside a training."""
+    path, load = tmp_path / "x.safetensors", files.load_file
+    files.write_tensors(path, {"a": torch.zeros(3)}, {"step": 1})
+
+    def late(file):
+        if files.verify(path, "")["step"] == 1:
+            files.write_tensors(path, {"a": torch.ones(3)}, {"step": 2})
+        return load(file)
+
+    monkeypatch.setattr(files, "load_file", late)
+    tensors, info = files.read_verified(path, "")
+    assert info["step"] == 2 and tensors["a"].tolist() == [1, 1, 1]
+
+
 def test_tensorboard_that_cannot_write_is_one_sentence(tmp_path):
     """Catches a traceback, which a full disk gives in TensorBoard's own words."""
     pytest.importorskip("tensorboard")
