@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data import sources
-from data.cache import Cache, CacheBuilder, Captions, buckets
+from data.cache import BATCH, Cache, CacheBuilder, Captions, buckets
 from models import tiny
 from models.denoiser import Denoiser, as_cm, draw_latents
 from models.family import FACTOR, FAMILIES, Family
@@ -161,7 +161,9 @@ def keep_prompts(cfg, path: Path, text: Callable[[list[str]], dict[str, torch.Te
     for them."""
     try:
         if not files.is_good(path, "", "it is made again"):
-            files.write_tensors(path, Captions(prompts_of(vars(cfg)), text).cond, {})
+            prompts = prompts_of(vars(cfg))
+            parts = [text(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+            files.write_tensors(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, {})
     except UserError as error:
         if cfg.validate_every or cfg.validation_prompts:
             raise
