@@ -305,9 +305,8 @@ def validate_pictures(cfg: Config) -> None:
     require(cfg.bits == 4 or cfg.validate_every or not cfg.validation_prompts, closing)
     if cfg.validation_prompts:
         found = len(sources.read_prompts(Path(cfg.validation_prompts)))
-        require(
-            found <= MOST_PROMPTS, f"{cfg.validation_prompts} holds {found} prompts: give at most {MOST_PROMPTS}, a column each"
-        )
+        many = f"{cfg.validation_prompts} holds {found} prompts: give at most {MOST_PROMPTS}, a column each"
+        require(found <= MOST_PROMPTS, many)
     missing = "--report-to tensorboard needs one more package: pip install tensorboard"
     require(not cfg.report_to or importlib.util.find_spec("tensorboard") is not None, missing)
 
