@@ -58,8 +58,8 @@ def check_unquantized(headers: dict[str, Header], base: str) -> None:
 def check_config_unquantized(config: dict, base: str) -> None:
     """UserError for the configuration of a part of a pipeline that was saved with a quantizer."""
     if about := config.get("quantization_config"):
-        about = about if isinstance(about, dict) else vars(about)  # of a network in memory
-        method = about.get("quant_method", "by an unknown method")
+        unknown = "by an unknown method"  # not a dictionary: of a network in memory, or a name alone
+        method = about.get("quant_method", unknown) if isinstance(about, dict) else getattr(about, "quant_method", about)
         raise UserError(f"{base} is quantized ({method}): give the base in 16 bits")
 
 

@@ -171,6 +171,13 @@ def test_a_base_that_a_quantizer_saved_is_refused_by_its_configuration(bases, tm
         pretrained.load_network(name, str(base))
 
 
+@pytest.mark.parametrize("config, method", [("fp8", "fp8"), ({"bits": 4}, "by an unknown method")])
+def test_a_quantizer_that_says_less_is_refused_too(config, method):
+    """Catches a traceback for the name alone, and codes that nobody named."""
+    with pytest.raises(UserError, match=rf"base is quantized \({method}\): give the base in 16 bits"):
+        headers.check_config_unquantized({"quantization_config": config}, "base")
+
+
 def test_text_encoders_of_codes_need_no_quantizer_but_another_base(bases, tmp_path):
     """Catches the advice to install a quantizer, where `components` alone has its codes."""
     base = changed(bases["flux"], tmp_path / "q", "text_encoder_2/config.json", quantization_config={"quant_method": "sdnq"})
