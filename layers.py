@@ -416,6 +416,17 @@ def number_format(model: nn.Module) -> str:
     return quant.number_format(layer.group_x for _, layer in packed_layers(model) if not isinstance(layer, W4A16Linear))
 
 
+def plain_config(net: nn.Module) -> dict:
+    """The configuration of the float network that a network of diffusers was, or is."""
+    return {k: v for k, v in net.config.items() if k != "quantization_config"}
+
+
+def on_meta(net: nn.Module) -> nn.Module:
+    """That float network on the meta device."""
+    with torch.device("meta"):
+        return type(net).from_config(plain_config(net))
+
+
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` where the module `name` ("mid.attn.to_q") is. ValueError if there is no such module."""
     if name not in dict(model.named_modules()):

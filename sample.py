@@ -55,12 +55,11 @@ def compare(student: Denoiser, network: Denoiser, prompts: list[str], steps: int
 class Validation:
     """Pictures of a training, from the same noises and prompts (encoders.prompts_of): a row by a reference, one by what is trained.
 
-    reference: a function (x, t, s, cond) on the path of `network`, called `name`, which draws in `steps` steps, once. What is
-    trained draws in the most of --sampling-steps. cfg: train.Config."""
+    cond: of the prompts. reference: a function (x, t, s, cond) on the path of `network`, called `name`, which draws in `steps`
+    steps, once. What is trained draws in the most of --sampling-steps. cfg: train.Config."""
 
-    def __init__(self, cfg, out: Path, network: Denoiser, name: str, reference, steps: int):
-        self.cfg, self.out, self.network, self.steps = cfg, out, network, files.most_steps(vars(cfg))
-        self.cond = encoders.conditions_of_prompts(cfg, out, network)
+    def __init__(self, cfg, out: Path, network: Denoiser, cond: dict[str, torch.Tensor], name: str, reference, steps: int):
+        self.cfg, self.out, self.network, self.cond, self.steps = cfg, out, network, cond, files.most_steps(vars(cfg))
         self.name, self.reference = f"{name}\n{steps} steps", lambda: self.latents(reference, steps)
         self.wanted = None  # latents that the reference drew
 

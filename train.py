@@ -20,7 +20,6 @@ run/files.py lists what a run folder holds; model.safetensors is the deployed ch
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
 import shutil
@@ -205,7 +204,7 @@ PRESETS = (  # (where it applies, what it sets); a later row wins, the command l
 
 
 def presets(cfg: Config) -> dict:
-    """What PRESETS set where a command names no more than the model, stage, bits and recipe of `cfg`."""
+    """What PRESETS set where a command names no more of `cfg` than what they look at."""
     suffix = "-teacher" if cfg.stage == "teacher" else "-cm" if cfg.bits == 16 else ""
     values = {"out": f"runs/{cfg.model}{suffix}"}
     for where, more in PRESETS:
@@ -281,7 +280,7 @@ def validate(cfg: Config) -> None:
     require(cfg.embedded or cfg.stage == "student", public)
     require(cfg.export != "lora" or cfg.deploy == "branch", "--export lora needs --deploy branch")
     nothing = "--weights random has no text encoders and VAE to export: leave out --export diffusers"
-    require(cfg.export != "diffusers" or encoders.draws_pictures(cfg), nothing)
+    require(cfg.export != "diffusers" or encoders.has_encoders(cfg), nothing)
     own = "--cm self trains for --steps updates too: train it with --bits 16, then give its .safetensors by --cm"
     require(cfg.cm != "self" or cfg.steps > 0, own)
     if cfg.cm == pretrained.WHOLE:
@@ -300,15 +299,15 @@ def validate_pictures(cfg: Config) -> None:
     students = "--validate-every and --validation-prompts are not for --stage teacher: leave them out"
     require(not asked or cfg.stage == "student", students)
     nothing = "--weights random without --teacher has no VAE: leave out --validate-every and --validation-prompts"
-    require(not asked or encoders.draws_pictures(cfg), nothing)
+    require(not asked or encoders.has_encoders(cfg), nothing)
     closing = "--bits 16 draws no closing pictures: add --validate-every, or leave out --validation-prompts"
     require(cfg.bits == 4 or cfg.validate_every or not cfg.validation_prompts, closing)
     if cfg.validation_prompts:
         found = len(sources.read_prompts(Path(cfg.validation_prompts)))
         many = f"{cfg.validation_prompts} holds {found} prompts: give at most {MOST_PROMPTS}, a column each"
         require(found <= MOST_PROMPTS, many)
-    missing = "--report-to tensorboard needs one more package: pip install tensorboard"
-    require(not cfg.report_to or importlib.util.find_spec("tensorboard") is not None, missing)
+    if cfg.report_to:
+        report.summary_writer()
 
 
 def validate_whole(cfg: Config) -> None:
@@ -528,9 +527,9 @@ def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> Role
     null.pop("time_ids", None)  # sizes and crops are the picture's own without a caption too
     guided = tdpt.guided(as_teacher(network), cfg.guidance if null else 1.0, to(null, cfg.device))
     roles = Roles(as_cm(network) if learner is network else learner, params, network, guided, examples)
-    if encoders.has_prompts(cfg, out, network):
+    if (of_prompts := encoders.conditions_of_prompts(cfg, out, network)) is not None:
         reference = ("teacher", guided, 25) if learner is network else ("16-bit CM", as_cm(network), files.most_steps(vars(cfg)))
-        roles.validation = sample.Validation(cfg, out, network, *reference)
+        roles.validation = sample.Validation(cfg, out, network, of_prompts, *reference)
     if cfg.rollout and cfg.trajectory == "teacher":
         times, folder = network.path.grid(cfg.grid // 2), out / "trajectories"
         roles.trajectories = Trajectories(folder, guided, network, examples, cfg.cached, times, cfg.seed, cfg.micro, cfg.device)
@@ -545,12 +544,10 @@ def distil(cfg: Config, out: Path, learner: Denoiser, network: Denoiser) -> Role
         return tdpt_losses(cfg, networks, schedule, examples, gen, micro_batches)
 
     def show(step: int) -> Image.Image | None:
-        if roles.validation is None:
-            return None
         name = "16-bit CM" if learner is network else number_format(learner)
         return roles.validation(f"{name}\nupdate {step}", roles.student, f"update-{step:05}.png")
 
-    fit(cfg, out, params, objective, roles.averages, show)
+    fit(cfg, out, params, objective, roles.averages, show if roles.validation else None)
     return roles
 
 

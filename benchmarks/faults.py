@@ -51,7 +51,7 @@ from models import checkpoint, tiny
 from models.denoiser import add_lora, random_denoiser
 from run import files
 from run.common import run_script
-from run.state import MEASURED, read_rows
+from run.state import read_rows, reproducible
 
 QUICK = (
     "--model tiny --steps 6 --batch 2 --calibration 2 --init zero --rounding rtn --ranks uniform --rank 8 --lr 2e-4 --warmup 1"
@@ -110,8 +110,7 @@ def contents(out: Path) -> dict[str, object]:
     with contextlib.suppress(KeyError, ValueError):
         about = json.loads(held["config.json"])  # may be written by another commit of the code
         held["config.json"] = {k: v for k, v in about.items() if k not in ("sha256", "commit")}
-    rows = read_rows(out / "metrics.jsonl").values()
-    held["metrics.jsonl"] = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+    held["metrics.jsonl"] = [reproducible(row) for row in read_rows(out / "metrics.jsonl").values()]
     return held
 
 

@@ -312,13 +312,18 @@ class Cache:
         return dict(self._null)
 
 
+def in_batches(captions: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """cond of captions, as many at a time as an encoder sees at once."""
+    parts = [encode(captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 class Captions:
     """Captions without pictures, in memory: what a `Cache` that was made of these prompts alone gives. encode: as its builder's."""
 
     def __init__(self, captions: list[str], encode: Callable[[list[str]], dict[str, Tensor]]):
-        parts = [captions[i : i + BATCH] for i in range(0, len(captions), BATCH)]
-        encoded = [{name: stored(name, tensor, tuple(part)) for name, tensor in encode(part).items()} for part in parts]
-        self.cond = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+        cond = in_batches(captions, encode)
+        self.cond = {name: stored(name, tensor, tuple(captions)) for name, tensor in cond.items()}
 
     def conditions(self, n: int, gen: torch.Generator, local_rows: slice = slice(None)) -> dict[str, Tensor]:
         """Of n captions that are drawn, of which one may come several times."""

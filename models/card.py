@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
 import quant
-from models.family import FACTOR, FAMILIES, family_of
+from models.family import FACTOR, FAMILIES, Family, family_of
 from run import files
 from run.common import UserError
 
@@ -23,14 +23,18 @@ def method_of(config: dict) -> str:
     """What a card says of a training. config: train.Config as a dict; older runs lack some of it."""
     rollout, init, ranks = config.get("rollout", 0.75), config.get("init", "hgs"), config.get("ranks", "qra")
     parts = ["TDPT: targets by stage of the trajectory"] * (rollout < 1) + ["rollouts: from its own states"] * (rollout > 0)
-    trained = (
-        f"Distilled while it was quantized ({'; '.join(parts)})"
-        if config.get("steps", 1)
-        else "Quantized, and not trained after that"
-    )
+    trained = "Quantized, and not trained after that"
+    if config.get("steps", 1):
+        trained = f"Distilled while it was quantized ({'; '.join(parts)})"
     split = "a Hessian-guided split of each weight (HGS-LoRA)" if init == "hgs" else f"the split `{init}`"
     of_layers = "ranks by layer (QRA)" if ranks == "qra" else f"the ranks `{ranks}`"
     return f"{trained}; the LoRA beside the packed weights starts from {split} with {of_layers}"
+
+
+def few_step_call(family: Family, config: dict, steps: int, guidance: float | None, **size: int) -> str:
+    """The arguments after the prompt in a call of a few-step pipeline. config: of its network; guidance: what that was given."""
+    given = {"num_inference_steps": steps, "guidance_scale": family.few_step_guidance(guidance)} | size
+    return "".join(f", {name}={value}" for name, value in (given | family.call_options(config)).items())
 
 
 def read_run(folder: Path) -> dict:
@@ -48,13 +52,11 @@ def of_run(folder: Path) -> tuple:
     network = about["network"]
     packed, family = network | {"layers": about["layers"]}, FAMILIES[network["model"]]
     packed |= {"steps": files.most_steps(about["config"]), "method": method_of(about["config"])}
-    given = {"num_inference_steps": packed["steps"], "guidance_scale": family.few_step_guidance(network.get("guidance"))}
-    given |= family.call_options(network["config"])
     use = {
         "how": "With CMQuant's files on the Python path:",
         "imports": "from models import pipeline",
         "load": f'pipeline.load_pipeline("{folder.name}")',
-        "call": "".join(f", {name}={value}" for name, value in given.items()),
+        "call": few_step_call(family, network["config"], packed["steps"], network.get("guidance")),
     }
     return [folder / "model.safetensors"], family, network["class"], packed, use
 

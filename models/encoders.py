@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data import sources
-from data.cache import BATCH, Cache, CacheBuilder, Captions, buckets
+from data.cache import Cache, CacheBuilder, Captions, buckets, in_batches
 from models import tiny
 from models.denoiser import Denoiser, as_cm, draw_latents
 from models.family import FACTOR, FAMILIES, Family
@@ -104,13 +104,18 @@ def captions_of(pipe, denoiser: Denoiser, captions: list[str]) -> Captions:
 # The examples that training reads. cfg: train.Config
 
 
+def has_encoders(cfg) -> bool:
+    """Whether there are text encoders and a VAE, so that a training can draw pictures. Random weights alone have none."""
+    return cfg.weights != "random" or bool(cfg.teacher)
+
+
 class Encoders:
     """What fills a cache: text encoders and VAE, each loaded when it is first asked for, and the consistency model inside
     `network`, which draws the latents of captions without pictures."""
 
     def __init__(self, cfg, network: Denoiser):
         self.cfg, self.network, self._text, self._vae = cfg, network, None, None
-        self.random = cfg.weights == "random" and not cfg.teacher
+        self.random = not has_encoders(cfg)
         self.resolution = FACTOR * network.latent[1]
 
     def text(self, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -150,7 +155,7 @@ def examples_of(cfg, out: Path, network: Denoiser) -> sources.LiveExamples | Cac
     draws = first[2] is None and cfg.rollout < 1
     key, draw = cache_key(cfg, network, draws), encoders.draw if draws else None
     cache = CacheBuilder(folder, source, encoders.pictures, encoders.text, key, encoders.resolution, draw).open_or_make()
-    if process_index() == 0 and draws_pictures(cfg):
+    if process_index() == 0 and has_encoders(cfg):
         keep_prompts(cfg, file_of_prompts(cfg, out, network), encoders.text)
     wait_for_all()
     return cache
@@ -161,18 +166,11 @@ def keep_prompts(cfg, path: Path, text: Callable[[list[str]], dict[str, torch.Te
     for them."""
     try:
         if not files.is_good(path, "", "it is made again"):
-            prompts = prompts_of(vars(cfg))
-            parts = [text(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
-            files.write_tensors(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, {})
+            files.write_tensors(path, in_batches(prompts_of(vars(cfg)), text), {})
     except UserError as error:
         if cfg.validate_every or cfg.validation_prompts:
             raise
         print(f"the run will end without pictures: {error}")
-
-
-def draws_pictures(cfg) -> bool:
-    """Whether a training can draw pictures. Random weights alone have no VAE."""
-    return cfg.weights != "random" or bool(cfg.teacher)
 
 
 def prompts_of(config: dict) -> list[str]:
@@ -189,16 +187,12 @@ def file_of_prompts(cfg, out: Path, network: Denoiser) -> Path:
     return Path(cfg.cache or out / "cache") / f"prompts-{digest}.safetensors"
 
 
-def has_prompts(cfg, out: Path, network: Denoiser) -> bool:
-    """Whether a training can draw pictures of prompts_of, after examples_of."""
-    return network.family.embedded or (draws_pictures(cfg) and file_of_prompts(cfg, out, network).exists())
-
-
-def conditions_of_prompts(cfg, out: Path, network: Denoiser) -> dict[str, torch.Tensor]:
-    """cond of prompts_of, which examples_of has kept for public models."""
+def conditions_of_prompts(cfg, out: Path, network: Denoiser) -> dict[str, torch.Tensor] | None:
+    """cond of prompts_of, which examples_of has kept for public models; None where it could not."""
     if network.family.embedded:
         return network.encode(prompts_of(vars(cfg)))
-    return files.read_verified(file_of_prompts(cfg, out, network), "run the same command again, it will be made again", "")[0]
+    path, again = file_of_prompts(cfg, out, network), "run the same command again, it will be made again"
+    return files.read_verified(path, again, "")[0] if has_encoders(cfg) and path.exists() else None
 
 
 def decode(cfg, network: Denoiser, latents: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -50,7 +50,7 @@ from torch.nn import functional as F
 
 import kernels
 import quant
-from layers import PackedLayer, W4A4Conv2d, W4A16Linear, packed_layers, replace_layer
+from layers import PackedLayer, W4A4Conv2d, W4A16Linear, on_meta, packed_layers, replace_layer
 from run.common import UserError
 
 GROUP, TILE, RANKS = 64, 128, 16  # nunchaku's: weights that share a scale, multiples of channels, multiple of ranks
@@ -300,8 +300,7 @@ def refuse(net: nn.Module, kind: str, packed: dict[str, PackedLayer], lacks: dic
     """UserError that counts the layers with what a format lacks, and names all flags of a training without it.
 
     lacks: flag -> whether a layer was made without it. Rotation is added to it, and means whose share no bias could take."""
-    with torch.device("meta"):
-        plain = type(net).from_config({k: v for k, v in net.config.items() if k != "quantization_config"})
+    plain = on_meta(net)
     lacks = {"--no-rotate": lambda layer: layer.rotated} | lacks
     found = {flag: [name for name, layer in packed.items() if is_so(layer)] for flag, is_so in lacks.items()}
     found["--no-centre"] = [

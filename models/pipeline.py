@@ -42,7 +42,7 @@ import quant
 from data import sources
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
 from models import checkpoint, exports, headers, pretrained
-from models.card import method_of, public_name, read_run, write_card, write_export_card
+from models.card import few_step_call, method_of, public_name, read_run, write_card, write_export_card
 from models.denoiser import FAST, Denoiser, fuse, start_noise
 from models.family import FAMILIES, family_of_network
 from models.quantizer import CMQuantConfig, CMQuantQuantizer, as_packed, quantization_config, register
@@ -351,8 +351,7 @@ def export_pipeline(pipe, out: str | Path, kind: str = "16bit", base_model: str 
     exports.replace(net, exported)
     distance = sources.psnr(draw_with_pipeline(pipe, prompts, config.steps, guidance=guidance), before)
     height, width = (pipe.vae_scale_factor * side for side in config.latent[1:])
-    given = {"num_inference_steps": config.steps, "guidance_scale": guidance, "height": height, "width": width}
-    call = "".join(f", {name}={value}" for name, value in (given | family.call_options(net.config)).items())
+    call = few_step_call(family, net.config, config.steps, config.guidance, height=height, width=width)
     with writing(out):
         pipe.save_pretrained(out)
         forget_paths(out, base)

@@ -33,6 +33,7 @@ import hessian
 import hgs_lora
 import qra
 from data.cache import buckets
+from layers import on_meta
 from models import checkpoint, pretrained
 from models.denoiser import Denoiser
 from models.family import FAMILIES
@@ -151,7 +152,7 @@ def footprint_of(cfg, network: Denoiser | None = None) -> Footprint:
     is packed, where it is in memory."""
     if cfg.resolution:
         buckets(cfg.resolution)  # UserError
-    family, build = FAMILIES[cfg.model], partial(pretrained.on_meta, network.net) if network else partial(skeleton_of, cfg)
+    family, build = FAMILIES[cfg.model], partial(on_meta, network.net) if network else partial(skeleton_of, cfg)
     net = build()
     side = pretrained.latent_side(family, net, cfg.resolution)
     about = {"cm_rank": cfg.rank, "trains": "cm"} if cfg.bits == 16 else {"rank": math.ceil(cfg.rank)}

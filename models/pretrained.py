@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from layers import on_meta
 from models import headers
 from models.denoiser import Denoiser, LoRA, add_lora, is_plain_lora, lora_layers, random_denoiser, transformer_blocks
 from models.family import FACTOR, FAMILIES, Family, family_of, family_of_network, what_file_holds
@@ -305,14 +306,8 @@ def load_vae(family: Family, base: str, components: str = "") -> AutoencoderKL:
 # The consistency LoRA
 
 
-def on_meta(net: nn.Module) -> nn.Module:
-    """The float network of `net`'s configuration on the meta device."""
-    with torch.device("meta"):
-        return type(net).from_config(net.config)
-
-
 def weightless(net: nn.Module) -> nn.Module:
-    """The same, each weight a view of one zero on the CPU: no memory, yet not meta."""
+    """The float network of `net`'s configuration, each weight a view of one zero on the CPU: no memory, yet not meta."""
     twin = on_meta(net)
     for layer in twin.modules():
         for key, p in layer._parameters.items():

@@ -29,7 +29,17 @@ from torch import nn
 
 import kernels
 import quant
-from layers import PackedLayer, packed_class, packed_layers, place_packed, refuse_change, replace_layer, set_backend
+from layers import (
+    PackedLayer,
+    on_meta,
+    packed_class,
+    packed_layers,
+    place_packed,
+    plain_config,
+    refuse_change,
+    replace_layer,
+    set_backend,
+)
 
 
 class Method(str, Enum):  # noqa: UP042  (diffusers asks for .value, JSON for a str)
@@ -112,14 +122,12 @@ class CMQuantQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model):
         """Q + B A in plain layers, with which any tool works; activations are not rounded there."""
-        config = {k: v for k, v in model.config.items() if k != "quantization_config"}
-        with torch.device("meta"):
-            float_net = type(model).from_config(config)
+        float_net = on_meta(model)
         for name, layer in list(packed_layers(model)):
             plain = float_net.get_submodule(name.removesuffix(".base_layer")).train(layer.training)  # PEFT's name
             layer.dequantize(plain)
             replace_layer(model, name, plain)
-        model._internal_dict = FrozenDict(config)
+        model._internal_dict = FrozenDict(plain_config(model))
         for method in METHODS:
             delattr(model, method.__name__)
         return model

@@ -155,6 +155,15 @@ def curves_of_page(metrics: list[dict]) -> str:
     return file.getvalue()[file.getvalue().index("<svg") :].replace("#000000", "currentColor")
 
 
+def summary_writer() -> type:
+    """TensorBoard's class. UserError without its package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--report-to tensorboard needs one more package: pip install tensorboard") from None
+    return SummaryWriter
+
+
 class Board:
     """What is to be seen of a training while it goes on: OUT/losses.png, drawn anew now and then, and, if that is asked for,
     TensorBoard's files in OUT/tensorboard, where lines that an earlier process wrote of updates from `step` on are hidden.
@@ -166,12 +175,8 @@ class Board:
     def __init__(self, out: Path, step: int, tensorboard: bool):
         self.path, self.drawn, self.writer = out / "losses.png", time.monotonic(), None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--report-to tensorboard needs one more package: pip install tensorboard") from None
             with self.writing():
-                self.writer = SummaryWriter(out / "tensorboard", purge_step=step)
+                self.writer = summary_writer()(out / "tensorboard", purge_step=step)
 
     @contextlib.contextmanager
     def writing(self):
@@ -183,11 +188,12 @@ class Board:
 
     def add(self, rows: list[dict]) -> None:
         """All lines of metrics.jsonl, of which the last one is new: scalars, the loss by its objective."""
-        row = rows[-1]
-        numbers = {name: value for name, value in row.items() if name not in ("step", "objective", "jumps", "loss")}
-        with self.writing():
-            for name, value in ({f"loss/{objective_of(row)}": row["loss"]} | numbers).items() if self.writer else ():
-                self.writer.add_scalar(name, value, row["step"])
+        if self.writer:
+            row = rows[-1]
+            scalars = {name: value for name, value in row.items() if name not in ("step", "objective", "jumps", "loss")}
+            with self.writing():
+                for name, value in (scalars | {f"loss/{objective_of(row)}": row["loss"]}).items():
+                    self.writer.add_scalar(name, value, row["step"])
         if time.monotonic() - self.drawn > self.SECONDS:
             self.draw(rows)
 

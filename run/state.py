@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,7 +96,12 @@ def read_rows(metrics: Path) -> dict[int, dict]:
     return {row["step"]: row for row in rows if isinstance(row, dict) and "step" in row}
 
 
-def lines_of(rows: list[dict]) -> str:
+def reproducible(row: dict) -> dict:
+    """A line of metrics.jsonl without what its update took."""
+    return {k: v for k, v in row.items() if k not in MEASURED}
+
+
+def lines_of(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -168,8 +173,8 @@ class TrainingState:
             }
             tensors = {f"p.{k}": p for k, p in self.params.items()} | moments
             tensors |= {f"ema.{k}": average for k, average in self.averages.items()}
-            rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in self.rows]
-            tensors["metrics.jsonl"] = torch.tensor(list(lines_of(rows).encode()), dtype=torch.uint8)
+            lines = lines_of(map(reproducible, self.rows))
+            tensors["metrics.jsonl"] = torch.tensor(list(lines.encode()), dtype=torch.uint8)
             if self.good:
                 with files.atomic(self.previous) as file:  # a link, so that the first name stays until the new state takes it
                     try:

@@ -317,7 +317,8 @@ def test_tensorboard_has_each_update_once(watched):
 ])  # fmt: skip
 def test_pictures_and_reports_that_cannot_be_are_refused_first(capsys, monkeypatch, flags, says):
     """Catches an hour of statistics before a missing file or package."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     refuse(flags.split(), capsys, says)
 
 
