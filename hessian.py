@@ -23,7 +23,7 @@ one window, tap-major with the channel fastest, so that it multiplies `w_OIhw.pe
 Numerics [O]. Each block of rows gives one float32 product (at most `BLOCK_BYTES` of rows; on CUDA 16-bit rows go to its tensor
 cores, which multiply them exactly and add in float32). The products are summed in float64, so the total does not depend on how
 the calibration set is cut into batches, up to the float32 rounding of one block. It is kept as float32. Both matrices are
-symmetric: of wide ones only the lower triangle is computed, in strips of `STRIP` rows, and mirrored at the end.
+symmetric: only the lower triangle is computed, in strips of `STRIP` rows, and mirrored at the end.
 
 Sharing [O]. q, k and v read one tensor object, and so do the k and v of every cross-attention. At a layer's first call, "same
 object, same version, same window" puts it into the group of the layer that came first. The group has one `Stats`, so that
@@ -58,7 +58,7 @@ from torch.nn import functional as F
 import quant
 
 BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # rows that are unfolded at a time, in float32; changes memory, not results
-STRIP = 2048  # rows of H or G that are added at a time
+STRIP = {"cpu": 256, "cuda": 2048}  # rows of H or G that are added at a time; narrow ones leave out more of what lies across
 
 # ---------------------------------------------------------------- reference math
 
@@ -97,15 +97,17 @@ def moments(left_TM: Tensor, right_TN: Tensor) -> Tensor:
 def add_moments(total_KK: Tensor, rows_TK: Tensor) -> None:
     """total += rows^T rows, float32 into float64, strip by strip and no further right than the diagonal. The total may be in main
     memory while the rows are on a GPU."""
-    for begin in range(0, len(total_KK), STRIP):
-        end = begin + STRIP
+    strip = STRIP[rows_TK.device.type]
+    for begin in range(0, len(total_KK), strip):
+        end = begin + strip
         total_KK[begin:end, :end].add_(moments(rows_TK[:, begin:end], rows_TK[:, :end]).to(total_KK.device))
 
 
 def mirror(total_KK: Tensor) -> Tensor:
     """What `add_moments` left out, from what lies across the diagonal, in place."""
-    for begin in range(STRIP, len(total_KK), STRIP):
-        end = begin + STRIP
+    strip = min(STRIP.values())  # of rows on either device
+    for begin in range(strip, len(total_KK), strip):
+        end = begin + strip
         total_KK[:begin, begin:end] = total_KK[begin:end, :begin].mT
     return total_KK
 
@@ -483,9 +485,9 @@ def slices(
 
 def least_bytes(shapes: list[tuple[int, int]], gradients: bool) -> int:
     """What layers of `shapes` (O, K) need at least for statistics and factors together: `slices` gets half of it as its budget, and
-    that must hold the float64 sum, H or (with `gradients`) G, of the widest layer. An H of more than STRIP inputs may be in main
-    memory."""
-    return 16 * max(max(O if gradients else 0, min(K, STRIP)) for O, K in shapes) ** 2
+    that must hold the float64 sum, H or (with `gradients`) G, of the widest layer. An H of more inputs than a GPU's strip has rows
+    may be in main memory."""
+    return 16 * max(max(O if gradients else 0, min(K, STRIP["cuda"])) for O, K in shapes) ** 2
 
 
 # ---------------------------------------------------------------- demo

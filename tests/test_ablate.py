@@ -287,6 +287,23 @@ def test_runs_share_a_start_where_nothing_of_it_differs(tmp_path, monkeypatch):
     assert start_of("") == len(made) == one + 2
 
 
+def test_frozen_networks_are_asked_once_and_answer_the_same(tmp_path, monkeypatch):
+    """Catches an answer to another question, or by the other role of the network, and one that is computed again."""
+    for name in ("as_cm", "as_teacher"):
+        monkeypatch.setattr(train, name, getattr(train, name))  # a cell changes these, in a process of its own
+    network = load_embedded_cm("tiny-flux").to(FAST)
+    gen, t = torch.Generator().manual_seed(0), torch.full((2,), 0.9)
+    cond, empty = network.encode(["a red ring", "a blue square"]), network.encode(["", ""])
+    x, y = torch.randn(2, 2, *network.latent, generator=gen)
+    questions = [(x, t, 0 * t, cond), (x, t, 0 * t, empty), (x, t, t / 2, cond), (x, 1 - t, 0 * t, cond), (y, t, 0 * t, cond)]
+    wanted = [role(network)(*asked) for role in (as_cm, as_teacher) for asked in questions]
+    for _ in range(2):
+        ablate.share_answers(tmp_path / "answers")
+        given = [role(network)(*asked) for role in (train.as_cm, train.as_teacher) for asked in questions]
+        assert all(map(torch.equal, given, wanted)) and len(wanted) == len(list((tmp_path / "answers").iterdir()))
+        monkeypatch.setattr(network.net, "forward", None)  # the second time nothing is computed
+
+
 def test_fitted_coefficients_undo_a_gain_and_are_those_of_each_step():
     """Catches coefficients of x and p in each other's place, and one pair for all steps."""
     path, gen = tdpt.FlowPath(), torch.Generator().manual_seed(0)
@@ -398,7 +415,8 @@ def test_a_cell_is_trained_scored_and_kept_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "GROUPS", {"trial": ablate.Group(rows, updates=(0,), testbeds=("",), seeds=1)})
     monkeypatch.setattr(ablate, "write_table", lambda name, lines, show: written.append(lines))
     written, calls, built, build = [], [], [], train.student.build
-    for place, attribute in ((train, "initialise_student"), (train.sample, "closing_pictures"), (evaluate, "closing_report")):
+    changed = ((train, "initialise_student"), (train, "as_cm"), (train, "as_teacher"))
+    for place, attribute in (*changed, (train.sample, "closing_pictures"), (evaluate, "closing_report")):
         monkeypatch.setattr(place, attribute, getattr(place, attribute))  # a cell changes these, in a process of its own
     monkeypatch.setattr(train.student, "build", lambda *args: built.append(args) or build(*args))
 

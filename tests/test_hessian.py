@@ -113,7 +113,7 @@ def test_conv_blocks_do_not_change_its_hessian(monkeypatch):
     conv, x = nn.Conv2d(6, 4, 3, stride=2, padding=1), torch.randn(5, 6, 8, 8)
     whole = calibrate(conv, [x], [""])[""]
     monkeypatch.setitem(hessian.BLOCK_BYTES, "cpu", 1)
-    monkeypatch.setattr(hessian, "STRIP", 20)
+    monkeypatch.setattr(hessian, "STRIP", dict.fromkeys(hessian.STRIP, 20))
     blocks = calibrate(conv, [x], [""])[""]
     reference = hessian.unfold(x.double(), (3, 3), (2, 2), (1, 1))
     assert whole.count == blocks.count == len(reference) == 5 * 16
@@ -161,13 +161,14 @@ def test_layers_that_stop_sharing_their_input_raise():
         calibrate(Drift(), [torch.ones(4, 16)] * 2, ["q", "k"])
 
 
-@given(K=st.integers(1, 40), strip=st.integers(1, 50), seed=st.integers(0, 99))
-def test_strips_add_up_to_the_moments_of_all_columns(K, strip, seed):
-    """Catches: a strip that is left out or counted twice, a triangle that is mirrored from the wrong side."""
+@given(K=st.integers(1, 40), strip=st.integers(1, 50), other=st.integers(1, 50), seed=st.integers(0, 99))
+def test_strips_add_up_to_the_moments_of_all_columns(K, strip, other, seed):
+    """Catches: a strip that is left out or counted twice, a triangle that is mirrored from the wrong side, or in the wide strips of
+    another device."""
     x = rows("normal", 30, K, seed)
     total = torch.zeros(K, K, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hessian, "STRIP", strip)
+        patch.setattr(hessian, "STRIP", {"cpu": strip, "cuda": other})
         for part in x.split(10):
             hessian.add_moments(total, part)
         assert not total[0, strip:].any(), "above the diagonal nothing is computed"
@@ -361,7 +362,7 @@ def test_output_moments_do_not_depend_on_the_budget(monkeypatch):
     at_once = collect_outputs(model, names, backward_run(model, x, 2))
     in_turn = collect_outputs(model, names, backward_run(model, x, 2), budget_bytes=8 * 36)
     assert list(in_turn) == names and all(torch.equal(at_once[n], in_turn[n]) for n in names)
-    monkeypatch.setattr(hessian, "STRIP", 3)
+    monkeypatch.setattr(hessian, "STRIP", dict.fromkeys(hessian.STRIP, 3))
     in_strips = collect_outputs(model, names, backward_run(model, x, 2))
     assert all(torch.allclose(at_once[n], in_strips[n], rtol=1e-4, atol=1e-6) for n in names)
 
@@ -540,7 +541,7 @@ def test_cuda_moments_are_those_of_float64(dtype):
 @pytest.mark.gpu
 def test_a_hessian_larger_than_the_budget_is_summed_in_main_memory(monkeypatch):
     """Catches a sum that stays on the GPU, and one that is another there."""
-    monkeypatch.setattr(hessian, "STRIP", 64)
+    monkeypatch.setattr(hessian, "STRIP", dict.fromkeys(hessian.STRIP, 64))
     layer, x = nn.Linear(160, 8, device="cuda"), torch.randn(100, 160, device="cuda")
     here, there = (calibrate(layer, [x], [""], budget_bytes=size)[""].H_KK for size in (8 * 160**2, 8 * 160**2 - 1))
     assert here.is_cuda and there.device.type == "cpu" and torch.equal(here.cpu(), there)
