@@ -1,4 +1,10 @@
-"""Deterministic property tests; tests marked `gpu` skip where there is none."""
+"""Deterministic property tests; tests marked `gpu` skip where there is none. With `-n 2` two processes share the files of tests and
+the cores: two programs that each ask for all of these would wait for one another."""
+
+import os
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))  # before torch is imported
 
 import pytest
 import torch

@@ -710,6 +710,7 @@ def test_pictures_of_a_run_on_a_folder_are_for_its_captions(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_scores_on_real_pictures_are_those_of_what_is_drawn(tmp_path, monkeypatch):
     """Catches captions beside other pictures, a student that is scored for the model it is compared with, and a run on scenes that
     is scored all the same. The features stand for those of the ImageNet network."""

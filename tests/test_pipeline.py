@@ -757,6 +757,7 @@ def test_the_card_of_a_run_has_code_that_draws(runs, tmp_path, monkeypatch, name
     assert said["image"].size == (64, 64) and Path("picture.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", (SDXL, "flux"))
 @torch.no_grad()
 def test_an_exported_folder_draws_without_this_repository(runs, tmp_path, name):
@@ -861,6 +862,7 @@ def test_commands_export_lora_pipeline_and_card(runs, bases, tmp_path):
         pipeline.main(["--checkpoint", str(run), "--export", "lora"])
 
 
+@pytest.mark.slow
 def test_the_16_bit_export_is_stock_diffusers_and_says_how_far_it_is(runs, tmp_path, capsys, monkeypatch):
     """Catches a folder that needs our code, and a distance that is not that of the pictures."""
     monkeypatch.setattr(kernels, "_has_native", lambda device: False)

@@ -231,6 +231,7 @@ def test_text_encoders_that_are_gone_cost_a_run_its_pictures_alone(real, finishe
         run(real, "flux", out, "--validate-every 2")
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_sheet_of_pictures(real, finished, tmp_path, monkeypatch):
     """Catches minutes of pictures that a scheduler does not wait for, and a half sheet."""
     latents = sample.draw_latents
@@ -520,13 +521,10 @@ def test_what_a_user_can_get_wrong_is_one_sentence(real, tmp_path, capsys, monke
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(real, finished, tmp_path):
-    """Catches ranks that wait for a dead one for ever, a state that only fits the whole life of a job, and two processes with other
-    losses than one has."""
-    flags = f"--steps 12 --cache {finished['flux']}/cache"
+    """Catches ranks that wait for a dead one for ever, and a state that only fits the whole life of a job."""
+    flags = f"--steps 8 --cache {finished['flux']}/cache"
     command = [*TORCHRUN, *real["flux"].split(), *flags.split(), "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], **TWO, check=True)
-    run(real, "flux", tmp_path / "alone", flags)
-    same_losses(tmp_path / "whole", tmp_path / "alone")
     (tmp_path / "r").mkdir()
     for name in ("config.json", "start.safetensors"):  # the same beginning
         shutil.copy(tmp_path / "whole" / name, tmp_path / "r")
@@ -537,6 +535,6 @@ def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(real, finish
     os.kill(int(ranks[-1]), signal.SIGKILL)
     _, said = job.communicate(timeout=60)
     assert job.returncode != 0 and "Signal 9 (SIGKILL)" in said
-    assert len(losses(tmp_path / "r")) < 12
+    assert len(losses(tmp_path / "r")) < 8
     subprocess.run([*command, str(tmp_path / "r")], **TWO, check=True)
     assert losses(tmp_path / "r") == losses(tmp_path / "whole")

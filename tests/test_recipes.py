@@ -59,6 +59,7 @@ def test_recipes_apply_touch_at_most_two_files_and_run(weights, copy, tmp_path):
     assert (out / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_new_rounding_is_a_few_lines_in_one_file_and_a_row_of_the_grid(copy):
     """Catches a method that needs more than the page says, that rounds as before or worse, and a row that train.py refuses."""
     added = apply(DIFFS["quantease"], copy)

@@ -409,6 +409,7 @@ def stock_pictures(name: str, base: str, cm: str) -> list[torch.Tensor]:
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_FAMILY)
 def test_a_run_is_scored_beside_the_models_that_it_came_from(real, finished, clip, tmp_path, capsys, monkeypatch, name):  # noqa: F811
     """Catches a base with the scheduler or guidance of the other, a consistency model without its LoRA, noises that differ between
@@ -463,7 +464,7 @@ def test_a_run_is_scored_beside_the_models_that_it_came_from(real, finished, cli
 def test_what_the_command_refuses_is_one_sentence(real, finished, clip, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Catches pictures of two configurations in one folder, prompts that are used twice, rows of one name, flags that are ignored,
     a run of random weights that is compared with a base, and all that is drawn before it is noticed."""
-    run = finished["sd15"]
+    run = finished["flux"]
     monkeypatch.setattr(pipeline, "draw_with_pipeline", lambda *args: torch.zeros(1, 3, 8, 8))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "others.txt").write_text("\n".join(PROMPTS[::-1]))

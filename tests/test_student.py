@@ -474,30 +474,22 @@ def test_shares_of_the_closing_lines_are_those_of_torch_and_of_the_table(mixed):
 
 
 @pytest.mark.slow
-def test_a_run_whose_layers_stay_in_16_bits_trains_packs_and_draws(tmp_path, monkeypatch, capsys):
-    """Catches such a layer in the whole of a run: start, updates, reloading, pictures, the closing lines and their memory."""
-    original = qra.allocate
-    monkeypatch.setattr(qra, "allocate", lambda *args, **kwargs: original(*args, **kwargs) | {"up_blocks.0.resnets.0.conv1": None})
-    flags = "--rank 2 --keep-16bit --hessian input --init qera --rounding rtn --calibration 4 --steps 2 --batch 4 --eval-n 8"
-    train.main([*flags.split(), "--out", str(tmp_path / "run")])
+def test_a_run_with_ranks_of_0_and_a_layer_in_16_bits_trains_packs_and_draws(tmp_path, monkeypatch, capsys):
+    """Catches a layer without a branch, or one that stays in 16 bits, in the whole of a run: start, updates, 8-bit form, reloading,
+    pictures, the closing lines and their memory."""
+    original, kept = qra.allocate, "up_blocks.0.resnets.0.conv1"
+    monkeypatch.setattr(qra, "allocate", lambda *args, **kwargs: original(*args, **kwargs) | {kept: None})
+    flags = "--rank 2 --keep-16bit --init qera --rounding rtn --calibration 4 --steps 2 --batch 4 --eval-n 8 --lora-bits 8"
+    train.main([*flags.split(), "--rollout", "0.5", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
     loaded, about = checkpoint.load_checkpoint(tmp_path / "run")
-    assert about["layers"]["up_blocks.0.resnets.0.conv1"]["kind"] == "16bit"
-    assert isinstance(loaded.net.get_submodule("up_blocks.0.resnets.0.conv1"), nn.Conv2d)
+    assert about["layers"][kept]["kind"] == "16bit" and isinstance(loaded.net.get_submodule(kept), nn.Conv2d)
+    ranks = {f"net.{name}": row["rank"] for name, row in about["layers"].items()}
+    assert 0 in {layer.rank for _, layer in layers.packed_layers(loaded)}
+    assert all(layer.rank == ranks[name] for name, layer in layers.packed_layers(loaded))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert f"{report['w4a4_parameters']:.1%} of the parameters, {report['w4a4_products']:.1%} of the products" in said
     assert f"branches add {report['branch_parameters']:.2%} to the parameters" in said
-
-
-@pytest.mark.slow
-def test_a_run_with_ranks_of_0_trains_packs_and_draws(tmp_path):
-    """Catches a layer without a branch in the whole of a run: start, updates, 8-bit form, reloading, pictures."""
-    flags = "--rank 2 --steps 2 --batch 4 --calibration 4 --init qera --rounding rtn --eval-n 8 --lora-bits 8 --rollout 0.5"
-    train.main([*flags.split(), "--out", str(tmp_path / "run")])
-    loaded, about = checkpoint.load_checkpoint(tmp_path / "run")
-    ranks = {f"net.{name}": row["rank"] for name, row in about["layers"].items()}
-    assert 0 in ranks.values()
-    assert all(layer.rank == ranks[name] for name, layer in layers.packed_layers(loaded))
 
 
 # ---------------------------------------------------------------- full width
