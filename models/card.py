@@ -31,10 +31,22 @@ def method_of(config: dict) -> str:
     return f"{trained}; the LoRA beside the packed weights starts from {split} with {of_layers}"
 
 
+def guidance_scale(family: Family, config: dict, guidance: float | None) -> dict[str, float]:
+    """guidance_scale of a few-step call, by its name. config: of the network; guidance: what that was given. Empty where the
+    network has no such input and makes no second call (FLUX.1-schnell)."""
+    asks = family.classifier_free or family.guidance_input(config) is not None
+    return {"guidance_scale": family.few_step_guidance(guidance)} if asks else {}
+
+
 def few_step_call(family: Family, config: dict, steps: int, guidance: float | None, **size: int) -> str:
-    """The arguments after the prompt in a call of a few-step pipeline. config: of its network; guidance: what that was given."""
-    given = {"num_inference_steps": steps, "guidance_scale": family.few_step_guidance(guidance)} | size
+    """The arguments after the prompt in a call of a few-step pipeline; config, guidance: see guidance_scale."""
+    given = {"num_inference_steps": steps} | guidance_scale(family, config, guidance) | size
     return "".join(f", {name}={value}" for name, value in (given | family.call_options(config)).items())
+
+
+def of_training(family: Family, config: dict, guidance: float | None) -> str:
+    """guidance_scale in a card's sentence about the training, with the comma after it."""
+    return "".join(f"`{name}={value}`, " for name, value in guidance_scale(family, config, guidance).items())
 
 
 def read_run(folder: Path) -> dict:
@@ -46,7 +58,7 @@ def read_run(folder: Path) -> dict:
 
 
 def of_run(folder: Path) -> tuple:
-    """(files of weights, family, class of the network, its base, layers, steps and guidance, how to use it) of a run folder.
+    """(files of weights, class of the network, its base, layers and steps, how to use it) of a run folder.
     UserError if it is none of a pipeline."""
     about = read_run(folder)
     network = about["network"]
@@ -57,8 +69,9 @@ def of_run(folder: Path) -> tuple:
         "imports": "from models import pipeline",
         "load": f'pipeline.load_pipeline("{folder.name}")',
         "call": few_step_call(family, network["config"], packed["steps"], network.get("guidance")),
+        "guidance": of_training(family, network["config"], network.get("guidance")),
     }
-    return [folder / "model.safetensors"], family, network["class"], packed, use
+    return [folder / "model.safetensors"], network["class"], packed, use
 
 
 def of_pipeline(folder: Path) -> tuple:
@@ -72,13 +85,15 @@ def of_pipeline(folder: Path) -> tuple:
     packed = about["quantization_config"]
     if packed.get("steps", 4) is None:
         raise UserError(f"{folder} was packed as it was loaded, not trained for few steps: it gets no card")
+    family = family_of(about)
     use = {
         "how": "With diffusers alone; `trust_remote_code` lets it run the Python files of this folder, which are CMQuant's:",
         "imports": "import torch\nfrom diffusers import DiffusionPipeline",
         "load": f'DiffusionPipeline.from_pretrained("{folder.name}", torch_dtype=torch.bfloat16, trust_remote_code=True)',
         "call": "",  # pipeline.py knows
+        "guidance": of_training(family, about, packed.get("guidance")),
     }
-    return sorted(config.parent.glob("*.safetensors")), family_of(about), about["_class_name"], packed, use
+    return sorted(config.parent.glob("*.safetensors")), about["_class_name"], packed, use
 
 
 def public_name(base: str) -> str:
@@ -95,7 +110,7 @@ def write_card(folder: str | Path, base_model: str = "") -> Path:
     """README.md of a run folder or of a pipeline folder of save_pretrained. base_model: hub id of the base, where that was a copy.
     UserError if the folder holds no packed network."""
     folder = Path(folder)
-    weights, family, network, packed, use = (of_pipeline if (folder / "model_index.json").is_file() else of_run)(folder)
+    weights, network, packed, use = (of_pipeline if (folder / "model_index.json").is_file() else of_run)(folder)
     base, layers, report = base_model or public_name(packed["base"]), packed["layers"], folder / "report.json"
     number_format = quant.number_format(row["group_x"] for row in layers.values() if row["kind"] == "w4a4")
     front, licence = _front(base, [number_format.lower().replace("/", "-"), "quantized"], "quantized")
@@ -117,7 +132,6 @@ def write_card(folder: str | Path, base_model: str = "") -> Path:
         ratio=size / twin,
         method=packed.get("method") or method_of({}),
         steps=packed.get("steps", 4),
-        guidance=family.few_step_guidance(packed.get("guidance")),
         height=FACTOR * packed["latent"][1],
         width=FACTOR * packed["latent"][2],
         metrics=_metrics(json.loads(report.read_text())) if report.is_file() else "",

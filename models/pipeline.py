@@ -40,6 +40,7 @@ from torch import nn
 
 import quant
 from data import sources
+from data.cache import buckets
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
 from models import checkpoint, exports, headers, pretrained
 from models.card import few_step_call, method_of, public_name, read_run, write_card, write_export_card
@@ -80,6 +81,8 @@ def as_few_step(denoiser: Denoiser, table: dict[str, dict], config: dict) -> Non
 def to_be_packed(pipe, resolution: int = 0) -> Denoiser:
     """The denoiser of a diffusers pipeline in memory, to be packed in place; resolution: of its pictures, 0: their own. UserError
     for a pipeline of no family, and for what cannot be packed as it is: another kind of layers, hooks, compiled code, float16."""
+    if resolution:
+        buckets(resolution)  # UserError for a size that no training has
     net = denoiser_of(pipe)
     if hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None):
         raise UserError("the network is compiled: quantize it first, and compile it after that")
@@ -178,7 +181,8 @@ def _few_step_pipeline(denoiser: Denoiser, base: str, components: str, dtype: to
 def load_16bit(folder: str | Path, cm: bool, device="cpu", base: str = ""):
     """A pipeline in 16 bits (float32 on CPUs without units for bfloat16) that the student of a run folder is measured against: its
     base as it is or, if `cm`, its consistency model: --cm fused into the base, with the student's scheduler for few steps.
-    base: another copy of the base. UserError if the run was made from random weights, or its base or LoRA is not there."""
+    base: another copy of the base. On a GPU that has no room for all of it the layers wait in main memory, which is slow. UserError
+    if the run was made from random weights, or its base or LoRA is not there."""
     check_device(device)
     folder, dtype = Path(folder), FAST if torch.device(device).type == "cpu" else torch.bfloat16
     about = read_run(folder)
@@ -193,6 +197,21 @@ def load_16bit(folder: str | Path, cm: bool, device="cpu", base: str = ""):
     else:
         pipe = read_base(family.pipeline(), base, components, torch_dtype=dtype)
     pipe.default_sample_size = max(about["network"]["latent"][1:])
+    return placed(pipe, torch.device(device))
+
+
+def placed(pipe, device: torch.device):
+    """`pipe` on the device. On a GPU with too little room diffusers brings each layer there when it is called."""
+    if device.type == "cuda":
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        size, room = (
+            sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers())),
+            torch.cuda.mem_get_info(device)[0],
+        )
+        if size > 0.8 * room:  # the rest is for activations
+            print(f"{size / 1e9:.1f} GB of weights do not fit beside activations in {room / 1e9:.1f} GB: they come layer by layer")
+            pipe.enable_sequential_cpu_offload(device=device)
+            return pipe
     return pipe.to(device)
 
 
@@ -209,7 +228,7 @@ def draw_with_pipeline(pipe, prompts: list[str], steps: int, seed: int = 0, guid
     pictures = []
     for i, prompt in enumerate(prompts):
         noise = start_noise(1, shape, seed + i)  # on the CPU in float32: the same one for every device and dtype
-        noise = family.pack(pipe, noise).to(pipe.vae.device, pipe.vae.dtype)
+        noise = family.pack(pipe, noise).to(pipe._execution_device, pipe.vae.dtype)
         picture = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **size).images[0]
         pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1)
     return torch.stack(pictures)

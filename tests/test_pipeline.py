@@ -862,6 +862,23 @@ def test_commands_export_lora_pipeline_and_card(runs, bases, tmp_path):
         pipeline.main(["--checkpoint", str(run), "--export", "lora"])
 
 
+@pytest.mark.parametrize("name", ("sdxl", "flux"))
+def test_a_pipeline_that_does_not_fit_on_the_gpu_comes_layer_by_layer(name, monkeypatch, capsys):
+    """Catches a pipeline of 34 GB that ends in an error of memory on a GPU of 24, and one that is slow where it fits."""
+    pipe, device = getattr(miniature, name)(), torch.device("cuda", 0)
+    monkeypatch.setattr(type(pipe), "to", lambda pipe, device: "on the device")
+    monkeypatch.setattr(type(pipe), "enable_sequential_cpu_offload", lambda pipe, device: hooked.append(device))
+    text = (pipe.text_encoder, pipe.text_encoder_2)
+    size = sum(t.nbytes for part in (pipeline.denoiser_of(pipe), pipe.vae, *text) for t in part.state_dict().values())
+    for room, offloaded in ((2 * size, False), (size, True)):
+        hooked = []
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, 10 * size))
+        assert pipeline.placed(pipe, device) == (pipe if offloaded else "on the device") and hooked == [device] * offloaded
+        assert ("they come layer by layer" in capsys.readouterr().out) == offloaded
+    monkeypatch.setattr(torch.cuda, "mem_get_info", None)
+    assert pipeline.placed(pipe, torch.device("cpu")) == "on the device"
+
+
 @pytest.mark.slow
 def test_the_16_bit_export_is_stock_diffusers_and_says_how_far_it_is(runs, tmp_path, capsys, monkeypatch):
     """Catches a folder that needs our code, and a distance that is not that of the pictures."""
