@@ -1,4 +1,4 @@
-"""Builds cpu.cpp for the CPU of this machine, once, and calls it.
+"""Builds cpu.cpp and attention.cpp for the CPU of this machine, once, and calls the first (attention.py calls the second).
 
 The compiler runs for some 20 seconds on the first use; its library is kept in ~/.cache/cmquant (XDG_CACHE_HOME moves it) under a
 name that hashes whatever it depends on: the source, the compiler and its flags, the version of torch, and the units of the CPU,
@@ -38,12 +38,13 @@ def is_available() -> bool:
         warnings.warn(f"the C++ kernels were not built, the slower eager kernels run ({why})", stacklevel=2)
         return False
     torch.library.register_fake("cmquant::w4a4", _empty)
+    torch.library.register_fake("cmquant::attention", lambda q, k, v, mask, scale: torch.empty_like(q.transpose(1, 2)).contiguous())
     return True
 
 
 def source() -> str:
-    """The C++ code. OSError if it is not there."""
-    return Path(__file__).with_name("cpu.cpp").read_text()
+    """The C++ code, two files as one. OSError if they are not there."""
+    return "".join(Path(__file__).with_name(name).read_text() for name in ("cpu.cpp", "attention.cpp"))
 
 
 def _library() -> Path:

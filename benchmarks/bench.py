@@ -7,6 +7,7 @@
                                                    tiny also 4 steps against the teacher's 20 guided ones, and throughput
     python -m benchmarks.bench train               an update of training, W4A4 against a LoRA of the 16-bit network
     python -m benchmarks.bench costs               how time grows with tokens, width and rank
+    python -m benchmarks.bench attention           in 8 bits (backends/attention.py) against torch's, on a CPU
     benchmarks/gpu.sh                              all of these on CUDA, and training at full size
 
 One process, the same tensors for all: rounds in which every implementation runs once, in random order, after a warm-up that also
@@ -45,10 +46,10 @@ import kernels
 import layers
 import quant
 import tdpt
-from backends import cpu, gpu
+from backends import attention, cpu, gpu
 from benchmarks.tables import markdown
 from models import encoders, memory
-from models.denoiser import Denoiser, LoRA, float_layers
+from models.denoiser import FAST, Denoiser, LoRA, float_layers
 from models.family import FACTOR, FAMILIES
 from run.common import UserError, peak_memory, run_script
 
@@ -548,6 +549,35 @@ def bench_train(args: argparse.Namespace) -> Iterator[list[dict]]:
     yield [row | dict(zip(("what", "impl"), row["impl"].split(", "), strict=True)) for row, _ in found]
 
 
+ATTENTION = {  # heads, queries, keys, channels of a head
+    "flux, 1024 pixels": (24, 4608, 4608, 128),
+    "sdxl, 1024 pixels, outer blocks": (10, 4096, 4096, 64),
+    "sdxl, 1024 pixels, inner blocks": (20, 1024, 1024, 64),
+    "sdxl, 1024 pixels, to the caption": (10, 4096, 77, 64),
+    "sd15, 512 pixels, outer blocks": (8, 4096, 4096, 40),
+}
+
+
+@torch.inference_mode()
+def bench_attention(args: argparse.Namespace) -> Iterator[list[dict]]:
+    """Both in the dtype that networks have on this CPU. "error" is that of the first head, without the mean of its values."""
+    if args.device == "cuda":
+        raise UserError("the attention that is measured here is a CPU's: add --device cpu")
+    for what, (H, T, S, D) in ATTENTION.items():
+        gen = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, n, H, D, generator=gen).transpose(1, 2).to(FAST) for n in (T, S, S))  # as diffusers makes them
+        builders = {"torch": lambda: lambda: nn.functional.scaled_dot_product_attention(q, k, v)}  # noqa: B023
+        builders["ours"] = lambda: lambda: attention.attention(q, k, v)  # noqa: B023
+        first = [t[:, :1].double() for t in (q, k, v)]
+        exact, mean = nn.functional.scaled_dot_product_attention(*first), first[-1].mean(2, keepdim=True)
+        yield [
+            {"what": f"{what}: {H} x {T} x {S} x {D}"}
+            | row
+            | {"error": float((call()[:, :1] - exact).norm() / (exact - mean).norm())}
+            for row, call in race(builders, args.rounds, False)
+        ]
+
+
 def about(args: argparse.Namespace) -> str:
     flags = [f"{name} {getattr(args, name)}" for name in ("model", "rank", "batch") if hasattr(args, name)]
     cpu = f"{platform.machine()} CPU ({kernels.CPU.get('cpu_name')}), {torch.get_num_threads()} threads"
@@ -561,6 +591,7 @@ COMMANDS = {  # -> what yields rows, and their table
     "model": (bench_model, model_table),
     "train": (bench_train, functools.partial(table, mine="W4A4", base="fp LoRA", corner="")),
     "costs": (bench_costs, costs_table),
+    "attention": (bench_attention, functools.partial(table, base="torch", corner="heads x queries x keys x channels")),
 }
 
 

@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 import quant
+from backends import attention
 from data import sources
 from data.cache import buckets
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
@@ -135,17 +136,26 @@ def few_step_config(net: nn.Module) -> CMQuantConfig:
     return config
 
 
-def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False, dtype: torch.dtype | None = None, base: str = ""):
+def load_pipeline(
+    folder: str | Path,
+    device="cpu",
+    compile: bool | str = False,
+    dtype: torch.dtype | None = None,
+    base: str = "",
+    attention_8bit=False,
+):
     """The family's pipeline (StableDiffusionXLPipeline, FluxPipeline ..) with the packed denoiser and a scheduler for few steps.
 
     folder: a run folder of train.py, whose other components come from the base that it names (`base`: another copy of it, a
     hub id, folder or single file), or a pipeline folder of save_pretrained. dtype: of everything that is not packed; default
     bfloat16, on CPUs without units for it float32. compile: torch.compile of the denoiser (minutes, at the first call), in the mode
     that is named, if one is: "reduce-overhead" makes CUDA graphs. Layers that a run compiled one by one use the C++ kernel on
-    a CPU. UserError with what to do."""
+    a CPU. attention_8bit: of the denoiser, on a CPU (backends/attention.py). UserError with what to do."""
     check_device(device)
     folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
     dtype = dtype or (FAST if on_cpu else torch.bfloat16)
+    if attention_8bit and not on_cpu:
+        raise UserError("attention in 8 bits is for CPUs: on a GPU choose a backend by the denoiser's set_attention_backend")
     register()
     if (folder / "model_index.json").is_file():
         pipe = read_base(without_code(folder), str(folder), torch_dtype=dtype)
@@ -162,6 +172,8 @@ def load_pipeline(folder: str | Path, device="cpu", compile: bool | str = False,
     pipe.to(device)
     if on_cpu and few_step_config(net).backend == "compile":
         set_backend(net, "native")
+    if attention_8bit:
+        attention.in_8_bits(net)
     if compile:
         net.compile(mode=compile if isinstance(compile, str) else None)
     return pipe

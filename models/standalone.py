@@ -14,18 +14,18 @@ from pathlib import Path
 
 import diffusers
 
+from backends import cpu
 from models.family import Family
 from run import files
 from run.common import UserError
 
 ROOT = files.ASSETS.parent
 PARTS = ("backends/gptq_gpu.py", "backends/cpu.py", "backends/gpu.py", "quant.py", "kernels.py", "layers.py", "models/quantizer.py")
-CPP = ROOT / "backends" / "cpu.cpp"
 
 
 def standalone_files() -> dict[str, str]:
     """{name: text} of the modules that running needs, without pipeline.py."""
-    texts = {Path(part).stem: (ROOT / part).read_text() for part in PARTS} | {"source": CPP.read_text()}
+    texts = {Path(part).stem: (ROOT / part).read_text() for part in PARTS} | {"source": cpu.source()}
     digest = files.digest_of(texts)[:8]
     prefix, own = f"cmquant_{digest}_", "|".join(Path(part).stem for part in PARTS)
 
@@ -41,7 +41,7 @@ def standalone_files() -> dict[str, str]:
     code["source"] = f'CPP = r"""{code["source"]}"""\n'
     first = "\nimport torch\n"  # of the imports that are not Python's own
     code["cpu"] = code["cpu"].replace(first, f"{first}\nfrom .{prefix}source import CPP\n", 1)
-    code["cpu"] = code["cpu"].replace('Path(__file__).with_name("cpu.cpp").read_text()', "CPP")
+    code["cpu"] = re.sub(r"return .+attention\.cpp.+", "return CPP", code["cpu"])
     return {f"{prefix}{name}": text for name, text in code.items()}
 
 

@@ -29,6 +29,7 @@ import sample
 import scores
 import tdpt
 import train
+from backends import attention
 from data import sources
 from layers import W4A4Conv2d, W4A16Linear, packed_class, packed_layers
 from models import checkpoint, pipeline
@@ -860,6 +861,19 @@ def test_commands_export_lora_pipeline_and_card(runs, bases, tmp_path):
     assert (tmp_path / "saved" / "README.md").is_file() and (tmp_path / "saved" / "model_index.json").is_file()
     with pytest.raises(UserError, match="--out names: add it"):
         pipeline.main(["--checkpoint", str(run), "--export", "lora"])
+
+
+@pytest.mark.parametrize("name", ("sdxl", "flux"))
+def test_attention_in_8_bits_draws_near_what_torch_s_own_does(runs, name, monkeypatch):
+    """Catches an option that reaches another network, or none, and one that a GPU would ignore."""
+    if not attention.cpu.is_available():
+        pytest.skip("there is no C++ kernel")
+    monkeypatch.setattr(attention, "FEWEST_KEYS", 1)
+    plain, ours = (pipeline.draw_with_pipeline(load(runs[name], attention_8bit=on), ["a red house"], 2) for on in (False, True))
+    assert 20 < sources.psnr(ours, plain) < 100
+    monkeypatch.setattr(pipeline, "check_device", lambda device: None)
+    with pytest.raises(UserError, match="is for CPUs: on a GPU choose a backend"):
+        load(runs[name], device="cuda", attention_8bit=True)
 
 
 @pytest.mark.parametrize("name", ("sdxl", "flux"))
