@@ -113,7 +113,7 @@ class Config:
     group_w: int = option(quant.GROUP_W, "weights that share a multiplier", quant.GROUPS)
     bits_x: int = option(4, "of activations; 8: by the same int8 product, and closer to 16 bits", (4, 8))
     inputs_8bit: int = option(0, "inputs of W4A4 layers that have 8 bits: those whose rounding costs the picture most", least=0)
-    group_x: int = option(quant.GROUP_X, "activations that share a multiplier (4 bits); 16: faster on AVX2", quant.GROUPS)
+    group_x: int = option(quant.GROUP_X, "activations that share a multiplier (4 bits)", quant.GROUPS)
     smooth: str = option("0.0,0.25,0.5,0.75", "SmoothQuant's a; each input takes the best; 0: off", share=True, type=fractions)
     rotate: bool = option(True, "activations are rotated in blocks of 16 channels before they are rounded", before=False)
     centre: bool = option(False, "the mean input of linear layers is not rounded: its share of the output is a bias", before=False)

@@ -14,8 +14,9 @@
 // unsigned by signed bytes:
 //
 //     VNNI     rows hold m q + 128; 128 times the sum of each weight row is taken off again.
-//     AVX2     rows hold q + 8 and, apart, m, because the unit's pairs of products saturate at int16: 15 x 128 twice fits. A chunk
-//              of at most 32 codes is summed in int16, beginning at -8 times the sum of its weights, and then multiplied by m.
+//     AVX2     rows hold q and, apart, m, because the unit's pairs of products saturate at int16; the panel is unsigned, m q + 128.
+//              A chunk of at most 16 codes is summed in int16 (240 x 8 fits 17 times) and then multiplied by m. 128 times the sum of
+//              each row is taken off again.
 //              Activations in 8 bits (group_x 0) need neither m nor chunks: their codes and m q of the weight are int16 here, a
 //              lane holds 2 of each, and the sums are int32 at once: twice the instructions for a code, but none for multipliers.
 #include <ATen/ATen.h>
@@ -69,7 +70,7 @@ static inline int32_t largest(V8 v) {
 struct Grid {  // of activations (quant.py): codes, largest multiplier, and how rows hold m q or, on AVX2, q
   int qmin, qmax, most, offset, bytes;
 };
-constexpr Grid FOUR_BITS{-8, 7, 16, VNNI ? 128 : 8, 1}, EIGHT_BITS{-128, 127, 1, VNNI ? 128 : 0, VNNI ? 1 : 2};
+constexpr Grid FOUR_BITS{-8, 7, 16, VNNI ? 128 : 0, 1}, EIGHT_BITS{-128, 127, 1, VNNI ? 128 : 0, VNNI ? 1 : 2};
 
 // dot: acc += a . b in every lane. zip: a0 b0 a1 b1 .. in two registers. look_up: table[byte] for every byte.
 #ifdef __AVX512VNNI__
@@ -78,7 +79,6 @@ struct Float {  // lane of one float32
 };
 struct Codes {  // lane of four codes
   static V dot(V acc, V a, V b) { return (V)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
-  static V minus(V sums) { return -sums; }
 };
 using Whole = Codes;  // sums over all of K at once
 static inline void zip(V a, V b, V* out) {
@@ -92,8 +92,8 @@ struct Float {
   static V dot(V acc, V a, V b) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc); }
 };
 struct Codes {  // sums of two products in int16
-  static V dot(V acc, V a, V b) { return (V)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)a, (__m256i)b)); }
-  static V minus(V sums) { return (V)_mm256_sub_epi16(__m256i{}, (__m256i)sums); }
+  static V products(V a, V b) { return (V)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+  static V dot(V acc, V a, V b) { return (V)_mm256_add_epi16((__m256i)acc, (__m256i)products(a, b)); }
 };
 struct Whole {  // lane of two words, sums in int32
   static V dot(V acc, V a, V b) { return acc + (V)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
@@ -174,15 +174,58 @@ template <class Dot, int M, int N>
 
 struct Windows {  // MR of them: codes, multipliers of their chunks (AVX2), low, scales
   const char *codes[MR], *mult[MR], *low[MR];
+  int32_t minus[MR];  // AVX2: what the offset of the panel added
   float scale[MR];
   int64_t count;  // windows that exist
 };
-struct Panel {  // WIDTH columns: codes, what takes the offset off (AVX2: from every chunk), B, scales, bias
+struct Panel {  // WIDTH columns: codes, what takes the offset of rows off, B, scales, bias
   const V *codes, *minus, *B;
   const float *scale, *bias;
   int64_t width;  // columns that exist
   bool stream;  // outputs go past the caches
 };
+
+#ifndef __AVX512VNNI__
+// acc = M rows . panel, STEPS lanes to a chunk. As many rows at a time as let their sums and a chunk's panel stay in registers; they
+// meet BATCH chunks, whose panel stays in the L1 cache for the rows after them.
+template <int STEPS, int M> static void chunked(const Windows& w, const Rows& in, const Rows& in_mult, const V* codes, V acc[M][NR]) {
+  constexpr int64_t R = M > 2 && STEPS == 2 ? 3 : 2, BATCH = 512 / (STEPS * NR);
+  memset(acc, 0, M * NR * sizeof(V));
+  for (int64_t run = 0; run < in.runs; run++)
+    for (int64_t begin = 0; begin < in_mult.steps; begin += BATCH) {
+      const int64_t n = std::min(BATCH, in_mult.steps - begin);
+      for (int64_t i0 = 0; i0 < M; i0 += R) {
+        const int32_t *a[R], *m[R];
+        V total[R][NR];
+        UNROLL for (int i = 0; i < R; i++) {
+          a[i] = (const int32_t*)(w.codes[i0 + i] + run * in.stride) + begin * STEPS;
+          m[i] = (const int32_t*)(w.mult[i0 + i] + run * in_mult.stride) + begin;
+          UNROLL for (int j = 0; j < NR; j++) total[i][j] = acc[i0 + i][j];
+        }
+        const V* panel = codes;
+        for (int64_t chunk = 0; chunk < n; chunk++, panel += STEPS * NR) {
+          V b[STEPS][NR];
+          UNROLL for (int k = 0; k < STEPS; k++) {
+            UNROLL for (int j = 0; j < NR; j++) b[k][j] = panel[k * NR + j];
+          }
+          UNROLL for (int i = 0; i < R; i++) {
+            V sum[NR];
+            UNROLL for (int k = 0; k < STEPS; k++) {
+              const V ai = broadcast(a[i][chunk * STEPS + k]);
+              UNROLL for (int j = 0; j < NR; j++) sum[j] = k == 0 ? Codes::products(b[k][j], ai) : Codes::dot(sum[j], b[k][j], ai);
+            }
+            const __m256i mi = (__m256i)broadcast(m[i][chunk]);
+            UNROLL for (int j = 0; j < NR; j++) total[i][j] += (V)_mm256_madd_epi16((__m256i)sum[j], mi);
+          }
+        }
+        UNROLL for (int i = 0; i < R; i++) {
+          UNROLL for (int j = 0; j < NR; j++) acc[i0 + i][j] = total[i][j];
+        }
+      }
+      codes += n * STEPS * NR;
+    }
+}
+#endif
 
 // M x WIDTH outputs: sums of codes, scaled, bias, branch, rounded to T. AVX2 with multipliers: STEPS lanes in a chunk, else 0.
 template <class T, class Dot, int STEPS, int M>
@@ -195,33 +238,12 @@ static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows
     tile<Whole, M, NR>(w.codes, in, p.codes, acc);
   }
 #ifndef __AVX512VNNI__
-  else {
-    const V *codes = p.codes, *minus = p.minus;
-    memset(acc, 0, sizeof acc);
-    for (int64_t run = 0; run < in.runs; run++) {
-      const int32_t *a[M], *m[M];
-      for (int i = 0; i < M; i++) {
-        a[i] = (const int32_t*)(w.codes[i] + run * in.stride);
-        m[i] = (const int32_t*)(w.mult[i] + run * in_mult.stride);
-      }
-      for (int64_t chunk = 0; chunk < in_mult.steps; chunk++, minus += NR, codes += STEPS * NR) {
-        UNROLL for (int i = 0; i < M; i++) {  // a row at a time: its sums stay in registers, the chunk's panel in the L1 cache
-          V sum[NR];
-          for (int j = 0; j < NR; j++) sum[j] = minus[j];
-          UNROLL for (int k = 0; k < STEPS; k++) {
-            const V ai = broadcast(a[i][chunk * STEPS + k]);
-            for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], ai, codes[k * NR + j]);
-          }
-          const __m256i mi = (__m256i)broadcast(m[i][chunk]);
-          for (int j = 0; j < NR; j++) acc[i][j] += (V)_mm256_madd_epi16((__m256i)sum[j], mi);
-        }
-      }
-    }
-  }
+  else
+    chunked<STEPS, M>(w, in, in_mult, p.codes, acc);
 #endif
   UNROLL for (int i = 0; i < M; i++) {
     UNROLL for (int j = 0; j < NR; j++) {
-      const F sum = __builtin_convertvector(acc[i][j], F);
+      const F sum = __builtin_convertvector(acc[i][j] - w.minus[i], F);
       acc[i][j] = (V)(sum * w.scale[i] * load<F>(p.scale + j * LANES) + load<F>(p.bias + j * LANES));
     }
   }
@@ -242,10 +264,7 @@ static void outputs(const Windows& w, const Panel& p, const Rows& in, const Rows
 template <class T, class Dot, int M> static auto outputs_of(int64_t chunk) {
   if constexpr (VNNI) return outputs<T, Dot, 0, M>;
   else
-    return chunk == 0    ? outputs<T, Dot, 0, M>
-           : chunk == 32 ? outputs<T, Dot, 8, M>
-           : chunk == 16 ? outputs<T, Dot, 4, M>
-                         : outputs<T, Dot, 2, M>;
+    return chunk == 0 ? outputs<T, Dot, 0, M> : chunk == 16 ? outputs<T, Dot, 4, M> : outputs<T, Dot, 2, M>;
 }
 
 // ---------------------------------------------------------------------------------------------------- geometry
@@ -332,14 +351,16 @@ static void multipliers(float* b, float s, int64_t G, float* inv) {
   }
 }
 
-// The first n codes of a row, as rows hold them (Code: unsigned bytes or words); next: the next row of x, not read yet
+// The first n codes of a row, as rows hold them (Code: bytes or words); next: the next row of x, not read yet. Returns the sum of m q
+// (AVX2).
 template <class Vec, class Float, class Code>
-static void quantize(const float* x, const float* m, const float* inv, int64_t n, int64_t group, const Grid& grid, void* to,
-                     const char* next) {
+static int32_t quantize(const float* x, const float* m, const float* inv, int64_t n, int64_t group, const Grid& grid, void* to,
+                        const char* next) {
   constexpr int64_t step = sizeof(Vec) / 4;
   typedef Code Out __attribute__((vector_size(step * sizeof(Code))));
   const Vec qmin = Vec{} + grid.qmin, qmax = Vec{} + grid.qmax, offset = Vec{} + grid.offset;
   Code* const out = (Code*)to;
+  Vec sums{};
   for (int64_t k0 = 0; k0 < n; k0 += group, m++, inv++) {
     __builtin_prefetch(out + k0 + 4096, 1);  // stores would wait for their cache lines
     __builtin_prefetch(next + 2 * k0);  // (bfloat16 rows are not waited for)
@@ -349,18 +370,24 @@ static void quantize(const float* x, const float* m, const float* inv, int64_t n
       q = q > qmax ? qmax : q;
       const Out code = __builtin_convertvector(q * (VNNI ? (int32_t)*m : 1) + offset, Out);
       memcpy(out + k, &code, sizeof code);
+      if constexpr (!VNNI) sums += q * (int32_t)*m;
     }
   }
+  int32_t sum = 0;
+  for (int i = 0; i < step && !VNNI; i++) sum += sums[i];
+  return sum;
 }
 
 // ------------------------------------------------------------------------------------------------------ panels
 
-static const auto PRODUCTS = [] {  // m q for n = m - 1, u = q + 8
-  std::array<std::array<int8_t, 16>, 16> table;
+using Products = std::array<std::array<int8_t, 16>, 16>;
+static Products products(int offset) {  // m q + offset for n = m - 1, u = q + 8
+  Products table;
   for (int n = 0; n < 16; n++)
-    for (int u = 0; u < 16; u++) table[n][u] = (n + 1) * (u - 8);
+    for (int u = 0; u < 16; u++) table[n][u] = (n + 1) * (u - 8) + offset;
   return table;
-}();
+}
+static const Products SIGNED = products(0), UNSIGNED = products(128);
 
 // Values k..stop of a row from the low (SHIFT 0) or high (4) nibbles of p[k]; returns stop.
 template <int SHIFT> static inline int64_t nibbles(const uint8_t* p, const int8_t* table, int64_t k, int64_t stop, int8_t* out) {
@@ -373,13 +400,13 @@ template <int SHIFT> static inline int64_t nibbles(const uint8_t* p, const int8_
   return k;
 }
 
-// Values k..stop, whole groups, of weight row o -> m q. Byte j of a row holds values j (low nibble) and j + K/2 (high).
+// Values k..stop, whole groups, of weight row o -> `products`. Byte j of a row holds values j (low nibble) and j + K/2 (high).
 static void unpack(const uint8_t* codes, const uint8_t* mult, int64_t o, int64_t K, int64_t group, int64_t k, int64_t stop,
-                   int8_t* out) {
+                   const Products& products, int8_t* out) {
   const uint8_t* p = codes + o * (K / 2);
   out -= k;
   for (int64_t at = (o * K + k) / group; k < stop; at++) {
-    const int8_t* table = PRODUCTS[mult[at / 2] >> 4 * (at % 2) & 15].data();
+    const int8_t* table = products[mult[at / 2] >> 4 * (at % 2) & 15].data();
     const int64_t end = k + group;
     if (k < K / 2) k = nibbles<0>(p, table, k, std::min(end, K / 2), out);
     if (end > K / 2) k = nibbles<4>(p - K / 2, table, k, end, out);
@@ -407,7 +434,7 @@ static void interleave(const void* rows, int64_t lanes, V* to, int64_t step) {
 static int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 // Memory for one use within a call, kept by the thread for its next call: fresh memory costs more than the arithmetic on it.
-enum Use { CODES, CHUNKS, BRANCH, LOW, SCALES, A_ROWS, A_PANEL, W_ROWS, W_PANEL, W_MINUS, W_SCALES, W_BIAS, B_ROWS, B_PANEL, USES };
+enum Use { CODES, CHUNKS, SUMS, BRANCH, LOW, SCALES, A_ROWS, A_PANEL, W_ROWS, W_PANEL, W_MINUS, W_SCALES, W_BIAS, B_ROWS, B_PANEL, USES };
 static V* kept(Use use, int64_t registers) {
   static thread_local std::vector<V> memory[USES];
   if ((int64_t)memory[use].size() < registers) memory[use] = std::vector<V>(registers);
@@ -455,6 +482,7 @@ struct Call {  // the arguments of w4a4, those that have one type only as pointe
   const int64_t taps = s.kh * s.kw, C = K / taps, rank = A ? A->size(0) : 0;
   const Grid& grid = group_x ? FOUR_BITS : EIGHT_BITS;
   const bool chunked = !VNNI && group_x;
+  const Products& products = chunked ? UNSIGNED : SIGNED;
 };
 
 // Steps 1 and 2 fill this: codes of x, multipliers of their chunks (AVX2), scales, and x' for the branch, in padded pictures
@@ -467,7 +495,7 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
   const int64_t Ix = up(s.I, group), Gx = Ix / group;                // channels in whole groups
   const int64_t Cx = std::min(Ix, call.C);                           // of which the product reads these
   const int64_t Cl = up(s.I, 4 / (int64_t)sizeof(Low));              // channels in whole lanes of the branch
-  const int64_t chunk = call.chunked ? (group | call.C | 32) & -(group | call.C | 32) : 0;  // largest power of two in all three
+  const int64_t chunk = call.chunked ? (group | call.C | 16) & -(group | call.C | 16) : 0;  // largest power of two in all three
   const int64_t chunks = chunk ? call.C / chunk : 0;
   const bool border = s.ph || s.pw;
   const T* const x = call.x.const_data_ptr<T>();
@@ -475,6 +503,7 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
   const bool as_is = std::is_same_v<T, Low> && !inv && !border && Cl == s.I;  // the branch can read x itself
   uint8_t* const codes = scratch<uint8_t>(CODES, padded_pixels * call.C * grid.bytes);
   int32_t* const mult = scratch<int32_t>(CHUNKS, padded_pixels * chunks);
+  int32_t* const sums = scratch<int32_t>(SUMS, chunk ? padded_pixels : 0);  // of m q, a pixel
   float* const scale = scratch<float>(SCALES, pixels);
   Low* const branch = call.rank && !as_is ? scratch<Low>(BRANCH, padded_pixels * Cl) : nullptr;
 
@@ -482,6 +511,7 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
     if (border || call.C > Ix) {
       std::fill_n(codes, padded_pixels * call.C * grid.bytes, grid.offset);
       std::fill_n(mult, padded_pixels * chunks, 0);
+      std::fill_n(sums, chunk ? padded_pixels : 0, 0);
     }
     if (branch && (border || Cl > s.I)) std::fill_n(branch, padded_pixels * Cl, Low(0.f));
   }
@@ -510,7 +540,9 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
     multipliers(b, scale[p], Gx, inv_m);
     const auto as_bytes = (group | Cx) % LANES ? quantize<V8, F8, uint8_t> : quantize<V, F, uint8_t>;
     const auto quantize_row = grid.bytes == 1 ? as_bytes : quantize<V8, F8, int16_t>;
-    quantize_row(row, b, inv_m, Cx, group, grid, codes + at * call.C * grid.bytes, (const char*)(x + (p + 1) * s.I));
+    const char* next = (const char*)(x + (p + 1) * s.I);
+    const int32_t sum = quantize_row(row, b, inv_m, Cx, group, grid, codes + at * call.C * grid.bytes, next);
+    if (chunk) sums[at] = sum;
     for (int64_t k = 0; k < Cx && chunk; k += chunk) mult[at * chunks + k / chunk] = (int32_t)b[k / group] * 0x10001;
   }
 
@@ -615,10 +647,10 @@ static void quantize_and_project(const Input<T, Low>& in, const Projection<T, Lo
 // Step 3: the panels of a thread, of at most `wide` times WIDTH columns, which fit its L2 cache
 template <class T, class Low> struct Panels {
   const Call& call;
-  const int64_t bytes = call.grid.bytes, lanes = call.K * bytes / 4, lanes_low, chunk_lanes, chunks = lanes / chunk_lanes;
+  const int64_t bytes = call.grid.bytes, lanes = call.K * bytes / 4, lanes_low;
   const int64_t wide = std::max<int64_t>(1, (256 << 10) / (lanes * 4 * WIDTH));
   V* const codes = scratch<V>(W_PANEL, wide * lanes * NR);
-  V* const minus = scratch<V>(W_MINUS, wide * chunks * NR);
+  V* const minus = scratch<V>(W_MINUS, wide * NR);
   V* const B = scratch<V>(B_PANEL, wide * lanes_low * NR);
   float* const scale = scratch<float>(W_SCALES, wide * WIDTH);
   float* const bias = scratch<float>(W_BIAS, wide * WIDTH);
@@ -626,7 +658,7 @@ template <class T, class Low> struct Panels {
   int8_t* const rows = scratch<int8_t>(W_ROWS, LANES * BLOCK * bytes);
   Low* const rows_B = scratch<Low>(B_ROWS, LANES * lanes_low * (4 / sizeof(Low)));
 
-  Panels(const Call& c, int64_t lanes_low, int64_t chunk_lanes) : call(c), lanes_low(lanes_low), chunk_lanes(chunk_lanes) {}
+  Panels(const Call& c, int64_t lanes_low) : call(c), lanes_low(lanes_low) {}
 
   void load(int64_t c0, int64_t c1) const {  // columns c0 WIDTH .. c1 WIDTH, a register at a time; those beyond O are zero
     for (int64_t v = 0; v < (c1 - c0) * NR; v++) {
@@ -639,7 +671,7 @@ template <class T, class Low> struct Panels {
         bias[v * LANES + i] = o < call.O && call.bias ? call.bias[o] : 0;
       }
     }
-    for (int64_t q = 0; q < (c1 - c0) * chunks; q++) sum_offsets(codes + q * chunk_lanes * NR, minus + q * NR);
+    for (int64_t c = 0; c < c1 - c0; c++) sum_offsets(codes + c * lanes * NR, minus + c * NR);
   }
 
   void load_codes(int64_t o0, V* to) const {
@@ -648,7 +680,7 @@ template <class T, class Low> struct Panels {
       if (o0 + LANES > call.O) std::fill_n(rows, LANES * n * bytes, 0);
       for (int64_t i = 0; i < std::min<int64_t>(LANES, call.O - o0); i++) {
         int8_t m_q[BLOCK], *row = rows + i * n * bytes;
-        unpack(call.codes, call.mult, o0 + i, call.K, call.group, k, k + n, bytes == 1 ? row : m_q);
+        unpack(call.codes, call.mult, o0 + i, call.K, call.group, k, k + n, call.products, bytes == 1 ? row : m_q);
         if (bytes == 2) std::copy_n(m_q, n, (int16_t*)row);
       }
       interleave(rows, n * bytes / 4, to + k * bytes / 4 * NR, NR);
@@ -663,11 +695,11 @@ template <class T, class Low> struct Panels {
     interleave(rows_B, lanes_low, to, NR);
   }
 
-  void sum_offsets(const V* panel, V* to) const {  // what codes that are stored with an offset add to the sums of a chunk
+  void sum_offsets(const V* panel, V* to) const {  // what rows that are stored with an offset add to the sums
     V sum[NR] = {};
-    for (int64_t k = 0; k < chunk_lanes; k++)
+    for (int64_t k = 0; k < lanes && VNNI; k++)
       UNROLL for (int j = 0; j < NR; j++) sum[j] = Codes::dot(sum[j], broadcast(call.grid.offset * 0x01010101u), panel[k * NR + j]);
-    for (int j = 0; j < NR; j++) to[j] = Codes::minus(sum[j]);
+    for (int j = 0; j < NR; j++) to[j] = -sum[j];
   }
 };
 
@@ -703,7 +735,7 @@ template <class T, class Low, class Dot> struct Product {
     const int64_t threads = at::get_num_threads();
     const Split split(up(s.T(), MR) / MR, up(call.O, WIDTH) / WIDTH, threads);
     at::parallel_for(0, threads, 1, [&](int64_t w0, int64_t w1) {
-      const Panels<T, Low> panels(call, lanes_low, (input.chunk ? input.chunk : call.K * call.grid.bytes) / 4);
+      const Panels<T, Low> panels(call, lanes_low);
       for (int64_t w = w0; w < w1; w++) {
         const int64_t wr = w / split.by_columns, wc = w % split.by_columns;
         const int64_t t0 = split.tiles * wr / split.by_rows, t1 = split.tiles * (wr + 1) / split.by_rows;
@@ -729,7 +761,7 @@ template <class T, class Low, class Dot> struct Product {
       const Windows rows = windows(i);
       for (int64_t c = c0; c < c1; c++) {
         const int64_t at = c - c0;
-        const Panel panel{panels.codes + at * panels.lanes * NR, panels.minus + at * panels.chunks * NR,
+        const Panel panel{panels.codes + at * panels.lanes * NR, panels.minus + at * NR,
                           panels.B + at * lanes_low * NR,        panels.scale + at * WIDTH,
                           panels.bias + at * WIDTH,              std::min<int64_t>(WIDTH, call.O - c * WIDTH), stream};
         (rows.count > 2 ? outputs : two_outputs)(rows, panel, codes, mult, low, y + i * MR * call.O + c * WIDTH, call.O);
@@ -748,6 +780,9 @@ template <class T, class Low, class Dot> struct Product {
       w.mult[m] = mult.data + pixel[m] * chunks * 4;
       w.low[m] = low.data + t * projection.Rp * sizeof(Low);
       w.scale[m] = input.scale[call.per_sample ? t / (s.Ho() * s.Wo()) * s.H * s.W : t];
+      w.minus[m] = 0;
+      for (int64_t tap = 0; tap < call.taps && input.chunk; tap++)
+        w.minus[m] += 128 * input.sums[pixel[m] + tap / s.kw * s.Wp() + tap % s.kw];
     }
     return w;
   }

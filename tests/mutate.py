@@ -32,6 +32,7 @@ MUTATIONS = [  # what breaks, file, line as it is, line as broken, test file tha
     ("order of a GPU's nibbles", "backends/gpu.py", "u >> high * 4", "u >> 4 - high * 4", "backends_gpu"),
     ("a GPU's branch of the last part", "backends/gpu.py", "a += tl.load(low", "a = tl.load(low", "backends_gpu"),
     ("a GPU's GPTQ feeds back the error", "backends/gptq_gpu.py", "w -= u[:, :, None]", "w += u[:, :, None]", "backends_gpu"),
+    ("sums of other pixels", "backends/cpu.cpp", "+ tap / s.kw * s.Wp() + tap % s.kw]", "+ tap]", "kernels"),
     ("range of 8-bit activations", "quant.py", "EIGHT_BITS else (-128, 127, 1)", "EIGHT_BITS else (-127, 127, 1)", "quant"),
     ("range of the C++ kernel's 8 bits", "backends/cpu.cpp", "EIGHT_BITS{-128, 127, 1,", "EIGHT_BITS{-128, 119, 1,", "kernels"),
     ("border of 8-bit pictures", "backends/cpu.cpp", "grid.bytes, grid.offset);", "grid.bytes, 8);", "kernels"),
