@@ -136,6 +136,7 @@ GROUPS = {
         "modulations W4A4": "@modulations-w4a4",  # else W4A16
         "modulations W8A16": "@modulations-w8a16",
         "modulations in 16 bits": "@modulations-16bit",
+        "attention in 8 bits": "@attention-8bit",
     }, updates=(0, 40), testbeds=("",), seeds=1),
     "rates": Group({  # defaults: 2e-5 on tiny, 3e-4 on tiny-flux
         "default": "",

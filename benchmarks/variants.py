@@ -8,13 +8,17 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 import kernels
 import quant
 import student
 import tdpt
+from backends import attention
 from layers import PackedLayer
+from models import checkpoint
 from models.denoiser import Denoiser
 from models.family import FAMILIES
 
@@ -170,6 +174,20 @@ def modulations_w8a16() -> None:
     student.layers_to_quantize = others
 
 
+def attention_8bit() -> None:
+    """The student's attention is that of backends/attention.py, in training too, also where it has fewer keys than are worth it."""
+    attention.FEWEST_KEYS, packed = 1, checkpoint._packed_model
+
+    def with_ours(*about) -> Denoiser:
+        denoiser = packed(*about)
+        if isinstance(denoiser.net, UNet2DConditionModel):
+            denoiser.net.set_attn_processor(AttnProcessor2_0())  # those of tiny do not ask torch for attention
+        attention.in_8_bits(denoiser.net)
+        return denoiser
+
+    checkpoint._packed_model = with_ours
+
+
 OF_SAMPLER = {"@qsched"}  # these patch nothing: benchmarks/ablate.py draws with `fitted` where it scores
 VARIANTS: dict[str, Callable] = {
     "@qsched": lambda: None,
@@ -181,4 +199,5 @@ VARIANTS: dict[str, Callable] = {
     "@modulations-w4a4": lambda: modulations("w4a4"),
     "@modulations-w8a16": modulations_w8a16,
     "@modulations-16bit": lambda: modulations("16bit"),
+    "@attention-8bit": attention_8bit,
 }

@@ -25,7 +25,7 @@ import scores
 import student
 import tdpt
 import train
-from backends import gptq_gpu
+from backends import attention, gptq_gpu
 from benchmarks import ablate, variants
 from models import checkpoint
 from models.denoiser import FAST, add_lora, as_cm, as_teacher, draw, float_layers, random_denoiser, start_noise
@@ -38,7 +38,7 @@ from run.common import UserError
 @contextlib.contextmanager
 def variant(name: str):
     """Inside, the code is patched as by @name."""
-    places = (quant, kernels, student, train, checkpoint, gptq_gpu, quant.GridWeight, layers.PackedLayer)
+    places = (quant, kernels, student, train, checkpoint, gptq_gpu, attention, quant.GridWeight, layers.PackedLayer)
     before, families = [dict(vars(place)) for place in places], dict(FAMILIES)
     try:
         ablate.VARIANTS[name]()
@@ -235,7 +235,7 @@ def test_the_student_of_the_teacher_itself_starts_as_the_teacher(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name,flags", [
-    ("@w8", "--bits-x 8"), ("@modulations-w8a16", ""),
+    ("@w8", "--bits-x 8"), ("@modulations-w8a16", ""), ("@attention-8bit", ""),
     ("@from-teacher", "--trajectory teacher --cached 4 --targets teacher,teacher --sampling-steps 4 --rollout 0.5"),
 ])  # fmt: skip
 def test_a_run_of_a_variant_trains_and_draws(name, flags, tmp_path, monkeypatch):
