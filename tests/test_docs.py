@@ -22,6 +22,7 @@ PAGES = [*pages(), *sorted((ROOT / "benchmarks").glob("*.md"))]
 SCRIPTS = (
     "train", "sample", "evaluate", "models.pipeline", "benchmarks.quality", "benchmarks.initialisation", "benchmarks.classifier",
     "benchmarks.faults", "benchmarks.bench kernels", "benchmarks.bench model", "benchmarks.bench costs", "benchmarks.bench train",
+    "benchmarks.bench attention", "benchmarks.ablate",
 )  # fmt: skip
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OURS = {path.stem if path.suffix == ".py" else path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
