@@ -562,6 +562,7 @@ def test_a_lora_of_another_model_does_not_fit(bases, tmp_path, name, state):
             read(tmp_path / "lora.safetensors")
 
 
+@pytest.mark.slow
 def test_a_lora_is_found_where_it_is_named(bases, tmp_path, monkeypatch):
     """Catches the first of several files, a file that is taken for a hub id, and a hub id that is not looked for in the cache."""
     folder = tmp_path / "loras"

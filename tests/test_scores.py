@@ -461,6 +461,7 @@ def test_a_run_is_scored_beside_the_models_that_it_came_from(real, finished, cli
     assert len(shown) == 9
 
 
+@pytest.mark.slow
 def test_what_the_command_refuses_is_one_sentence(real, finished, clip, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Catches pictures of two configurations in one folder, prompts that are used twice, rows of one name, flags that are ignored,
     a run of random weights that is compared with a base, and all that is drawn before it is noticed."""

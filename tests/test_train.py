@@ -292,6 +292,7 @@ def test_an_unfinished_run_can_be_looked_at(finished, watched, tmp_path, capsys)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(expected))
 
 
+@pytest.mark.slow
 def test_tensorboard_has_each_update_once(watched):
     """Catches updates of a killed process that are shown twice, a loss without its objective, and pictures that are left out."""
     pytest.importorskip("tensorboard")

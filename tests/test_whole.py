@@ -87,6 +87,7 @@ def test_it_trains_on_rollouts_alone_and_resumes(whole, finished, tmp_path, monk
     assert any(not torch.equal(tensor, end[f"p.{key}"]) for key, tensor in start.items() if f"p.{key}" in end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_the_reference_is_the_base_as_it_is(whole, bases, finished, name):
     """Catches a reference with a LoRA or another schedule, and 512 tokens where such a network was trained with 256."""
@@ -104,6 +105,7 @@ def test_the_reference_is_the_base_as_it_is(whole, bases, finished, name):
     assert same_tensors(pipeline.denoiser_of(pipe), net.to(pipeline.FAST))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_pipeline_draws_with_the_tokens_of_training(finished):
     """Catches captions that are padded to 512 tokens where training had 256."""
@@ -115,6 +117,7 @@ def test_a_pipeline_draws_with_the_tokens_of_training(finished):
     assert seen[0]["encoder_hidden_states"].shape[1] == 256 and seen[0]["guidance"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_it_is_sampled_compared_exported_and_read_again(bases, finished, tmp_path, monkeypatch, name):
     """Catches a base that is drawn in 25 guided steps beside it, a card without the options of a call, and an export that has
