@@ -21,8 +21,7 @@ static inline V two_lanes(V acc, V a0, V b0, V a1, V b1) {  // acc += a0 . b0 + 
 #ifdef __AVX512VNNI__
   return Codes::dot(Codes::dot(acc, a0, b0), a1, b1);
 #else
-  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)a0, (__m256i)b0), _mm256_maddubs_epi16((__m256i)a1, (__m256i)b1));
-  return acc + (V)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return acc + (V)_mm256_madd_epi16((__m256i)Codes::dot(Codes::first(a0, b0), a1, b1), _mm256_set1_epi16(1));
 #endif
 }
 
@@ -155,8 +154,7 @@ struct Keys {
   static float step_of(const float* x, int64_t n) {
     uint32_t most = 0;  // NaN wins, as bits of a positive number do
     for (int64_t i = 0; i < n; i++) most = std::max(most, bits<uint32_t>(x[i]) & 0x7fffffff);
-    const float step = bits<float>(most) / QMAX;
-    return step < INFINITY ? std::max(step, TINY) : NAN;
+    return scale_of(bits<float>(most), QMAX);
   }
   template <class Code> static void round(const float* x, int64_t n, float step, Code* to, int32_t offset = 0) {
     const float inv = 1 / step;
@@ -186,7 +184,7 @@ template <class T> struct Queries {
       : z(z), keys(keys), mask(mask), strides(strides), t0(t0), count(std::min(ROWS, z.T - t0)) {}
 
   void round_rows(const Heads& q, int64_t b, int64_t h, float scale_of_logits) {
-    float* x = (float*)scratch<float>(W_SCALES, z.D);
+    float* x = scratch<float>(W_SCALES, z.D);
     std::fill_n(codes, ROWS * z.Dq, OFFSET);
     std::fill_n(sum, ROWS * z.Dv, 0.f);
     for (int64_t i = 0; i < ROWS; i++) {

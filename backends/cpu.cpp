@@ -92,8 +92,8 @@ struct Float {
   static V dot(V acc, V a, V b) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc); }
 };
 struct Codes {  // sums of two products in int16
-  static V products(V a, V b) { return (V)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
-  static V dot(V acc, V a, V b) { return (V)_mm256_add_epi16((__m256i)acc, (__m256i)products(a, b)); }
+  static V first(V a, V b) { return (V)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+  static V dot(V acc, V a, V b) { return (V)_mm256_add_epi16((__m256i)acc, (__m256i)first(a, b)); }
 };
 struct Whole {  // lane of two words, sums in int32
   static V dot(V acc, V a, V b) { return acc + (V)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
@@ -212,7 +212,7 @@ template <int STEPS, int M> static void chunked(const Windows& w, const Rows& in
             V sum[NR];
             UNROLL for (int k = 0; k < STEPS; k++) {
               const V ai = broadcast(a[i][chunk * STEPS + k]);
-              UNROLL for (int j = 0; j < NR; j++) sum[j] = k == 0 ? Codes::products(b[k][j], ai) : Codes::dot(sum[j], b[k][j], ai);
+              UNROLL for (int j = 0; j < NR; j++) sum[j] = k == 0 ? Codes::first(b[k][j], ai) : Codes::dot(sum[j], b[k][j], ai);
             }
             const __m256i mi = (__m256i)broadcast(m[i][chunk]);
             UNROLL for (int j = 0; j < NR; j++) total[i][j] += (V)_mm256_madd_epi16((__m256i)sum[j], mi);
@@ -318,8 +318,8 @@ static void rotate(float* x, int64_t I) {
   }
 }
 
-static float scale_of(float bound, const Grid& grid) {
-  float s = bound * (1.f / grid.most);
+static float scale_of(float bound, int most) {
+  float s = bound * (1.f / most);
   return s < INFINITY ? std::max(s, TINY) : NAN;
 }
 
@@ -380,14 +380,14 @@ static int32_t quantize(const float* x, const float* m, const float* inv, int64_
 
 // ------------------------------------------------------------------------------------------------------ panels
 
-using Products = std::array<std::array<int8_t, 16>, 16>;
-static Products products(int offset) {  // m q + offset for n = m - 1, u = q + 8
-  Products table;
+using Table = std::array<std::array<int8_t, 16>, 16>;
+static Table table_of(int offset) {  // m q + offset for n = m - 1, u = q + 8
+  Table table;
   for (int n = 0; n < 16; n++)
     for (int u = 0; u < 16; u++) table[n][u] = (n + 1) * (u - 8) + offset;
   return table;
 }
-static const Products SIGNED = products(0), UNSIGNED = products(128);
+static const Table SIGNED = table_of(0), UNSIGNED = table_of(128);
 
 // Values k..stop of a row from the low (SHIFT 0) or high (4) nibbles of p[k]; returns stop.
 template <int SHIFT> static inline int64_t nibbles(const uint8_t* p, const int8_t* table, int64_t k, int64_t stop, int8_t* out) {
@@ -400,13 +400,13 @@ template <int SHIFT> static inline int64_t nibbles(const uint8_t* p, const int8_
   return k;
 }
 
-// Values k..stop, whole groups, of weight row o -> `products`. Byte j of a row holds values j (low nibble) and j + K/2 (high).
+// Values k..stop, whole groups, of weight row o -> what `tables` has for them. Byte j of a row holds values j (low nibble) and j + K/2 (high).
 static void unpack(const uint8_t* codes, const uint8_t* mult, int64_t o, int64_t K, int64_t group, int64_t k, int64_t stop,
-                   const Products& products, int8_t* out) {
+                   const Table& tables, int8_t* out) {
   const uint8_t* p = codes + o * (K / 2);
   out -= k;
   for (int64_t at = (o * K + k) / group; k < stop; at++) {
-    const int8_t* table = products[mult[at / 2] >> 4 * (at % 2) & 15].data();
+    const int8_t* table = tables[mult[at / 2] >> 4 * (at % 2) & 15].data();
     const int64_t end = k + group;
     if (k < K / 2) k = nibbles<0>(p, table, k, std::min(end, K / 2), out);
     if (end > K / 2) k = nibbles<4>(p - K / 2, table, k, end, out);
@@ -482,7 +482,7 @@ struct Call {  // the arguments of w4a4, those that have one type only as pointe
   const int64_t taps = s.kh * s.kw, C = K / taps, rank = A ? A->size(0) : 0;
   const Grid& grid = group_x ? FOUR_BITS : EIGHT_BITS;
   const bool chunked = !VNNI && group_x;
-  const Products& products = chunked ? UNSIGNED : SIGNED;
+  const Table& tables = chunked ? UNSIGNED : SIGNED;
 };
 
 // Steps 1 and 2 fill this: codes of x, multipliers of their chunks (AVX2), scales, and x' for the branch, in padded pictures
@@ -566,13 +566,13 @@ template <class T, class Low> struct Input {  // Low: what the branch multiplies
     for (int64_t n = 0; n < s.N; n++) {
       uint32_t most = 0;
       for (int64_t p = n * size; p < (n + 1) * size; p++) most = std::max(most, bits<uint32_t>(scale[p]));
-      std::fill_n(scale + n * size, size, scale_of(bits<float>(most), grid));
+      std::fill_n(scale + n * size, size, scale_of(bits<float>(most), grid.most));
     }
   }
 
   template <class After> void quantize_all(After after) const {
     const auto first = [&](int64_t p, const float* row, float* b, float bound) {
-      scale[p] = call.per_sample ? bound : scale_of(bound, grid);
+      scale[p] = call.per_sample ? bound : scale_of(bound, grid.most);
       if (!call.per_sample) quantize_pixel(p, row, b);
       if (branch) keep_for_branch(p);
     };
@@ -680,7 +680,7 @@ template <class T, class Low> struct Panels {
       if (o0 + LANES > call.O) std::fill_n(rows, LANES * n * bytes, 0);
       for (int64_t i = 0; i < std::min<int64_t>(LANES, call.O - o0); i++) {
         int8_t m_q[BLOCK], *row = rows + i * n * bytes;
-        unpack(call.codes, call.mult, o0 + i, call.K, call.group, k, k + n, call.products, bytes == 1 ? row : m_q);
+        unpack(call.codes, call.mult, o0 + i, call.K, call.group, k, k + n, call.tables, bytes == 1 ? row : m_q);
         if (bytes == 2) std::copy_n(m_q, n, (int16_t*)row);
       }
       interleave(rows, n * bytes / 4, to + k * bytes / 4 * NR, NR);

@@ -38,7 +38,7 @@ def is_available() -> bool:
         warnings.warn(f"the C++ kernels were not built, the slower eager kernels run ({why})", stacklevel=2)
         return False
     torch.library.register_fake("cmquant::w4a4", _empty)
-    torch.library.register_fake("cmquant::attention", lambda q, k, v, mask, scale: torch.empty_like(q.transpose(1, 2)).contiguous())
+    torch.library.register_fake("cmquant::attention", lambda q, k, v, mask, scale: q.new_empty(q.transpose(1, 2).shape))
     return True
 
 

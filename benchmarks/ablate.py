@@ -257,7 +257,7 @@ def share_starts(starts: Path, names: list[str]) -> None:
 
 
 def share_answers(answers: Path) -> None:
-    """train.py takes what the frozen networks answer, a third of its time, from the folder `answers` where they were asked the same
+    """train.py takes what the frozen networks answer, much of its time, from the folder `answers` where they were asked the same
     before: in runs of one seed they are, as their captions, noises and points in time do not depend on the student."""
 
     def remembered(role: Callable) -> Callable:

@@ -41,7 +41,6 @@ from torch import nn
 import quant
 from backends import attention
 from data import sources
-from data.cache import buckets
 from layers import PackedLayer, W4A4Conv2d, packed_layers, set_backend
 from models import checkpoint, exports, headers, pretrained
 from models.card import few_step_call, method_of, public_name, read_run, write_card, write_export_card
@@ -82,8 +81,6 @@ def as_few_step(denoiser: Denoiser, table: dict[str, dict], config: dict) -> Non
 def to_be_packed(pipe, resolution: int = 0) -> Denoiser:
     """The denoiser of a diffusers pipeline in memory, to be packed in place; resolution: of its pictures, 0: their own. UserError
     for a pipeline of no family, and for what cannot be packed as it is: another kind of layers, hooks, compiled code, float16."""
-    if resolution:
-        buckets(resolution)  # UserError for a size that no training has
     net = denoiser_of(pipe)
     if hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None):
         raise UserError("the network is compiled: quantize it first, and compile it after that")

@@ -32,7 +32,6 @@ import torch
 import hessian
 import hgs_lora
 import qra
-from data.cache import buckets
 from layers import on_meta
 from models import checkpoint, pretrained
 from models.denoiser import Denoiser
@@ -150,8 +149,6 @@ def about_inputs(cfg) -> dict[str, bool]:
 def footprint_of(cfg, network: Denoiser | None = None) -> Footprint:
     """Of the 4-bit student, or of the consistency model that --bits 16 trains, for pictures of --resolution. network: the one that
     is packed, where it is in memory."""
-    if cfg.resolution:
-        buckets(cfg.resolution)  # UserError
     family, build = FAMILIES[cfg.model], partial(on_meta, network.net) if network else partial(skeleton_of, cfg)
     net = build()
     side = pretrained.latent_side(family, net, cfg.resolution)

@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from data.cache import buckets
 from layers import on_meta
 from models import headers
 from models.denoiser import Denoiser, LoRA, add_lora, is_plain_lora, lora_layers, random_denoiser, transformer_blocks
@@ -233,7 +234,10 @@ def check_file(family: Family, base: str, components: str) -> set[str]:
 
 
 def latent_side(family: Family, net: nn.Module, resolution: int) -> int:
-    """Of square pictures of `resolution` pixels; 0: of the base's own. UserError if these are not square."""
+    """Of square pictures of `resolution` pixels; 0: of the base's own. UserError if these are not square, or `resolution` is a size
+    that no training has."""
+    if resolution:
+        buckets(resolution)
     size = getattr(net.config, "sample_size", 0) or family.latent[1]
     height, width = size if isinstance(size, list | tuple) else (size, size)
     if not resolution and height != width:

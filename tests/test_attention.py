@@ -40,28 +40,15 @@ def draw(kind: str, B: int, H: int, T: int, S: int, D: int, seed: int = 0) -> tu
     return q, k, v
 
 
-KINDS = ("normal", "one huge key", "constant keys", "offsets", "sharp", "zeros", "outlier channel")
-
-
-def error_bound(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> Tensor:
-    """Of |o - exact|, by row. Rounding moves a logit by at most `moved`, and p / sum(p) by a factor of at most exp(2 moved); a code
-    of p is off by half a step of its block's largest, and v by half a step of its own."""
-    k = k - k.mean(2, keepdim=True)
-    rms = k.square().mean(2, keepdim=True).sqrt()
-    smooth, scale = torch.where(rms > 0, rms, 1).sqrt(), q.shape[-1] ** -0.5
-    q, k = q * smooth, k / smooth
-    step_q, step_k = (t.abs().amax(-1, keepdim=True) / attention.QMAX for t in (q, k))
-    moved = scale * (
-        step_q / 2 * k.abs().sum(-1).amax(-1)[..., None, None] + (q.abs().sum(-1, keepdim=True)) * step_k.amax(2, keepdim=True)
-    )
-    spread = (v - v.mean(2, keepdim=True)).abs().amax((2, 3), keepdim=True)
-    p = 2 * attention.KEYS / attention.PMAX  # half a step for every key of a block that has one code at least of PMAX
-    return spread * ((2 * moved).expm1().clamp_max(2) + p + 1 / attention.QMAX) + 1e-5 * o.abs().amax() + 1e-6
+KINDS = {  # the largest error against softmax, over the root mean square of v without its mean: twice what 7 bits have
+    "normal": 0.014, "one huge key": 0.15, "constant keys": 0.006, "offsets": 0.014, "sharp": 0.13, "zeros": 0.0,
+    "outlier channel": 0.06,
+}  # fmt: skip
 
 
 @settings(max_examples=15)
 @given(
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(list(KINDS)),
     B=st.integers(1, 2),
     H=st.integers(1, 3),
     T=st.integers(1, 130),
@@ -85,7 +72,7 @@ def test_the_kernel_is_its_definition_and_near_softmax(kind, B, H, T, S, D, mask
     off = (o - defined).norm() / math.sqrt(o.numel())
     assert off <= 0.01 * size + 1e-5 * defined.abs().amax(), "another rounding of some codes of p is all that differs"
     if not masked:  # the means are then those of keys that are seen
-        assert ((o - wanted).abs() <= error_bound(q, k, v, wanted)).all()
+        assert (o - wanted).norm() / math.sqrt(o.numel()) <= KINDS[kind] * size + 1e-5 * wanted.abs().amax()
 
 
 @pytest.mark.parametrize("kind", ["normal", "offsets", "outlier channel"])
@@ -98,14 +85,12 @@ def test_the_error_is_some_percent_of_what_attention_adds_to_the_mean_value(kind
 
 
 def test_flat_tails_keep_their_mass():
-    """Catches one range of codes for a whole row: a key whose logit is 7 above 4,607 others would leave nothing of their half of
-    the sum."""
+    """Catches one range of codes for a whole row: of a key whose logit is 7 above those of 4,607 others these would leave nothing,
+    and they are four fifths of the sum."""
     q, k, v = draw("normal", 1, 1, 6, 4608, 64)
-    k = k - k.mean(2, keepdim=True)
+    q, k = q[:, :, :1].expand_as(q), 0.01 * (k - k.mean(2, keepdim=True))
     k[:, :, 0] = 8 * 7 * q[:, :, 0] / q[:, :, 0].square().sum()
-    q = q[:, :, :1].expand_as(q)
-    wanted, ours = exact(q, 0.01 * k, v), attention.attention(q, torch.cat([k[:, :, :1], 0.01 * k[:, :, 1:]], 2), v)
-    wanted = exact(q, torch.cat([k[:, :, :1], 0.01 * k[:, :, 1:]], 2), v)
+    wanted, ours = exact(q, k, v), attention.attention(q, k, v)
     assert (ours - wanted).norm() < 0.02 * wanted.norm()
 
 

@@ -521,10 +521,13 @@ def test_what_a_user_can_get_wrong_is_one_sentence(real, tmp_path, capsys, monke
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(real, finished, tmp_path):
-    """Catches ranks that wait for a dead one for ever, and a state that only fits the whole life of a job."""
+    """Catches ranks that wait for a dead one for ever, a state that only fits the whole life of a job, and two processes with other
+    losses than one has."""
     flags = f"--steps 8 --cache {finished['flux']}/cache"
     command = [*TORCHRUN, *real["flux"].split(), *flags.split(), "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], **TWO, check=True)
+    run(real, "flux", tmp_path / "alone", flags)
+    same_losses(tmp_path / "whole", tmp_path / "alone")
     (tmp_path / "r").mkdir()
     for name in ("config.json", "start.safetensors"):  # the same beginning
         shutil.copy(tmp_path / "whole" / name, tmp_path / "r")
